@@ -1,0 +1,21 @@
+"""What all tests share: OpenBLAS before MLX, and the material that lies beside the repository, where it does."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import flux  # first: it puts OpenBLAS into the process before mlx.core
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared/` beside the checkout: real vocabularies and photos. Skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared, which is not part of the repository")
+    return SHARED
