@@ -15,7 +15,7 @@ from flux.weights import florence2
 
 @dataclass
 class Captioner:
-    """Florence-2 with all that belongs to it. `generation` says how answers are searched, and may be replaced."""
+    """Florence-2 with all that belongs to it. generation: how answers are searched; may be replaced."""
 
     model: Florence2
     tokenizer: BartTokenizer
@@ -24,7 +24,7 @@ class Captioner:
 
     @classmethod
     def from_folder(cls, folder: str | Path, dtype: mx.Dtype) -> "Captioner":
-        """Reads a checkpoint's folder, in transformers' or Microsoft's form. Raises FluxError for a faulty one."""
+        """Reads a checkpoint's folder, transformers' or Microsoft's. Raises FluxError for a faulty one."""
         folder = Path(folder)
         return cls(
             model=florence2.load(folder, dtype),
@@ -46,8 +46,9 @@ class Captioner:
 
 
 def picture_params(folder: Path) -> PictureParams:
-    """preprocessor_config.json's size, mean and deviation over Florence-2's own."""
-    config = florence2.read_json(folder, "preprocessor_config.json")
+    """What preprocessor_config.json, or the newer processor_config.json, says; else Florence-2's own."""
+    combined = florence2.read_json(folder, "processor_config.json").get("image_processor", {})
+    config = florence2.read_json(folder, "preprocessor_config.json") or combined
     known = PictureParams()
     size = config.get("size", {})
     return PictureParams(

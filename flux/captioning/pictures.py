@@ -9,9 +9,9 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class PictureParams:
-    """The size that pictures are brought to, and the mean and deviation that each colour is brought to 0 and 1 from.
+    """The size that pictures are brought to, and each colour's mean and deviation, of values 0..1.
 
-    The defaults are Florence-2's: ImageNet's mean and deviation, of values 0..1.
+    The defaults are Florence-2's; its mean and deviation are ImageNet's.
     """
 
     height: int = 768
@@ -23,12 +23,12 @@ class PictureParams:
 def prepare(images: list[Image.Image], params: PictureParams | None = None) -> mx.array:
     """B pictures of any size and mode -> (B, height, width, 3) float32, normalised.
 
-    Proportions are given up: Florence-2 was trained on pictures stretched to a square, and its places are parts of
-    the width and of the height, so they still fit the picture as it was.
+    Proportions are given up: Florence-2 was trained on pictures stretched to a square, and its places are
+    parts of the width and of the height, so they still fit the picture as it was.
     """
     params = params or PictureParams()
     size = (params.width, params.height)
-    pixels = np.stack([np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC)) for image in images])
+    resized = [image.convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in images]
     # Through float64, as the reference does: the same float32 to the last bit.
-    pixels = (pixels * np.float64(1 / 255)).astype(np.float32)
+    pixels = (np.stack([np.asarray(image) for image in resized]) * np.float64(1 / 255)).astype(np.float32)
     return mx.array((pixels - np.float32(params.mean)) / np.float32(params.deviation))

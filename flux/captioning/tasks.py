@@ -1,7 +1,7 @@
 """What Florence-2 can be asked, and what its answers mean, as in the reference's processor.
 
-A task is asked with a fixed sentence. Its answer is text, or labels with places: numbers 0..999, which say how far
-across or down the picture.
+A task is asked with a fixed sentence. Its answer is text, or labels with places: numbers 0..999, which say
+how far across or down the picture.
 """
 
 import re
@@ -29,15 +29,20 @@ _LABEL = re.compile(r"\s*(.*?)(?=<loc_|<poly>)")  # the dot stops at a line's en
 
 # Words that point at nothing: a phrase that is one of these gets no box.
 NO_PHRASES = frozenset(
-    """I a all an another any anybody anyone anything each everybody everyone everything few he her hers herself him
-    himself his image images it its itself lots many me mine myself nobody none one oneself our ours ourselves several
-    she some somebody someone something that the their theirs them themselves these they this those us we what which
-    who whom whose you your yours yourself yourselves""".split()
-) | {"a group", "a set", "each other", "one another", "other objects", "the image"}
+    (
+        *("I", "a", "all", "an", "another", "any", "anybody", "anyone", "anything", "each", "everybody"),
+        *("everyone", "everything", "few", "he", "her", "hers", "herself", "him", "himself", "his", "image"),
+        *("images", "it", "its", "itself", "lots", "many", "me", "mine", "myself", "nobody", "none", "one"),
+        *("oneself", "our", "ours", "ourselves", "several", "she", "some", "somebody", "someone"),
+        *("something", "that", "the", "their", "theirs", "them", "themselves", "these", "they", "this"),
+        *("those", "us", "we", "what", "which", "who", "whom", "whose", "you", "your", "yours", "yourself"),
+        *("yourselves", "a group", "a set", "each other", "one another", "other objects", "the image"),
+    )
+)
 
 
 def pixels(places: Sequence[int], size: Size) -> list[int]:
-    """Places x, y, x, y, ... -> pixels: the middles of the places, in float32 and cut, as the reference does."""
+    """Places x, y, x, y, ... -> pixels: the places' middles, in float32 and cut, as the reference does."""
     steps = np.float32([size[0] / PLACES, size[1] / PLACES])
     points = (np.float32(places).reshape(-1, 2) + np.float32(0.5)) * steps
     return points.astype(int).flatten().tolist()
@@ -56,7 +61,10 @@ def text_answer(text: str, size: Size) -> str:
 
 
 def box_answer(text: str, size: Size) -> dict[str, list]:
-    """"label<4 places>..." -> {"bboxes": [[left, top, right, bottom], ...], "labels": [...]}; a label may have many."""
+    """Labels with 4 places each, or with several times 4.
+
+    -> {"bboxes": [[left, top, right, bottom], ...], "labels": [...]}
+    """
     return _boxes(_LABELLED_BOXES, text, size)
 
 
@@ -71,7 +79,7 @@ def phrase_answer(text: str, size: Size) -> dict[str, list]:
 
 
 def quad_answer(text: str, size: Size) -> dict[str, list]:
-    """"text<8 places>..." -> {"quad_boxes": [[x, y, x, y, x, y, x, y], ...], "labels": [...]}."""
+    """Texts with 8 places each -> {"quad_boxes": [[x, y, x, y, x, y, x, y], ...], "labels": [...]}."""
     found = _QUAD.findall(_without_frame(text))
     return {
         "quad_boxes": [pixels([int(place) for place in places], size) for _, *places in found],
@@ -85,7 +93,10 @@ def polygon_answer(text: str, size: Size) -> dict[str, list]:
 
 
 def box_or_polygon_answer(text: str, size: Size) -> dict[str, list]:
-    """Labelled outlines where the text has any, else labelled boxes; {"bboxes", "bboxes_labels", "polygons", ...}."""
+    """Labelled outlines where the text has any, else labelled boxes.
+
+    -> {"bboxes": [...], "bboxes_labels": [...], "polygons": [...], "polygons_labels": [...]}
+    """
     nothing: dict[str, list] = {"labels": []}
     outlined = "<poly>" in text
     boxes = {"bboxes": []} | nothing if outlined else box_answer(text, size)
@@ -100,20 +111,20 @@ def box_or_polygon_answer(text: str, size: Size) -> dict[str, list]:
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to ask. prompt: the sentence; `{}` stands for the caller's text. answer: (text, size) -> Answer."""
+    """One thing to ask. prompt: the sentence; `{}` stands for the caller's text. answer: reads the answer."""
 
     token: str
     prompt: str
     answer: Callable[[str, Size], Answer] = text_answer
 
     def ask(self, text: str = "") -> str:
-        """The prompt. Raises FluxError where the task needs a text and has none, or has one that it cannot use."""
+        """The prompt. Raises FluxError where a text is needed and absent, or given and of no use."""
         if "{}" not in self.prompt:
             if text:
                 raise FluxError(f"task {self.token} takes no text, but got {text!r}")
             return self.prompt
         if not text.strip():
-            raise FluxError(f"task {self.token} needs a text: a phrase, or a region as tokens <loc_0>..<loc_999>")
+            raise FluxError(f"task {self.token} needs a text: a phrase, or a region as <loc_...> tokens")
         return self.prompt.replace("{}", text.strip())
 
 
@@ -125,7 +136,9 @@ TASKS = {
     "dense_region_caption": Task(
         "<DENSE_REGION_CAPTION>", "Locate the objects in the image, with their descriptions.", box_answer
     ),
-    "region_proposal": Task("<REGION_PROPOSAL>", "Locate the region proposals in the image.", bare_box_answer),
+    "region_proposal": Task(
+        "<REGION_PROPOSAL>", "Locate the region proposals in the image.", bare_box_answer
+    ),
     "ocr": Task("<OCR>", "What is the text in the image?"),
     "ocr_with_region": Task("<OCR_WITH_REGION>", "What is the text in the image, with regions?", quad_answer),
     "phrase_grounding": Task(
@@ -137,7 +150,9 @@ TASKS = {
     "referring_expression_segmentation": Task(
         "<REFERRING_EXPRESSION_SEGMENTATION>", "Locate {} in the image with mask", polygon_answer
     ),
-    "region_to_segmentation": Task("<REGION_TO_SEGMENTATION>", "What is the polygon mask of region {}", polygon_answer),
+    "region_to_segmentation": Task(
+        "<REGION_TO_SEGMENTATION>", "What is the polygon mask of region {}", polygon_answer
+    ),
     "region_to_category": Task("<REGION_TO_CATEGORY>", "What is the region {}?"),
     "region_to_description": Task("<REGION_TO_DESCRIPTION>", "What does the region {} describe?"),
     "region_to_ocr": Task("<REGION_TO_OCR>", "What text is in the region {}?"),
@@ -156,7 +171,9 @@ def _without_frame(text: str) -> str:
     return text.replace("<s>", "").replace("</s>", "").replace("<pad>", "")
 
 
-def _boxes(pattern: re.Pattern, text: str, size: Size, dropped: frozenset[str] = frozenset()) -> dict[str, list]:
+def _boxes(
+    pattern: re.Pattern, text: str, size: Size, dropped: frozenset[str] = frozenset()
+) -> dict[str, list]:
     answer: dict[str, list] = {"bboxes": [], "labels": []}
     for thing in pattern.findall(_without_frame(text)):
         label = _LABEL.match(thing)
@@ -169,7 +186,7 @@ def _boxes(pattern: re.Pattern, text: str, size: Size, dropped: frozenset[str] =
 
 
 def _polygons(pattern: re.Pattern, text: str, size: Size) -> dict[str, list]:
-    """One entry an object: <poly>...</poly>, or all that follows the label; its outlines are parted by <sep>."""
+    """One entry an object: <poly>...</poly>, or all after the label; its outlines are parted by <sep>."""
     answer: dict[str, list] = {"polygons": [], "labels": []}
     for thing in pattern.findall(_without_frame(text)):
         label = _LABEL.match(re.sub(r"^<loc_\d+>", "", thing))

@@ -1,7 +1,8 @@
-"""Text to token ids and back, for the captioner: BART's byte-level BPE, and Florence-2's tokens for places."""
+"""Text to token ids and back, for the captioner: BART's byte-level BPE and Florence-2's tokens for places."""
 
 import json
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,8 +11,9 @@ import regex
 from flux.errors import FluxError
 from flux.tokenizers import byte_letters
 
-# What Florence-2 knows beyond BART's 50,265 tokens, in the order of its embedding's rows. Microsoft's checkpoints
-# hold BART's own tokenizer, and the code beside them adds these; "desciption" is the name that was trained.
+# What Florence-2 knows beyond BART's 50,265 tokens, in the order of its embedding's rows. Microsoft's
+# checkpoints hold BART's own tokenizer, and the code beside them adds these; "desciption" is the name that
+# was trained.
 FLORENCE_TOKENS = (
     *("<od>", "</od>", "<ocr>", "</ocr>"),
     *(f"<loc_{place}>" for place in range(1000)),
@@ -25,15 +27,13 @@ FLORENCE_TOKENS = (
 class BartTokenizer:
     """GPT-2's byte-level BPE: words with the space before them, each merged from its bytes.
 
-    vocab: piece -> id. merges: "left right" in order of priority. special: tokens that are found in a text before
-    anything else -> id; those that `vocab` lacks get the ids after its own. swallows_space: the special tokens
-    that take the white space to their left with them.
+    vocab: piece -> id. merges: "left right" in order of priority. special: tokens that are found in a text
+    before anything else -> id; those that `vocab` lacks get the ids after its own. swallows_space: the
+    special tokens that take the white space to their left with them.
     """
 
     BOS, PAD, EOS = "<s>", "<pad>", "</s>"
-    WORDS = regex.compile(
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    )
+    WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
     def __init__(
         self,
@@ -60,13 +60,16 @@ class BartTokenizer:
     def from_folder(cls, path: str | Path) -> "BartTokenizer":
         """Reads tokenizer.json, or vocab.json and merges.txt, of a checkpoint's folder.
 
-        Florence-2's own tokens are added after BART's where the files lack them. Raises FluxError without files.
+        Florence-2's own tokens are added after BART's where the files lack them. Raises FluxError without
+        files.
         """
         folder = Path(path)
         if (folder / "tokenizer.json").is_file():
             file = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
             vocab = file["model"]["vocab"]
-            merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in file["model"]["merges"]]
+            merges = [
+                merge if isinstance(merge, str) else " ".join(merge) for merge in file["model"]["merges"]
+            ]
             added = {token["content"]: token["id"] for token in file["added_tokens"]}
             swallows_space = [token["content"] for token in file["added_tokens"] if token["lstrip"]]
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -85,7 +88,7 @@ class BartTokenizer:
         return [self.bos_token_id, *ids, self.eos_token_id]
 
     def __call__(self, texts: list[str]) -> tuple[mx.array, mx.array]:
-        """B texts -> ids (B, length of the longest) int32, shorter ones padded; mask of the same shape, False there."""
+        """B texts -> ids (B, length of the longest) int32, and their mask, False where a shorter one is padded."""
         rows = [self.encode(text) for text in texts]
         longest = max(map(len, rows))
         ids = [row + [self.pad_token_id] * (longest - len(row)) for row in rows]
@@ -93,7 +96,7 @@ class BartTokenizer:
         return mx.array(ids, dtype=mx.int32), mx.array(mask)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text, special tokens written out; bytes that are no UTF-8 become U+FFFD. Unknown ids leave nothing."""
+        """The text, special tokens written out. Bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
         letters = "".join(self._pieces.get(id, "") for id in ids)
         return bytes(self._bytes[letter] for letter in letters).decode("utf-8", errors="replace")
 
@@ -113,8 +116,8 @@ class BartTokenizer:
 def merge_pairs(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Joins neighbours that have a rank, the lowest rank first and from the left, until none are left."""
     while len(pieces) > 1:
-        pairs = zip(pieces, pieces[1:], strict=False)
-        rank, place = min((ranks.get(pair, len(ranks)), place) for place, pair in enumerate(pairs))
+        pairs = enumerate(pairwise(pieces))
+        rank, place = min((ranks.get(pair, len(ranks)), place) for place, pair in pairs)
         if rank == len(ranks):
             break
         pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]

@@ -1,7 +1,8 @@
-"""Florence-2's checkpoints: two naming schemes, two forms of config.json, and the settings beside the weights.
+"""Florence-2's checkpoints: two naming schemes, two forms of config.json, the settings beside the weights.
 
-Ours are transformers' names less the outer `model.` (florence-community/Florence-2-*). Microsoft's checkpoints,
-and multimodalart/Florence-2-large-no-flash-attn, have the names of the code that came with the paper.
+Ours are transformers' names less the outer `model.` (florence-community/Florence-2-*). Microsoft's
+checkpoints, and multimodalart/Florence-2-large-no-flash-attn, have the names of the code that came with the
+paper.
 """
 
 import json
@@ -72,7 +73,8 @@ LANGUAGE_DEFAULTS = LanguageParams(
     encoder_ffn_dim=4096,
     decoder_ffn_dim=4096,
 )
-# What other networks of these families may have and ours has not: anything else than these would load, and err.
+# What other networks of these families may have and ours has not: anything else than these would load, and
+# err.
 FIXED = {
     "text_config": {"activation_function": "gelu", "scale_embedding": False},
     "vision_config": {
@@ -109,7 +111,7 @@ def to_ours(found: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 
 def to_transformers(ours: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """Our tensors under transformers' names and in its layout; it makes the copies of the embedding itself."""
+    """Our tensors in transformers' names and layout; it makes the copies of the embedding itself."""
     rows = tuple((new, old) for old, new in TRANSFORMERS)
     return {
         rename(name, rows): tensor.transpose(0, 3, 1, 2) if tensor.ndim == 4 else tensor
@@ -118,7 +120,7 @@ def to_transformers(ours: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 
 def params(config: Mapping[str, Any]) -> Florence2Params:
-    """The network's shape from config.json, transformers' or Microsoft's. FluxError for what we do not have."""
+    """The network's shape from config.json, in either form. FluxError for what we do not have."""
     for part, values in FIXED.items():
         for key, value in values.items():
             if config.get(part, {}).get(key, value) != value:
@@ -144,7 +146,7 @@ def _shape(defaults: VisionParams | LanguageParams, config: Mapping[str, Any]) -
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of the folder; {} where there is no such file. FluxError where it cannot be understood."""
+    """A JSON object in the folder; {} where there is no such file. FluxError where it is something else."""
     path = folder / name
     if not path.is_file():
         return {}

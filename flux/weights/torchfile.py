@@ -1,6 +1,7 @@
 """PyTorch's `.bin` files, read without PyTorch, and without running what a pickle may ask to be run.
 
-Such a file is a zip archive: `data.pkl` says which tensors there are, `data/KEY` holds the bytes of one storage.
+Such a file is a zip archive: `data.pkl` says which tensors there are, `data/KEY` holds the bytes of one
+storage.
 """
 
 import pickle
@@ -62,7 +63,7 @@ class Reader(pickle.Unpickler):
 
 
 def load(files: Iterable[Path]) -> dict[str, mx.array]:
-    """All tensors of some files. FluxError, naming the file, where one is damaged or holds anything but tensors."""
+    """All tensors of some files. FluxError, naming the file, where one is damaged or holds other things."""
     out: dict[str, mx.array] = {}
     for path in files:
         try:

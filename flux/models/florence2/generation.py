@@ -1,7 +1,7 @@
 """Beam search for Florence-2's answers, with the results of transformers' `generate`.
 
-The network gives each row's best continuations; choosing among them is a matter of a few numbers a picture, and
-is done in plain Python. Greedy search is beam search with one beam.
+The network gives each row's best continuations; choosing among them is a matter of a few numbers a picture,
+and is done in plain Python. Greedy search is beam search with one beam.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,12 @@ class GenerationParams:
 
     max_new_tokens: an answer's length at most, its start and end tokens included.
     no_repeat_ngram_size: no run of so many tokens comes twice in an answer; 0 allows it.
-    length_penalty: an answer's score is its log probability / length ** length_penalty: more than 0 favours long ones.
-    early_stopping: a picture is done with num_beams finished answers. Otherwise only when its best open beam, were
-    it to end now, would score no more than any of them.
-    forced_bos_token_id, forced_eos_token_id: the first token, and the last one of an answer cut for its length.
+    length_penalty: an answer's score is its log probability / length ** length_penalty: more than 0 favours
+    long ones.
+    early_stopping: a picture is done with num_beams finished answers. Otherwise only when its best open
+    beam, were it to end now, would score no more than any of them.
+    forced_bos_token_id, forced_eos_token_id: the first token, and the last one of an answer cut for its
+    length.
     """
 
     num_beams: int = 3
@@ -42,7 +44,7 @@ class GenerationParams:
 
     @property
     def prefix(self) -> list[int]:
-        """The tokens that every answer starts with: the first is the decoder's own, and no part of the answer."""
+        """What every answer starts with: the decoder's own token, no part of the answer, and a forced one."""
         forced = [] if self.forced_bos_token_id is None else [self.forced_bos_token_id]
         return [self.decoder_start_token_id, *forced]
 
@@ -58,8 +60,8 @@ class Beam:
 class Search:
     """The search for one picture's answer.
 
-    open: the beams that go on, best first; none where the search is over. finished: the answers that ended, best
-    first, num_beams at most, their scores divided for their length.
+    open: the beams that go on, best first; none where the search is over. finished: the answers that ended,
+    best first, num_beams at most, their scores divided for their length.
     """
 
     def __init__(self, params: GenerationParams):
@@ -79,7 +81,8 @@ class Search:
             for log_prob, token in continuations[origin]
         ]
         grown.sort(key=lambda pair: -pair[0].score)
-        # Twice as many as there are beams: were the best to end here, all of them, as many would be left to go on.
+        # Twice as many as there are beams: were the best to end here, all of them, as many would be left to
+        # go on.
         grown = grown[: 2 * count]
         self._finish([beam for beam, _ in grown[:count] if self._ends(beam)])
         going_on = [(beam, origin) for beam, origin in grown if not self._ends(beam)][:count]
@@ -120,10 +123,10 @@ def generate(
     prompt_mask: mx.array | None = None,
     params: GenerationParams | None = None,
 ) -> list[list[int]]:
-    """Answers to a batch of prompts about pictures: the tokens of each, from its start token to its end token.
+    """Answers to prompts about pictures: the tokens of each, from its start token to its end token.
 
-    pixels (B, H, W, 3), tokens (B, L), prompt_mask (B, L) as in `Florence2.encode`. Pictures whose search is over
-    leave the batch.
+    pixels (B, H, W, 3), tokens (B, L), prompt_mask (B, L) as in `Florence2.encode`. Pictures whose search is
+    over leave the batch.
     """
     params = params or GenerationParams()
     language = model.language_model
@@ -149,7 +152,7 @@ def generate(
 def best_continuations(
     logits: mx.array, rows: list[list[int]], params: GenerationParams
 ) -> list[list[tuple[float, int]]]:
-    """The best next tokens of each row as (log probability, token), best first: twice as many as there are beams.
+    """Each row's best next tokens as (log probability, token), best first: two for every beam.
 
     logits (R, vocabulary); rows: the tokens so far, of equal length.
     """

@@ -1,8 +1,8 @@
 """BART, the language model of Florence-2 (Lewis et al. 2019, arXiv:1910.13461): an encoder and a decoder.
 
-Both are post-norm transformers with learned positions. The encoder reads the picture's features and the prompt
-as one sequence; the decoder writes the answer, a token at a time, with a cache of keys and values. Attribute
-names are those of transformers' checkpoints.
+Both are post-norm transformers with learned positions. The encoder reads the picture's features and the
+prompt as one sequence; the decoder writes the answer, a token at a time, with a cache of keys and values.
+Attribute names are those of transformers' checkpoints.
 """
 
 from dataclasses import dataclass
@@ -36,9 +36,9 @@ KeysValues = tuple[mx.array, mx.array]  # both (B, heads, length, D)
 class DecoderCache:
     """What a step of the decoder needs of the earlier ones.
 
-    cross: a layer's keys and values of what the encoder gave, for P pictures. own: a layer's keys and values of
-    the tokens so far, for P * beams rows; a picture's rows stand together. mask: (P, 1, 1, S), True where the
-    encoder's output is no padding; None where all of it counts.
+    cross: a layer's keys and values of what the encoder gave, for P pictures. own: a layer's keys and values
+    of the tokens so far, for P * beams rows; a picture's rows stand together. mask: (P, 1, 1, S), True where
+    the encoder's output is no padding; None where all of it counts.
     """
 
     def __init__(self, cross: list[KeysValues], mask: mx.array | None):
@@ -88,7 +88,8 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, keys_values: KeysValues, mask: mx.array | str | None = None) -> mx.array:
         """x (R, L, C) attends to keys and values of P sequences, R a multiple of P -> (R, L, C).
 
-        Where R > P, the R / P rows of a picture (its beams) line up as further queries to the one copy of its keys.
+        Where R > P, the R / P rows of a picture (its beams) line up as further queries to the one copy of
+        its keys.
         """
         keys, values = keys_values
         q = self._split_heads(self.q_proj(x).reshape(keys.shape[0], -1, x.shape[-1]))
@@ -189,5 +190,7 @@ def positions(table: nn.Embedding, start: int, length: int) -> mx.array:
     end = start + length + POSITION_OFFSET
     if end > table.weight.shape[0]:
         limit = table.weight.shape[0] - POSITION_OFFSET
-        raise FluxError(f"{start + length} tokens in a sequence; the captioner reads and writes {limit} at most")
+        raise FluxError(
+            f"{start + length} tokens in a sequence; the captioner reads and writes {limit} at most"
+        )
     return table.weight[start + POSITION_OFFSET : end]

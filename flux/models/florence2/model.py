@@ -1,10 +1,11 @@
-"""Florence-2 (Xiao et al. 2023, arXiv:2311.06242): a picture and a prompt in, text and places in the picture out.
+"""Florence-2 (Xiao et al. 2023, arXiv:2311.06242): a picture and a prompt in, text and places out.
 
-The vision tower's features become tokens, which the language model's encoder reads before those of the prompt;
-its decoder writes the answer. Attribute names are those of transformers' checkpoints, less their outer `model.`.
+The vision tower's features become tokens, which the language model's encoder reads before those of the
+prompt; its decoder writes the answer. Attribute names are those of transformers' checkpoints, less their
+outer `model.`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,8 +23,8 @@ class Florence2Params:
     max_temporal_embeddings: frames that have one; pictures use the first.
     """
 
-    vision: VisionParams = VisionParams()
-    language: LanguageParams = LanguageParams()
+    vision: VisionParams = field(default_factory=VisionParams)
+    language: LanguageParams = field(default_factory=LanguageParams)
     max_position_embeddings: int = 50
     max_temporal_embeddings: int = 100
 
@@ -40,7 +41,9 @@ class PositionEmbedding2D(nn.Module):
         """(height, width, C). Raises FluxError for more rows or columns than were learned."""
         limit = self.row_embeddings.weight.shape[0]
         if max(height, width) > limit:
-            raise FluxError(f"a feature map of {width} x {height}; the captioner knows {limit} x {limit} at most")
+            raise FluxError(
+                f"a feature map of {width} x {height}; the captioner knows {limit} x {limit} at most"
+            )
         columns = self.column_embeddings.weight[None, :width]
         rows = self.row_embeddings.weight[:height, None]
         columns = mx.broadcast_to(columns, (height, width, columns.shape[-1]))
@@ -49,7 +52,7 @@ class PositionEmbedding2D(nn.Module):
 
 
 class TemporalEmbedding(nn.Module):
-    """Fixed sines and cosines of the frame's number, interleaved; checkpoints hold the table, so it is a parameter."""
+    """Fixed sines and cosines of the frame's number, interleaved. A parameter, as checkpoints hold the table."""
 
     def __init__(self, frames: int, width: int):
         super().__init__()
@@ -74,7 +77,7 @@ class Projector(nn.Module):
         self.image_proj_norm = nn.LayerNorm(width)
 
     def __call__(self, features: mx.array) -> mx.array:
-        """(B, h, w, C) -> (B, 1 + h * w, width of the language model): the mean of all places, then every place."""
+        """(B, h, w, C) -> (B, 1 + h * w, C of the language model): the mean of all places, then every place."""
         x = features + self.image_position_embed(*features.shape[1:3])
         x = x + self.visual_temporal_embed(0)  # a picture is a film of one frame
         x = x.flatten(1, 2)
@@ -98,9 +101,9 @@ class Florence2(nn.Module):
     ) -> tuple[mx.array, mx.array | None]:
         """What the decoder looks at: the encoder's output, and a mask of what of it is no padding.
 
-        pixels (B, H, W, 3); tokens (B, L), the prompts with start and end token; prompt_mask (B, L), True at tokens
-        and False at padding, None where no prompt is padded. -> (B, S, C) with S = picture's tokens + L, and
-        (B, 1, 1, S) or None.
+        pixels (B, H, W, 3); tokens (B, L), the prompts with start and end token; prompt_mask (B, L), True at
+        tokens and False at padding, None where no prompt is padded. -> (B, S, C) with S = picture's tokens +
+        L, and (B, 1, 1, S) or None.
         """
         image = self.image_features(pixels)
         mask = None
@@ -115,7 +118,8 @@ class Florence2(nn.Module):
     ) -> mx.array:
         """Scores of the token that follows each of the answers' (B, L), which start with the start token.
 
-        The other arguments as in `encode`. -> (B, L, vocabulary). Training takes this; `generate` goes by steps.
+        The other arguments as in `encode`. -> (B, L, vocabulary). Training takes this; `generate` goes by
+        steps.
         """
         cache = self.language_model.cache(*self.encode(pixels, tokens, prompt_mask))
         return self.language_model.logits(self.language_model.decode(answers, cache))

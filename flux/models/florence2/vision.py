@@ -1,8 +1,8 @@
-"""DaViT, the vision tower of Florence-2 (Ding et al. 2022, arXiv:2204.03645): a pyramid of dual-attention stages.
+"""DaViT, Florence-2's vision tower (Ding et al. 2022, arXiv:2204.03645): stages of two kinds of attention.
 
-Every stage shrinks the picture with a convolution, then alternates two blocks: one attends among the pixels of
-small windows, the other among the channels, each channel being a token that sees the whole picture. Pictures are
-channels-last throughout. Attribute names are those of transformers' checkpoints.
+Every stage shrinks the picture with a convolution, then alternates two blocks: one attends among the pixels
+of small windows, the other among the channels, each channel being a token that sees the whole picture.
+Pictures are channels-last throughout. Attribute names are those of transformers' checkpoints.
 """
 
 from dataclasses import dataclass
@@ -54,8 +54,8 @@ class ConvEmbed(nn.Module):
 class WindowAttention(nn.Module):
     """Attention inside windows of window_size x window_size pixels.
 
-    A picture that the windows do not divide gets zeros below and on the right. Nothing masks them: the network
-    was trained to see them.
+    A picture that the windows do not divide gets zeros below and on the right. Nothing masks them: the
+    network was trained to see them.
     """
 
     def __init__(self, params: VisionParams, stage: int):
@@ -177,7 +177,7 @@ class VisionTower(nn.Module):
         self.blocks = [[DualBlock(params, stage) for _ in range(params.depths[stage])] for stage in stages]
 
     def __call__(self, pixels: mx.array) -> mx.array:
-        """Normalised pictures (B, H, W, 3) -> features (B, H / 32, W / 32, C of the last stage), sizes rounded up."""
+        """Normalised pictures (B, H, W, 3) -> features (B, H / 32, W / 32, last stage's C), rounded up."""
         x = pixels.astype(self.convs[0].conv.weight.dtype)
         for conv, blocks in zip(self.convs, self.blocks, strict=True):
             x = conv(x)
