@@ -20,7 +20,7 @@ from flux.errors import FluxError
 
 
 def well_formed(text: str) -> str:
-    """Text that UTF-8 can hold: halves of surrogate pairs, as shells and JSON may give, joined or made U+FFFD."""
+    """Text that UTF-8 can hold: halves of surrogate pairs, which JSON may bring, are joined or made U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -47,7 +47,7 @@ def byte_letters() -> list[str]:
 
 
 class CLIPTokenizer:
-    """CLIP's byte-level BPE: lower-cased words, contractions, digits and runs of signs, each merged from bytes.
+    """CLIP's byte-level BPE: words in lower case, contractions, digits, runs of signs, each merged from bytes.
 
     `vocab` is piece -> id, where "</w>" ends a word's last piece. `merges` are "left right", the first to be
     applied first. `max_length` counts the start token and at least one end token.
@@ -106,7 +106,7 @@ class CLIPTokenizer:
         return mx.array([self.encode(text) for text in texts], dtype=mx.int32)
 
     def truncated(self, text: str) -> str:
-        """The end of the text that `encode` cuts off, in lower case as CLIP reads it; "" if all of it fits."""
+        """The end of the text that `encode` cuts off, in lower case as CLIP reads it; "" if all fits."""
         cut = "".join(self._pieces(text)[self.max_length - 2 :]).replace(self.END_OF_WORD, " ")
         bytes_of = {letter: byte for byte, letter in enumerate(self._letters)} | {" ": ord(" ")}
         return bytes(bytes_of[letter] for letter in cut).decode("utf-8", "replace").strip()
@@ -125,7 +125,7 @@ class CLIPTokenizer:
         return pieces
 
     def _merge(self, word: str) -> list[str]:
-        """The pieces of one word: the letters of its bytes, joined by the merge that comes first, repeatedly."""
+        """The pieces of one word: its bytes' letters, the pair of the earliest merge joined again and again."""
         pieces = [self._letters[byte] for byte in word.encode("utf-8")]
         pieces[-1] += self.END_OF_WORD
         while len(pieces) > 1:
@@ -217,9 +217,9 @@ class T5Tokenizer:
     def _normalize(self, text: str) -> str:
         """Compatibility composition (NFKC) as transformers' tokenizer does it, unlike SentencePiece itself.
 
-        It goes by grapheme. One of less than 6 bytes whose beginning has an entry in the model's table becomes
-        that entry, the shortest that fits, and loses what follows: "e", dot below, circumflex becomes "ẹ", not
-        "ệ". In longer ones every character is mapped alone.
+        It goes by grapheme. One of less than 6 bytes whose beginning has an entry in the model's table
+        becomes that entry, the shortest that fits, and loses what follows: "e", dot below, circumflex becomes
+        "ẹ", not "ệ". In longer ones every character is mapped alone.
         """
         return "".join(map(self._normalize_grapheme, self.GRAPHEME.findall(text)))
 
@@ -261,8 +261,11 @@ class T5Tokenizer:
 
 @dataclass(frozen=True)
 class UnigramModel:
-    """What a tokenizer's file says: each piece with its log probability, in the order of their ids; the ids of
-    the tokens that stand for themselves in a text; and the table of characters that are replaced."""
+    """What a T5 tokenizer's file says.
+
+    pieces: each with its log probability, in the order of their ids. special: the ids of the tokens that are
+    taken whole where a text has them. normalizer: the table of characters that are replaced.
+    """
 
     pieces: list[tuple[str, float]]
     special: dict[str, int]
