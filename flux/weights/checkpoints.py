@@ -89,18 +89,24 @@ def load_part(part: Part, dtype: mx.Dtype | None = None) -> nn.Module:
     own = {bare: found[name] for name, bare in names.items()}
     weights = keymaps.to_ours(part.kind, own)
     metadata = tensors.read_header(part.files[0]).metadata
-    config = part.config or json.loads(metadata.get("config", "{}"))
-    try:
-        network = NETWORKS[part.kind](shapes.params(part.kind, weights, config))
-    except FluxError as error:
-        raise FluxError(f"{part.label}: {error}") from None
-    quantize.prepare(network, metadata, weights)
+    network = _build(part, weights, metadata)
     diffusers = keymaps.is_diffusers(own)
     expected = keymaps.to_file(part.kind, dict(tree_flatten(network.parameters())), diffusers)
     found = own if diffusers or part.kind != "ae" else keymaps.unsqueeze_pointwise(own)
     tensors.check(part.label, found, expected)
     network.load_weights([(name, _cast(w, dtype)) for name, w in weights.items()])
     network.eval()
+    return network
+
+
+def _build(part: Part, weights: Mapping[str, mx.array], metadata: Mapping[str, str]) -> nn.Module:
+    """The network that these weights are of, with quantized layers where the file has them."""
+    try:
+        config = part.config or json.loads(metadata.get("config", "{}"))
+        network = NETWORKS[part.kind](shapes.params(part.kind, weights, config))
+        quantize.prepare(network, metadata, weights)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise FluxError(f"{part.label}: no network fits its tensors and its config: {error}") from None
     return network
 
 
@@ -131,8 +137,8 @@ def find(model: str, **overrides: str | os.PathLike | None) -> Checkpoint:
     if spec and not spec.repo:
         return _in_folder(registry.TINY_FOLDER, spec, given)
     path = Path(model).expanduser()
-    if spec is None and path.is_dir():
-        return _in_folder(path, None, given)
+    if path.is_dir() and (spec is None or "/" in model):  # "dev" is the model, not a folder of that name
+        return _in_folder(path, spec, given)
     if spec is None and path.exists():
         raise FluxError(f"{model}: a model is a folder; to take one part from a file, use --transformer FILE")
     if spec is None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
@@ -142,13 +148,14 @@ def find(model: str, **overrides: str | os.PathLike | None) -> Checkpoint:
 
 
 def _in_folder(folder: Path, spec: ModelSpec | None, given: Mapping[str, Part]) -> Checkpoint:
-    parts = {kind: given.get(kind) or layouts.find_part(folder, kind) for kind in PARTS}
-    if not any(kind not in given and part for kind, part in parts.items()) and len(given) < len(PARTS):
+    found = {kind: layouts.find_part(folder, kind) for kind in PARTS if kind not in given}
+    if found and not any(found.values()):
         raise FluxError(f"{folder}: no weights here in BFL's, diffusers' or ComfyUI's layout")
-    if absent := [kind for kind, part in parts.items() if part is None]:
+    if absent := [kind for kind, part in found.items() if part is None]:
         wanted = "; ".join(f"no {NAMES[kind]} ({', '.join(layouts.PLACES[kind])})" for kind in absent)
         options = " ".join(f"--{kind} FILE" for kind in absent)
         raise FluxError(f"{folder}: {wanted}: put the files there or give {options}")
+    parts = {**found, **given}
     spec = _defaults(folder, spec or _kind_of(parts["transformer"]))
     tokenizers = (
         layouts.find_tokenizer(folder, name) or _tokenizer(folder, name, spec) for name in TOKENIZERS
