@@ -106,6 +106,10 @@ def test_a_quantized_file_is_checked_too(tmp_path):
     mx.save_safetensors(str(path), content, metadata)
     with pytest.raises(FluxError, match=r"missing: double_blocks\.0\.img_attn\.qkv\.biases$"):
         checkpoints.load_part(checkpoints.Part("transformer", (path,)))
+    for nonsense in ("{", '{"bits": 99}', "[]"):
+        mx.save_safetensors(str(path), content, metadata | {"quantization": nonsense})
+        with pytest.raises(FluxError, match=r"q\.safetensors"):
+            checkpoints.load_part(checkpoints.Part("transformer", (path,)))
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(3, 64), (16, 64), (4, 48)])
