@@ -125,18 +125,22 @@ class CLIPTokenizer:
         return pieces
 
     def _merge(self, word: str) -> list[str]:
-        """The pieces of one word: its bytes' letters, the pair of the earliest merge joined again and again."""
         pieces = [self._letters[byte] for byte in word.encode("utf-8")]
         pieces[-1] += self.END_OF_WORD
-        while len(pieces) > 1:
-            never = len(self._ranks)
-            left, right = min(
-                pairwise(pieces), key=lambda pair: self._ranks.get(f"{pair[0]} {pair[1]}", never)
-            )
-            if f"{left} {right}" not in self._ranks:
-                break
-            pieces = join_pair(pieces, left, right)
-        return pieces
+        return merge(pieces, self._ranks)
+
+
+def merge(pieces: list[str], ranks: dict[str, int]) -> list[str]:
+    """Joins pieces, a word's letters at first: the pair of the earliest merge, again and again.
+
+    ranks: "left right" -> the merge's place in their order.
+    """
+    while len(pieces) > 1:
+        left, right = min(pairwise(pieces), key=lambda pair: ranks.get(f"{pair[0]} {pair[1]}", len(ranks)))
+        if f"{left} {right}" not in ranks:
+            break
+        pieces = join_pair(pieces, left, right)
+    return pieces
 
 
 def join_pair(pieces: list[str], left: str, right: str) -> list[str]:

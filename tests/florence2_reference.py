@@ -46,7 +46,7 @@ TEXTS = [
 
 
 def bpe(letters: int = 256) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """A BART-like vocabulary and its merges, learned from TEXTS. letters: how many of the 256 bytes it has."""
+    """A BART-like vocabulary and its merges, learned from TEXTS. letters: how many of the bytes it has."""
     tokenizers = pytest.importorskip("tokenizers")
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(

@@ -97,10 +97,12 @@ def box_or_polygon_answer(text: str, size: Size) -> dict[str, list]:
 
     -> {"bboxes": [...], "bboxes_labels": [...], "polygons": [...], "polygons_labels": [...]}
     """
-    nothing: dict[str, list] = {"labels": []}
-    outlined = "<poly>" in text
-    boxes = {"bboxes": []} | nothing if outlined else box_answer(text, size)
-    polygons = _polygons(_LABELLED_POLYGONS, text, size) if outlined else {"polygons": []} | nothing
+    boxes: dict[str, list] = {"bboxes": [], "labels": []}
+    polygons: dict[str, list] = {"polygons": [], "labels": []}
+    if "<poly>" in text:
+        polygons = _polygons(_LABELLED_POLYGONS, text, size)
+    else:
+        boxes = box_answer(text, size)
     return {
         "bboxes": boxes["bboxes"],
         "bboxes_labels": boxes["labels"],

@@ -1,15 +1,13 @@
 """Text to token ids and back, for the captioner: BART's byte-level BPE and Florence-2's tokens for places."""
 
-import json
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
 import regex
 
 from flux.errors import FluxError
-from flux.tokenizers import byte_letters
+from flux.tokenizers import byte_letters, merge, read_json, well_formed
 
 # What Florence-2 knows beyond BART's 50,265 tokens, in the order of its embedding's rows. Microsoft's
 # checkpoints hold BART's own tokenizer, and the code beside them adds these; "desciption" is the name that
@@ -47,7 +45,7 @@ class BartTokenizer:
         self.bos_token_id, self.pad_token_id, self.eos_token_id = (
             special[token] for token in (self.BOS, self.PAD, self.EOS)
         )
-        self._ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
+        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         self._letters = byte_letters()
         self._bytes = {letter: byte for byte, letter in enumerate(self._letters)}
         self._pieces = {id: piece for piece, id in (vocab | special).items()}
@@ -65,15 +63,14 @@ class BartTokenizer:
         """
         folder = Path(path)
         if (folder / "tokenizer.json").is_file():
-            file = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+            file = read_json(folder / "tokenizer.json")
             vocab = file["model"]["vocab"]
-            merges = [
-                merge if isinstance(merge, str) else " ".join(merge) for merge in file["model"]["merges"]
-            ]
+            pairs = file["model"]["merges"]  # "left right", or the two in a list
+            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
             added = {token["content"]: token["id"] for token in file["added_tokens"]}
             swallows_space = [token["content"] for token in file["added_tokens"] if token["lstrip"]]
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            vocab = read_json(folder / "vocab.json")
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
             merges = [line for line in lines if line and not line.startswith("#version")]
             added = {token: vocab[token] for token in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")}
@@ -84,11 +81,11 @@ class BartTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The text's ids between the start and the end token."""
-        ids = [id for piece in self._split.split(text) for id in self._ids(piece)]
+        ids = [id for piece in self._split.split(well_formed(text)) for id in self._ids(piece)]
         return [self.bos_token_id, *ids, self.eos_token_id]
 
     def __call__(self, texts: list[str]) -> tuple[mx.array, mx.array]:
-        """B texts -> ids (B, length of the longest) int32, and their mask, False where a shorter one is padded."""
+        """B texts -> ids (B, length of the longest) int32, and a mask: False at padding."""
         rows = [self.encode(text) for text in texts]
         longest = max(map(len, rows))
         ids = [row + [self.pad_token_id] * (longest - len(row)) for row in rows]
@@ -96,7 +93,7 @@ class BartTokenizer:
         return mx.array(ids, dtype=mx.int32), mx.array(mask)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text, special tokens written out. Bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
+        """The text with special tokens written out; U+FFFD for what is no UTF-8, nothing for unknown ids."""
         letters = "".join(self._pieces.get(id, "") for id in ids)
         return bytes(self._bytes[letter] for letter in letters).decode("utf-8", errors="replace")
 
@@ -110,18 +107,7 @@ class BartTokenizer:
     def _merge(self, word: str) -> list[str]:
         # Bytes that the vocabulary lacks leave nothing, as in the reference: it has no unknown token here.
         letters = [self._letters[byte] for byte in word.encode("utf-8")]
-        return merge_pairs([letter for letter in letters if letter in self.vocab], self._ranks)
-
-
-def merge_pairs(pieces: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Joins neighbours that have a rank, the lowest rank first and from the left, until none are left."""
-    while len(pieces) > 1:
-        pairs = enumerate(pairwise(pieces))
-        rank, place = min((ranks.get(pair, len(ranks)), place) for place, pair in pairs)
-        if rank == len(ranks):
-            break
-        pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
-    return pieces
+        return merge([letter for letter in letters if letter in self.vocab], self._ranks)
 
 
 def with_florence_tokens(vocab: dict[str, int], added: dict[str, int]) -> dict[str, int]:

@@ -52,7 +52,7 @@ class PositionEmbedding2D(nn.Module):
 
 
 class TemporalEmbedding(nn.Module):
-    """Fixed sines and cosines of the frame's number, interleaved. A parameter, as checkpoints hold the table."""
+    """Fixed sines and cosines of the frame's number. A parameter, as checkpoints hold the table."""
 
     def __init__(self, frames: int, width: int):
         super().__init__()
@@ -77,7 +77,7 @@ class Projector(nn.Module):
         self.image_proj_norm = nn.LayerNorm(width)
 
     def __call__(self, features: mx.array) -> mx.array:
-        """(B, h, w, C) -> (B, 1 + h * w, C of the language model): the mean of all places, then every place."""
+        """(B, h, w, C) -> (B, 1 + h * w, language model's C): the mean of all places, then every place."""
         x = features + self.image_position_embed(*features.shape[1:3])
         x = x + self.visual_temporal_embed(0)  # a picture is a film of one frame
         x = x.flatten(1, 2)
