@@ -9,6 +9,7 @@ import json
 import math
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -168,7 +169,7 @@ class T5Tokenizer:
         self._scores = dict(model.pieces)
         self._unknown_score = min(self._scores.values()) - 10.0  # SentencePiece's penalty
         self._longest = max(map(len, self._scores))
-        self._normalizer = model.normalizer
+        self._mapped = lru_cache(maxsize=10_000)(model.normalizer.normalize)
         self._special = model.special
         self._special_pattern = f"({'|'.join(map(regex.escape, model.special))})"
 
@@ -219,7 +220,7 @@ class T5Tokenizer:
         return "".join(map(self._normalize_grapheme, regex.findall(r"\X", text)))
 
     def _normalize_grapheme(self, grapheme: str) -> str:
-        mapped = self._normalizer.normalize
+        mapped = self._mapped
         if len(grapheme.encode("utf-8")) < 6:
             for end in range(1, len(grapheme) + 1):
                 beginning = mapped(grapheme[:end])
