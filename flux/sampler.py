@@ -6,6 +6,7 @@ sampling walks t from 1 to 0. Between steps x stays in float32, whatever type th
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +23,7 @@ def timesteps(num_steps: int, image_tokens: int, shift: bool) -> list[float]:
     """The `num_steps + 1` times from 1 down to 0, evenly spaced and then, with `shift`, moved towards noise.
 
     Large pictures need more noise to be destroyed as much, so dev shifts by the number of picture tokens:
-    t -> e^mu / (e^mu + 1/t - 1) (Esser et al. 2024, eq. 23, as in BFL's and diffusers' code). schnell does not.
+    t -> e^mu / (e^mu + 1/t - 1) (Esser et al. 2024, eq. 23, as in BFL's and diffusers' code). schnell not.
     Computed in float32 in the reference's order, so that the times are diffusers' own to the bit.
     """
     if num_steps < 1:
@@ -37,7 +38,7 @@ def timesteps(num_steps: int, image_tokens: int, shift: bool) -> list[float]:
 
 
 def noise(seeds: Sequence[int], latent_size: tuple[int, int], channels: int) -> mx.array:
-    """Standard normal latents (B, h, w, channels), float32: picture i depends on seeds[i] and the shape alone."""
+    """Standard normal latents (B, h, w, channels), float32; picture i depends on seeds[i] and the shape."""
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
             raise FluxError(f"a seed must lie between 0 and {MAX_SEED}, not {seed}")
@@ -58,7 +59,7 @@ def unpack(tokens: mx.array, latent_size: tuple[int, int]) -> mx.array:
     """Tokens (B, h/2 * w/2, 4C) -> latent (B, h, w, C), the inverse of `pack`."""
     h, w = latent_size
     B, L, C = tokens.shape
-    if h % 2 or w % 2 or L != h // 2 * (w // 2):
+    if h % 2 or w % 2 or h // 2 * (w // 2) != L:
         raise FluxError(f"{L} tokens are no latent of {h}x{w}")
     x = tokens.reshape(B, h // 2, w // 2, C // 4, 2, 2)
     x = x.transpose(0, 1, 4, 2, 5, 3)  # (B, h/2, 2, w/2, 2, C)
@@ -83,7 +84,7 @@ def text_positions(length: int) -> mx.array:
 
 
 def guide(positive: mx.array, negative: mx.array, scale: float) -> mx.array:
-    """True classifier-free guidance: away from the negative prompt's prediction, by `scale` (1 = no effect)."""
+    """True classifier-free guidance: away from the negative prompt's prediction; scale 1 has no effect."""
     return negative + scale * (positive - negative)
 
 
@@ -92,10 +93,10 @@ def euler(
 ) -> Iterator[mx.array]:
     """Yield x (float32) after each of the `len(times) - 1` Euler steps; the last one is the finished latent.
 
-    `predict(x, i)` is the model's dx/dt at x and times[i], in any type and of x's shape. Being an iterator, it
-    leaves evaluation, progress bars and previews to the caller's loop.
+    `predict(x, i)` is the model's dx/dt at x and times[i], in any type and of x's shape. Being an iterator,
+    it leaves evaluation, progress bars and previews to the caller's loop.
     """
     x = x.astype(mx.float32)
-    for i, (t, t_next) in enumerate(zip(times, times[1:], strict=False)):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         x = x + (t_next - t) * predict(x, i).astype(mx.float32)
         yield x

@@ -13,7 +13,7 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift
 
 def scheduler(num_steps: int, image_tokens: int, shift: bool):
     """diffusers' scheduler, set as its FluxPipeline sets it for schnell (no shift) and dev."""
-    made = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=shift, shift=1.0 if not shift else 3.0)
+    made = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=shift, shift=3.0 if shift else 1.0)
     sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
     made.set_timesteps(num_steps, sigmas=sigmas, mu=calculate_shift(image_tokens))
     return made
@@ -46,6 +46,7 @@ def test_packing_and_positions_are_diffusers(h, w):
     packed = FluxPipeline._pack_latents(nchw, 2, 16, h, w)
     assert np.array_equal(np.array(sampler.pack(mx.array(latent))), packed.numpy())
     unpacked = FluxPipeline._unpack_latents(packed, 8 * h, 8 * w, 8)
-    assert np.array_equal(np.array(sampler.unpack(mx.array(packed.numpy()), (h, w))), unpacked.permute(0, 2, 3, 1))
+    ours = sampler.unpack(mx.array(packed.numpy()), (h, w))
+    assert np.array_equal(np.array(ours), unpacked.permute(0, 2, 3, 1))
     ids = FluxPipeline._prepare_latent_image_ids(2, h // 2, w // 2, "cpu", torch.float32)
     assert np.array_equal(np.array(sampler.image_positions((h, w)))[0], ids.numpy())
