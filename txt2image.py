@@ -260,7 +260,7 @@ def save_grid(args: argparse.Namespace, pictures: list[np.ndarray]) -> list[Path
 
 
 def save_raw(args: argparse.Namespace, pictures: list[np.ndarray]) -> list[Path]:
-    """Each picture's own recipe has its prompt alone, but all its batch: sums depend on how many there are."""
+    """Each recipe has its prompt alone but the whole batch: in a batch, sums are in another order."""
     paths = []
     for i, picture in enumerate(pictures):
         number, k = divmod(i, args.n_images)

@@ -13,12 +13,15 @@ from mlx.utils import tree_map
 
 from flux import FluxPipeline, images, sampler
 from flux.errors import FluxError
+from flux.pipeline import Parts
+from flux.tokenizers import T5Tokenizer
 
 from . import tiny
+from .tiny_pipeline import T5_LENGTH, make_parts, make_pipeline
 
 SIZE = (8, 12)
 PROMPT = "a red apple on a blue background"
-LONG_PROMPT = "a red apple near the river, " * 12
+LONG_PROMPT = "a red apple green birds " * 12
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +33,12 @@ def tokenizers(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def dev(tokenizers):
-    return tiny.make_pipeline(tokenizers)
+    return make_pipeline(tokenizers)
 
 
 @pytest.fixture(scope="module")
 def schnell(tokenizers):
-    return tiny.make_pipeline(tokenizers, guidance=False)
+    return make_pipeline(tokenizers, guidance=False)
 
 
 def latents(flux, text=PROMPT, **options):
@@ -48,7 +51,7 @@ def latents(flux, text=PROMPT, **options):
 
 
 def test_the_documented_api(tokenizers):
-    flux = tiny.make_pipeline(tokenizers)
+    flux = make_pipeline(tokenizers)
     generated = flux.generate_latents(PROMPT, n_images=2, num_steps=4, latent_size=SIZE, seed=7)
     conditioning = next(generated)
     x_T, x_positions, t5_conditioning, t5_positions, clip_conditioning = conditioning
@@ -56,8 +59,8 @@ def test_the_documented_api(tokenizers):
     del flux.t5, flux.clip
     assert x_T.shape == (2, 24, 64)
     assert x_positions.shape == (2, 24, 3)
-    assert t5_conditioning.shape == (2, tiny.T5_LENGTH, 48)
-    assert t5_positions.shape == (2, tiny.T5_LENGTH, 3)
+    assert t5_conditioning.shape == (2, T5_LENGTH, 48)
+    assert t5_positions.shape == (2, T5_LENGTH, 3)
     assert clip_conditioning.shape == (2, 32)
     assert mx.array_equal(x_T, sampler.pack(sampler.noise([7, 8], SIZE, 16)))
     steps = list(generated)
@@ -107,7 +110,7 @@ def test_seeds(dev):
 
 def test_the_models_own_defaults(dev):
     dev_with_defaults = FluxPipeline.from_parts(
-        tiny.Parts(
+        Parts(
             replace(dev.spec, steps=2, guidance=1.5, cfg_scale=2.0),
             *(dev.flow, dev.ae, dev.clip, dev.t5, dev.clip_tokenizer, dev.t5_tokenizer),
         )
@@ -122,17 +125,17 @@ def test_guidance_reaches_dev_and_not_schnell(dev, schnell):
 
 
 def test_the_prompt_matters(dev):
-    assert mx.abs(latents(dev, seed=1) - latents(dev, "two cats", seed=1)).max() > 1e-3
+    assert mx.abs(latents(dev, seed=1) - latents(dev, "two birds", seed=1)).max() > 1e-3
 
 
 def test_true_guidance_follows_its_formula(dev):
     generated = dev.generate_latents(
-        PROMPT, num_steps=1, latent_size=SIZE, seed=2, negative_prompt="two cats", cfg_scale=3.5
+        PROMPT, num_steps=1, latent_size=SIZE, seed=2, negative_prompt="two birds", cfg_scale=3.5
     )
     x_T, *_ = next(generated)
     (guided,) = generated
-    v = {text: x_T - latents(dev, text, num_steps=1, seed=2) for text in (PROMPT, "two cats")}
-    expected = x_T - (v["two cats"] + 3.5 * (v[PROMPT] - v["two cats"]))
+    v = {text: x_T - latents(dev, text, num_steps=1, seed=2) for text in (PROMPT, "two birds")}
+    expected = x_T - (v["two birds"] + 3.5 * (v[PROMPT] - v["two birds"]))
     assert mx.abs(guided - expected).max() < 1e-4
     assert mx.abs(guided - latents(dev, num_steps=1, seed=2)).max() > 1e-2
 
@@ -144,43 +147,43 @@ def test_without_a_negative_prompt_true_guidance_leads_away_from_the_empty_one(d
 
 
 def test_prompts_of_different_lengths_under_guidance_without_padding(tokenizers):
-    flux = FluxPipeline.from_parts(tiny.make_parts(tokenizers), t5_padding=False)
+    flux = FluxPipeline.from_parts(make_parts(tokenizers), t5_padding=False)
     generated = flux.generate_latents(
-        PROMPT, num_steps=1, latent_size=SIZE, seed=2, negative_prompt="cats", cfg_scale=2.0
+        PROMPT, num_steps=1, latent_size=SIZE, seed=2, negative_prompt="birds", cfg_scale=2.0
     )
     _, _, t5, t5_positions, _ = next(generated)
     tokens = len(flux.t5_tokenizer.encode(PROMPT, pad=False))
-    assert t5.shape[1] == t5_positions.shape[1] == tokens < tiny.T5_LENGTH
+    assert t5.shape[1] == t5_positions.shape[1] == tokens < T5_LENGTH
     (x,) = generated
     assert mx.isfinite(x).all()
     assert mx.abs(x - latents(flux, num_steps=1, seed=2, negative_prompt="two", cfg_scale=2.0)).max() > 1e-3
 
 
 def test_padding_changes_the_result(dev, tokenizers):
-    unpadded = FluxPipeline.from_parts(tiny.make_parts(tokenizers), t5_padding=False)
+    unpadded = FluxPipeline.from_parts(make_parts(tokenizers), t5_padding=False)
     assert mx.abs(latents(dev, seed=1) - latents(unpadded, seed=1)).max() > 1e-3
 
 
 def test_a_long_prompt_warns_with_what_was_cut(dev):
-    with pytest.warns(UserWarning, match="near the river") as record:
+    with pytest.warns(UserWarning, match="green birds") as record:
         latents(dev, LONG_PROMPT)
-    assert f"{tiny.T5_LENGTH} tokens" in str(record[0].message)
+    assert f"{T5_LENGTH} tokens" in str(record[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         latents(dev, "a red apple")
 
 
 def test_a_prompt_too_long_for_clip_alone_warns_of_that(tokenizers):
-    parts = tiny.make_parts(tokenizers)
+    parts = make_parts(tokenizers)
     flux = FluxPipeline.from_parts(
-        parts._replace(t5_tokenizer=tiny.T5Tokenizer.from_folder(tokenizers / "tokenizer_2", 512))
+        parts._replace(t5_tokenizer=T5Tokenizer.from_folder(tokenizers / "tokenizer_2", 512))
     )
-    with pytest.warns(UserWarning, match="CLIP's 77 tokens.*near the river"):
+    with pytest.warns(UserWarning, match="CLIP's 77 tokens.*green birds"):
         latents(flux, LONG_PROMPT)
 
 
 def test_modulation_may_be_let_go(tokenizers, dev):
-    flux = tiny.make_pipeline(tokenizers)
+    flux = make_pipeline(tokenizers)
     whole = sum(a.nbytes for a in tree_leaves(flux.flow))
     expected = latents(dev, n_images=2, seed=4, cfg_scale=2.0)
     assert mx.array_equal(latents(flux, n_images=2, seed=4, cfg_scale=2.0, keep_modulation=False), expected)
@@ -195,7 +198,7 @@ def tree_leaves(module):
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_16_bit_weights_keep_a_float32_latent(tokenizers, dev, dtype):
-    parts = tiny.make_parts(tokenizers)
+    parts = make_parts(tokenizers)
     for module in (parts.flow, parts.ae, parts.clip, parts.t5):
         module.set_dtype(dtype)
     flux = FluxPipeline.from_parts(parts)
@@ -210,7 +213,7 @@ def test_16_bit_weights_keep_a_float32_latent(tokenizers, dev, dtype):
 
 
 def test_an_odd_autoencoder_has_its_own_downscale(tokenizers):
-    flux = tiny.make_pipeline(tokenizers, ae_levels=2)
+    flux = make_pipeline(tokenizers, ae=tiny.AE)
     assert flux.downscale == 2
     assert flux.decode(latents(flux), SIZE).shape == (1, 16, 24, 3)
 
