@@ -196,7 +196,7 @@ def fill_in(args: argparse.Namespace, pipeline: FluxPipeline) -> None:
     check_sampling(args.steps, args.n_images, args.latent_size, args.negative_prompt, args.cfg_scale)
     if args.seed is None:
         args.seed = sampler.random_seed()
-        print(f"seed: {args.seed}")
+        print(f"seed: {args.seed}", flush=True)
 
 
 # --- Pictures ---

@@ -9,7 +9,7 @@ from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
 from flux.pipeline import FluxPipeline, Parts
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
-from flux.weights import registry
+from flux.weights import registry, save
 
 from . import tiny
 
@@ -40,3 +40,13 @@ def make_parts(tokenizers: Path, guidance: bool = True, ae: AutoEncoderParams = 
 
 def make_pipeline(tokenizers: Path, **options) -> FluxPipeline:
     return FluxPipeline.from_parts(make_parts(tokenizers, **options))
+
+
+def write_checkpoint(folder: Path) -> Path:
+    """A checkpoint of dev's kind in `folder`/model, in diffusers' layout: 2 steps and 64x48 pictures."""
+    clip_tokenizer, t5_tokenizer = tiny.write_tokenizers(folder / "vocabularies")
+    parts = make_parts(folder / "vocabularies")
+    spec = replace(parts.spec, steps=2, image_size=(64, 48))
+    model = save.Model(parts.flow, parts.ae, parts.clip, parts.t5, clip_tokenizer, t5_tokenizer, spec)
+    save.save_diffusers(folder / "model", model)
+    return folder / "model"
