@@ -99,7 +99,7 @@ def test_a_grid_and_its_recipe(start, model, tmp_path):
         "n_images": "3",
         "n_rows": "2",
         "decoding_batch_size": "1",
-        "version": __version__,
+        "version": f"flux-mlx {__version__}",
     }
     assert start("--remake", "grid.png", "--output", "again.png").returncode == 0
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
