@@ -185,6 +185,13 @@ def test_a_long_prompt_warns(call, model):
     assert err[0].startswith("warning: the prompt is longer than the model's 48 tokens; left out: ")
 
 
+def test_guidance_without_effect_warns(call, tmp_path):
+    model = tiny_pipeline.write_checkpoint(tmp_path / "schnell", guidance=False)
+    assert call(PROMPT, "--model", model)[::2] == (0, [])
+    status, _, err = call(PROMPT, "--model", model, "--guidance", 4)
+    assert (status, err) == (0, ["warning: schnell takes no guidance; 4.0 has no effect"])
+
+
 BAD_ARGUMENTS = [
     ([], "no prompt"),
     ([""], "prompt is empty"),
