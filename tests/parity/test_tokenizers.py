@@ -172,7 +172,7 @@ def test_t5_of_no_vocabulary(tmp_path):
     reference = transformers.T5Tokenizer()
     reference.save_pretrained(tmp_path)
     ours = T5Tokenizer.from_folder(tmp_path, 12)
-    texts = ["", "a b", "ﬁ <extra_id_3> é", "▁▁"]
+    texts = ["", "a b", "ﬁ <extra_id_3> é", "a▁b"]
     assert_same(texts, ours(texts).tolist(), t5_rows(reference, texts, 12))
 
 
