@@ -4,11 +4,11 @@ import json
 import random
 import unicodedata
 
-import florence2_reference as reference
 import pytest
 
 from flux.captioning.tasks import TASKS, Task, region
 from flux.captioning.tokenizer import FLORENCE_TOKENS, BartTokenizer
+from tests import florence2_reference as reference
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

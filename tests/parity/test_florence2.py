@@ -3,7 +3,6 @@
 from collections import Counter
 from pathlib import Path
 
-import florence2_reference as reference
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ from flux.captioning.captioner import Captioner
 from flux.captioning.pictures import PictureParams, prepare
 from flux.captioning.tasks import TASKS
 from flux.models.florence2 import GenerationParams, generate
+from tests import florence2_reference as reference
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
