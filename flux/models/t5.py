@@ -155,6 +155,7 @@ class T5Encoder(nn.Module):
 
     def __init__(self, params: T5Params):
         super().__init__()
+        self.params = params
         self.shared = nn.Embedding(params.vocab_size, params.d_model)
         self.encoder = T5Stack(params)
 
