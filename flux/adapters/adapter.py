@@ -1,7 +1,7 @@
 """An adapter as data: what it changes in which module. Knows neither file formats nor networks.
 
-Modules have the names of our own networks: BFL's for the transformer, transformers' for the text encoders. The
-three sets of names have nothing in common, so one dictionary holds them all.
+Modules have the names of our own networks: BFL's for the transformer, transformers' for the text encoders.
+The three sets of names have nothing in common, so one dictionary holds them all.
 """
 
 import math

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from flux.adapters import names
-from flux.adapters.adapter import Adapter, Change, Delta, Dense, Kronecker, LowRank
+from flux.adapters.adapter import Adapter, Delta, Dense, Kronecker, LowRank
 from flux.adapters.fused import Piece, fuse, swap_halves
 from flux.adapters.names import Home
 from flux.errors import FluxError
@@ -64,7 +64,9 @@ def load(path: str | Path, strict: bool = False) -> Adapter:
     return adapter
 
 
-def read(tensors: Mapping[str, mx.array], metadata: Mapping[str, str], config: Config | None = None) -> Adapter:
+def read(
+    tensors: Mapping[str, mx.array], metadata: Mapping[str, str], config: Config | None = None
+) -> Adapter:
     """The adapter in a file's tensors and header; config: PEFT's, where it stands in a file of its own."""
     found: dict[Home, Roles] = {}
     keys: dict[tuple[Home, str], str] = {}
@@ -93,7 +95,9 @@ def read(tensors: Mapping[str, mx.array], metadata: Mapping[str, str], config: C
     if not modules:
         raise FluxError(f"holds no adapter for FLUX.1 that is known here; its keys: {some(tensors)}")
     whole = {module: _whole(module, parts) for module, parts in modules.items()}
-    name = next((name for name, sign in FORMATS if any(re.search(sign, key) for key in tensors)), "bare names")
+    name = next(
+        (name for name, sign in FORMATS if any(re.search(sign, key) for key in tensors)), "bare names"
+    )
     return Adapter(whole, norms["replacement"], norms["diff"], dict(metadata), name, homeless)
 
 
@@ -183,7 +187,9 @@ def _low_rank(home: Home, roles: Roles, configs: Mapping[str, Config]) -> LowRan
     if down.shape[0] != up.shape[1] and down.shape[1] == up.shape[0]:
         down, up = down.T, up.T  # old mflux: (in, r) and (r, out)
     if down.shape[0] != up.shape[1]:
-        raise FluxError(f"{home.theirs}: down {tuple(down.shape)} and up {tuple(up.shape)} have no rank in common")
+        raise FluxError(
+            f"{home.theirs}: down {tuple(down.shape)} and up {tuple(up.shape)} have no rank in common"
+        )
     return LowRank(down, up, _alpha(home, roles, down.shape[0], configs))
 
 
@@ -198,7 +204,7 @@ def _kronecker(home: Home, roles: Roles, configs: Mapping[str, Config]) -> Krone
 
 
 def _factor(roles: Roles, name: str) -> tuple[mx.array | None, int | None]:
-    """One factor of a LoKr and its rank where it is a product itself (with a core, `lokr_t2`, if it has one)."""
+    """One factor of a LoKr and its rank where it is a product itself (`lokr_t2`: with a core)."""
     if name in roles:
         return roles.pop(name), None
     if f"{name}_a" not in roles or f"{name}_b" not in roles:

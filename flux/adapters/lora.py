@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 import mlx.nn as nn
 
-from flux.adapters.adapter import Adapter, Change, Delta, Dense, Kronecker, LowRank
+from flux.adapters.adapter import Adapter, Delta, Dense, Kronecker, LowRank
 from flux.errors import FluxError
 
 
@@ -65,8 +65,8 @@ LAYERS = {LowRank: LoRA, Kronecker: LoKr, Dense: DenseChange}
 class Share(nn.Module):
     """What one adapter adds to one layer: strength (W' - W) x.
 
-    dropout works on the share's own input while it is trained. learns: the weights are being trained, so that
-    a DoRA's norms follow them.
+    dropout works on the share's own input while it is trained. learns: the weights are being trained, and a
+    DoRA's norms follow them, as constants of the gradient (section 4.3 of the paper).
     """
 
     def __init__(self, name: str, delta: Delta, strength: float, dropout: float = 0.0, learns: bool = False):
@@ -75,14 +75,21 @@ class Share(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.layer = None if delta.change is None else LAYERS[type(delta.change)](delta.change)
         self.bias, self.magnitude = delta.bias, delta.magnitude
-        self._norms: mx.array | None = None  # of a DoRA that is not trained
+        self._norms: mx.array | None = None  # of (W + dW), for a DoRA that is not trained
+
+    def prepare(self, base: nn.Module) -> None:
+        """Computes once what depends on the base layer alone."""
+        if self.magnitude is not None and not self.learns:
+            self._norms = self._row_norms(base)
+            mx.eval(self._norms)  # now: the dense weight behind it is large
 
     def __call__(self, x: mx.array, plain: mx.array, base: nn.Module) -> mx.array:
         """x (..., in), plain (..., out): what the base layer makes of x, without its bias."""
         out = mx.zeros_like(plain) if self.layer is None else self.layer(self.dropout(x))
         if self.magnitude is not None:
-            ratio = self._ratio(base).astype(x.dtype)
-            out = ratio * (plain + out) - plain
+            norms = mx.stop_gradient(self._row_norms(base)) if self.learns else self._norms
+            ratio = self._over(norms)  # float32, so that ratio - 1 keeps its digits
+            out = (ratio - 1).astype(x.dtype) * plain + ratio.astype(x.dtype) * out
         if self.bias is not None:
             out = out + self.bias.astype(x.dtype)
         return self.strength * out
@@ -100,16 +107,11 @@ class Share(nn.Module):
             change = self._over(row_norms(new))[:, None] * new - weight
         return self.strength * change
 
-    def _ratio(self, base: nn.Module) -> mx.array:
-        """magnitude / row norms of (W + dW), (out,). Norms count as constants in training, as in the paper."""
-        if self._norms is None or self.learns:
-            norms = mx.stop_gradient(row_norms(dense_weight(base) + self.layer.change().dense()))
-            if self.learns:
-                return self._over(norms)
-            self._norms = norms
-        return self._over(self._norms)
+    def _row_norms(self, base: nn.Module) -> mx.array:
+        return row_norms(dense_weight(base) + self.layer.change().dense())
 
     def _over(self, norms: mx.array) -> mx.array:
+        """magnitude / norms, and 1 in rows that are no DoRA."""
         magnitude = self.magnitude.astype(mx.float32)
         return mx.where(mx.isnan(magnitude), 1.0, magnitude / norms)
 
@@ -157,13 +159,9 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every Linear and QuantizedLinear by the checkpoint's name, wrapped ones as their wrappers."""
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, AdaptedLinear):
-            found[name] = module
-        elif isinstance(module, nn.Linear | nn.QuantizedLinear) and not name.endswith(".base"):
-            found[name] = module
-    return found
+    kinds = AdaptedLinear | nn.Linear | nn.QuantizedLinear
+    modules = dict(model.named_modules())
+    return {n: m for n, m in modules.items() if isinstance(m, kinds) and not n.endswith(".base")}
 
 
 def mismatches(model: nn.Module, adapter: Adapter, widen: bool = False) -> dict[str, str]:
@@ -180,7 +178,9 @@ def mismatches(model: nn.Module, adapter: Adapter, widen: bool = False) -> dict[
         wide = widen and name == "img_in" and type(layer) is nn.Linear and (own_columns or 0) > columns
         if own_rows not in (None, rows) or (own_columns not in (None, columns) and not wide):
             hint = "; a control adapter, which takes a structure picture" if name == "img_in" else ""
-            out[name] = f"the adapter is for {own_columns} -> {own_rows}, the layer is {columns} -> {rows}{hint}"
+            out[name] = (
+                f"the adapter is for {own_columns} -> {own_rows}, the layer is {columns} -> {rows}{hint}"
+            )
     for name, value in {**adapter.replaced, **adapter.added}.items():
         current = _parameter(model, name)
         if current is None or current.shape != value.shape:
@@ -228,7 +228,9 @@ class Adapters:
         if wrong and (strict or not fitting):
             lines = "; ".join(f"{module}: {why}" for module, why in list(wrong.items())[:8])
             more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-            raise FluxError(f"{name}: {len(wrong)} of {len(adapter.modules)} layers do not fit: {lines}{more}")
+            raise FluxError(
+                f"{name}: {len(wrong)} of {len(adapter.modules)} layers do not fit: {lines}{more}"
+            )
         layers = linears(self.model)
         for module in fitting:
             layer = layers[module]
@@ -239,9 +241,14 @@ class Adapters:
             if delta.shape[1] is not None and delta.shape[1] > linear_shape(layer.base)[1]:
                 self._widen(module, layer.base, delta.shape[1], name)
             layer.shares.append(Share(name, delta, strength, dropout, learns))
+            layer.shares[-1].prepare(layer.base)
         self.strengths[name] = strength
-        if adapter.replaced or adapter.added:
-            self._norms[name] = adapter
+        replaced, added = (
+            {path: value for path, value in norms.items() if path not in wrong}
+            for norms in (adapter.replaced, adapter.added)
+        )
+        if replaced or added:
+            self._norms[name] = Adapter({}, replaced, added)
             self._apply_norms()
         return wrong
 
@@ -254,8 +261,8 @@ class Adapters:
 
     def remove(self, name: str) -> None:
         """Takes an adapter away; without adapters the network is as it was."""
-        for layer, share in list(self._shares(name)):
-            layer.shares.remove(share)
+        for layer, _ in list(self._shares(name)):
+            layer.shares = [share for share in layer.shares if share.name != name]
         del self.strengths[name]
         self._norms.pop(name, None)
         self._apply_norms()

@@ -1,9 +1,9 @@
 """Where a key of an adapter file belongs: the names that trainers give to our modules, as tables.
 
 A key is a prefix (which program, which network), a stem (which module) and a suffix (which tensor). Programs
-differ in all three, and mix: kohya writes `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight`, diffusers
-`transformer.transformer_blocks.0.attn.to_q.lora_A.weight`. Dots and underscores are taken as the same, so that
-one table of stems serves all of them.
+differ in all three, and mix. kohya writes `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight` where
+diffusers writes `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`. Dots and underscores are taken as
+the same, so that one table of stems serves all of them.
 """
 
 import re
@@ -53,7 +53,7 @@ SUFFIXES: tuple[tuple[str, str], ...] = (
     (".weight", "replacement"),  # and under diffusers'
 )
 
-# Stems beside BFL's and diffusers' own: (stem, our module, the first and the last part that it covers).
+# Stems beside BFL's and diffusers' own, and our module.
 XLABS: tuple[tuple[str, str], ...] = (
     ("double_blocks.{}.processor.qkv_lora1", "double_blocks.{}.img_attn.qkv"),
     ("double_blocks.{}.processor.qkv_lora2", "double_blocks.{}.txt_attn.qkv"),
@@ -140,9 +140,9 @@ def _homes() -> dict[str, Home]:
 def find(key: str) -> Key | None:
     """What a key of a file means, or None where its name says nothing here."""
     for suffix, role in SUFFIXES:
-        if key.endswith(suffix) and (home := find_module(key.removesuffix(suffix))):
-            if role == "diff" or home.norm == (role == "replacement"):
-                return Key(home, role)
+        home = find_module(key.removesuffix(suffix)) if key.endswith(suffix) else None
+        if home and (role == "diff" or home.norm == (role == "replacement")):
+            return Key(home, role)
     return None
 
 

@@ -25,7 +25,15 @@ OWN = "flux_mlx."
 FACTS = ("base_model", "trigger", "steps", "dataset_hash")
 KOHYA_FACTS = {"base_model": "ss_sd_model_name", "trigger": "modelspec.trigger_phrase", "steps": "ss_steps"}
 # Entries of a header that are true only of the file that they stood in.
-STALE = {"format", PEFT_METADATA, "ss_network_dim", "ss_network_alpha", "lora_rank", "lora_blocks", "mflux_version"}
+STALE = {
+    "format",
+    PEFT_METADATA,
+    "ss_network_dim",
+    "ss_network_alpha",
+    "lora_rank",
+    "lora_blocks",
+    "mflux_version",
+}
 
 
 def save(path: str | Path, adapter: Adapter, format: str, facts: Mapping[str, str] | None = None) -> None:
@@ -40,7 +48,9 @@ def save(path: str | Path, adapter: Adapter, format: str, facts: Mapping[str, st
     if unknown := set(facts or ()) - set(FACTS):
         raise FluxError(f"no fact of an adapter: {', '.join(sorted(unknown))}; one of {', '.join(FACTS)}")
     tensors, metadata = WRITERS[format](adapter)
-    own = {OWN + name: str(value) for name, value in {**read_facts(adapter.metadata), **(facts or {})}.items()}
+    own = {
+        OWN + name: str(value) for name, value in {**read_facts(adapter.metadata), **(facts or {})}.items()
+    }
     kept = {name: value for name, value in adapter.metadata.items() if name not in STALE}
     ranks, alphas = adapter.ranks().values(), adapter.alphas().values()
     own |= {OWN + "rank": _usual(ranks), OWN + "alpha": _usual(alphas)} if ranks else {}
@@ -63,7 +73,11 @@ Metadata = Callable[[Mapping[str, str]], dict[str, str]]  # from our own entries
 
 # --- Ours and kohya's: BFL's modules, alpha beside the matrices ---
 
-NATIVE = {"flux": "diffusion_model.", "clip": "text_encoders.clip_l.transformer.", "t5": "text_encoders.t5xxl.transformer."}
+NATIVE = {
+    "flux": "diffusion_model.",
+    "clip": "text_encoders.clip_l.transformer.",
+    "t5": "text_encoders.t5xxl.transformer.",
+}
 KOHYA = {"flux": "lora_unet_", "clip": "lora_te1_", "t5": "lora_te3_"}
 
 
@@ -126,7 +140,11 @@ def to_diffusers(adapter: Adapter) -> tuple[Tensors, Metadata]:
     tensors: Tensors = {}
     config: dict[str, Any] = {}
     for part, prefix in (("flux", "transformer"), ("clip", "text_encoder")):
-        own = {name: d for module, delta in adapter.part(part).modules.items() for name, d in _parts(module, delta)}
+        own = {
+            name: d
+            for module, delta in adapter.part(part).modules.items()
+            for name, d in _parts(module, delta)
+        }
         if own:
             tensors |= _peft_tensors(prefix, own)
             config |= {f"{prefix}.{name}": value for name, value in _peft_config(own).items()}
@@ -155,7 +173,11 @@ def _parts(module: str, delta: Delta) -> list[tuple[str, Delta]]:
 def _peft_tensors(prefix: str, deltas: Mapping[str, Delta]) -> Tensors:
     out: Tensors = {}
     biased = any(delta.bias is not None for delta in deltas.values())
-    whole = [name for name, delta in deltas.items() if delta.magnitude is None or mx.any(mx.isnan(delta.magnitude)).item()]
+    whole = [
+        name
+        for name, delta in deltas.items()
+        if delta.magnitude is None or mx.any(mx.isnan(delta.magnitude)).item()
+    ]
     if len(whole) < len(deltas):
         _refuse("diffusers", "layers without DoRA beside layers with it", whole)
     for name, delta in deltas.items():
