@@ -40,8 +40,9 @@ def parser() -> argparse.ArgumentParser:
     convert = commands.add_parser(
         "convert",
         help="write an adapter in another format",
-        description="native: loads here and in ComfyUI, holds every kind of adapter. kohya: sd-scripts' names, "
-        "for most programs. diffusers: split layers with PEFT's metadata. What a format cannot hold is refused.",
+        description="native: loads here and in ComfyUI, holds every kind of adapter. "
+        "kohya: sd-scripts' names, for most programs. diffusers: split layers with PEFT's metadata. "
+        "What a format cannot hold is refused.",
     )
     convert.add_argument(
         "file", type=Path, metavar="FILE", help="an adapter: a safetensors file, or a folder"

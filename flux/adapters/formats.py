@@ -142,14 +142,23 @@ def _configs(metadata: Mapping[str, str], config: Config | None) -> dict[str, Co
 def _alpha(home: Home, roles: Roles, rank: int, configs: Mapping[str, Config]) -> float:
     """Alpha by the header, else by the tensor beside the matrices, else the rank."""
     beside = roles.pop("alpha", None)
-    config = configs.get("text_encoder" if home.module.startswith("text_model.") else "transformer", {})
+    config = _config_of(home, configs)
     if config.get("lora_alpha") is not None:
-        patterns = config.get("alpha_pattern") or {}
-        fitting = (p for p in patterns if re.match(rf"(.*\.)?({p})$", home.theirs))  # as PEFT matches them
-        pattern = next(fitting, None)
-        alpha = float(config["lora_alpha"] if pattern is None else patterns[pattern])
+        alpha = _pattern(home, config, "lora_alpha", "alpha_pattern")
         return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
     return float(rank) if beside is None else float(beside.reshape(-1)[0].item())
+
+
+def _config_of(home: Home, configs: Mapping[str, Config]) -> Config:
+    return configs.get("text_encoder" if home.module.startswith("text_model.") else "transformer", {})
+
+
+def _pattern(home: Home, config: Config, name: str, patterns: str) -> float:
+    """A number of PEFT's config for one module: of the first pattern that fits, else the usual one."""
+    for pattern, value in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", home.theirs):  # as PEFT itself matches them
+            return float(value)
+    return float(config[name])
 
 
 # --- One home's tensors -> its change ---
@@ -198,6 +207,10 @@ def _kronecker(home: Home, roles: Roles, configs: Mapping[str, Config]) -> Krone
     w2, rank2 = _factor(roles, "lokr_w2")
     if w1 is None or w2 is None:
         return None
+    config = _config_of(home, configs)
+    if config.get("peft_type") == "LOKR":  # PEFT scales a product and a plain factor alike
+        alpha = _pattern(home, config, "alpha", "alpha_pattern")
+        return Kronecker(w1, w2, alpha / _pattern(home, config, "r", "rank_pattern"))
     rank = rank2 or rank1
     alpha = _alpha(home, roles, rank or 1, configs)
     return Kronecker(w1, w2, alpha / rank if rank else 1.0)

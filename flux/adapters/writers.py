@@ -192,16 +192,22 @@ def _peft_tensors(prefix: str, deltas: Mapping[str, Delta]) -> Tensors:
 
 
 def _peft_config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
-    """PEFT's LoraConfig for these layers, with alpha equal to the rank everywhere."""
-    ranks = {name: delta.change.rank for name, delta in deltas.items()}
+    """PEFT's LoraConfig for these layers, with alpha equal to the rank everywhere.
+
+    PEFT matches names from their end. CLIP's layers go without `text_model.`, which newer versions of
+    transformers do not have; the transformer's `proj_out` is told from the blocks' by its start.
+    """
+    names = {name: name.removeprefix("text_model.") for name in deltas}
+    ranks = {names[name]: delta.change.rank for name, delta in deltas.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    odd = {f"^{name}": rank for name, rank in ranks.items() if rank != usual}
+    start = "" if names.keys() != set(names.values()) else "^"
+    odd = {start + name: rank for name, rank in ranks.items() if rank != usual}
     return {
         "r": usual,
         "lora_alpha": usual,
         "rank_pattern": odd,
         "alpha_pattern": odd,
-        "target_modules": sorted(deltas),
+        "target_modules": sorted(ranks),
         "use_dora": any(delta.magnitude is not None for delta in deltas.values()),
         "lora_bias": any(delta.bias is not None for delta in deltas.values()),
     }
