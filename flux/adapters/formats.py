@@ -185,21 +185,29 @@ def _delta(home: Home, roles: Roles, configs: Mapping[str, Config]) -> Delta:
 
 
 def _low_rank(home: Home, roles: Roles, configs: Mapping[str, Config]) -> LowRank | None:
-    for role in ("down", "up"):
-        if f"{role} transposed" in roles:
-            roles[role] = roles.pop(f"{role} transposed").T
+    for suffix in (" transposed", " or transposed"):
+        if "down" + suffix in roles and "up" + suffix in roles:
+            a, b = roles.pop("down" + suffix), roles.pop("up" + suffix)
+            turned = suffix == " transposed" or _is_transposed(a, b)
+            roles["down"], roles["up"] = (a.T, b.T) if turned else (a, b)
     if "down" not in roles or "up" not in roles:
         return None
     down, up = roles.pop("down"), roles.pop("up")
     if down.ndim != 2 or up.ndim != 2:
         raise FluxError(f"{home.theirs}: matrices of shape {tuple(down.shape)} and {tuple(up.shape)}")
-    if down.shape[0] != up.shape[1] and down.shape[1] == up.shape[0]:
-        down, up = down.T, up.T  # old mflux: (in, r) and (r, out)
     if down.shape[0] != up.shape[1]:
         raise FluxError(
             f"{home.theirs}: down {tuple(down.shape)} and up {tuple(up.shape)} have no rank in common"
         )
     return LowRank(down, up, _alpha(home, roles, down.shape[0], configs))
+
+
+def _is_transposed(down: mx.array, up: mx.array) -> bool:
+    """Whether matrices whose names leave it open are (in, r) and (r, out). A square layer allows both: then
+    the smaller rank is meant.
+    """
+    as_is, turned = down.shape[0] == up.shape[-1], down.shape[-1] == up.shape[0]
+    return turned and (not as_is or down.shape[-1] < down.shape[0])
 
 
 def _kronecker(home: Home, roles: Roles, configs: Mapping[str, Config]) -> Kronecker | None:

@@ -160,7 +160,7 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
 def linears(model: nn.Module) -> dict[str, nn.Module]:
     """Every Linear and QuantizedLinear by the checkpoint's name, wrapped ones as their wrappers."""
     kinds = AdaptedLinear | nn.Linear | nn.QuantizedLinear
-    modules = dict(model.named_modules())
+    modules = dict(reversed(model.named_modules()))  # MLX lists them from the output to the input
     return {n: m for n, m in modules.items() if isinstance(m, kinds) and not n.endswith(".base")}
 
 

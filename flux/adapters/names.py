@@ -34,8 +34,8 @@ SUFFIXES: tuple[tuple[str, str], ...] = (
     ("_lora.up.weight", "up"),
     (".down.weight", "down"),  # XLabs, whose stems end with _lora1 or _lora2
     (".up.weight", "up"),
-    (".lora_A", "down"),  # old mflux
-    (".lora_B", "up"),
+    (".lora_A", "down or transposed"),  # old mflux
+    (".lora_B", "up or transposed"),
     (".lora_a", "down transposed"),  # mlx-examples
     (".lora_b", "up transposed"),
     (".lora_B.bias", "up bias"),

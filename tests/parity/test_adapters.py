@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -13,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 from safetensors.torch import save_file  # noqa: E402
 
-from flux.adapters import Adapter, Adapters, Delta, LowRank, load, new_adapter, save, targets  # noqa: E402
+from flux.adapters import Adapter, Adapters, Delta, LowRank, load, save  # noqa: E402
 from flux.models.clip import CLIPTextModel, CLIPTextParams  # noqa: E402
 from flux.models.transformer import Flux, FluxParams  # noqa: E402
 from flux.weights import keymaps  # noqa: E402
@@ -92,23 +94,28 @@ def inputs(channels: int = 16) -> dict[str, np.ndarray]:
 
 
 def answer_of_reference(model: "torch.nn.Module", channels: int = 16) -> np.ndarray:
-    given = {name: torch.from_numpy(value) for name, value in inputs(channels).items()}
     with torch.no_grad():
-        return model(
-            hidden_states=given["img"],
-            encoder_hidden_states=given["txt"],
-            pooled_projections=given["y"],
-            timestep=given["timesteps"],
-            img_ids=given["img_ids"],
-            txt_ids=given["txt_ids"],
-            guidance=given["guidance"],
-        ).sample.numpy()
+        return run_reference(model, {k: torch.from_numpy(v) for k, v in inputs(channels).items()}).numpy()
+
+
+def run_reference(model: "torch.nn.Module", given: "dict[str, torch.Tensor]") -> "torch.Tensor":
+    return model(
+        hidden_states=given["img"],
+        encoder_hidden_states=given["txt"],
+        pooled_projections=given["y"],
+        timestep=given["timesteps"],
+        img_ids=given["img_ids"],
+        txt_ids=given["txt_ids"],
+        guidance=given["guidance"],
+    ).sample
 
 
 def answer_of_ours(model: Flux, channels: int = 16) -> np.ndarray:
-    given = {name: mx.array(value) for name, value in inputs(channels).items()}
-    given |= {name: given[name][None] for name in ("img_ids", "txt_ids")}
-    return np.array(model(**given))
+    return np.array(run_ours(model, {name: mx.array(value) for name, value in inputs(channels).items()}))
+
+
+def run_ours(model: Flux, given: dict[str, mx.array]) -> mx.array:
+    return model(**given | {name: given[name][None] for name in ("img_ids", "txt_ids")})
 
 
 def relative_error(a: np.ndarray, b: np.ndarray) -> float:
@@ -219,13 +226,9 @@ def test_lokr_of_peft(options: dict, tmp_path: Path):
     wrapped = peft.get_peft_model(reference_model(), config)
     randomize(wrapped, 2, only="lokr_")
     wrapped.save_pretrained(tmp_path)
-    layers = {
-        n: m for n, m in wrapped.base_model.model.named_modules() if isinstance(m, peft.tuners.lokr.Linear)
-    }
-    expected = {name: layer.get_delta_weight("default").detach().numpy() for name, layer in layers.items()}
     adapter = load(tmp_path, strict=True)
-    check_deltas(adapter, expected)
-    assert relative_error(ours_with(adapter), answer_of_reference(wrapped.base_model.model)) <= TOLERANCE
+    check_deltas(adapter, peft_deltas(wrapped.base_model.model))
+    assert_same_change(adapter, wrapped.base_model.model)
 
 
 # --- What we write, read by diffusers ---
@@ -326,6 +329,38 @@ def test_control_adapter(tmp_path: Path):
     ours = ours_of(reference_model())
     Adapters(ours).add(load(tmp_path / "control.safetensors", strict=True), widen=True)
     assert relative_error(answer_of_ours(ours, 32), answer_of_reference(reference, 32)) <= TOLERANCE
+
+
+# --- Training ---
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_gradients(dora: bool, tmp_path: Path):
+    """Of the mean squared error, for layers that are one and the same in both programs."""
+    single = ["to_out.0", "to_add_out", "ff.net.0.proj", "ff_context.net.2", "proj_out", "norm1.linear"]
+    reference = with_lora(reference_model(), target_modules=single, use_dora=dora)
+    ours = ours_of(reference_model())
+    adapters = Adapters(ours)
+    adapters.add(load(save_by_diffusers(reference, tmp_path, metadata=True)), name="new", learns=True)
+    adapters.freeze_all_but("new")
+    goal = np.random.default_rng(4).standard_normal((1, 6, 16), dtype=np.float32)
+
+    given = {name: torch.from_numpy(value) for name, value in inputs().items()}
+    torch.mean((run_reference(reference, given) - torch.from_numpy(goal)) ** 2).backward()
+    arrays = {name: mx.array(value) for name, value in inputs().items()}
+    loss = nn.value_and_grad(ours, lambda model: mx.mean((run_ours(model, arrays) - mx.array(goal)) ** 2))
+    gradients = dict(tree_flatten(loss(ours)[1]))
+
+    kinds = {"layer.down": "lora_A.default.weight", "layer.up": "lora_B.default.weight"}
+    if dora:
+        kinds["magnitude"] = "lora_magnitude_vector.default.weight"
+    expected = dict(reference.named_parameters())
+    assert len(gradients) == len([name for name in expected if "lora" in name])
+    for name, gradient in gradients.items():
+        module, kind = name.split(".shares.0.")
+        _, (theirs,) = keymaps.find_theirs(keymaps.TRANSFORMER, module)
+        own = expected[f"{theirs}.{kinds[kind]}"].grad
+        assert relative_error(np.array(gradient), own.numpy()) <= 1e-4, name
 
 
 # --- CLIP ---
