@@ -342,24 +342,38 @@ def test_rank_below_one():
         new_adapter(make_model(), [QKV], 0, 1.0, mx.random.key(0))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_is_trainable(dora: bool):
+    model, _ = train_ready(dora=dora)
+    names = dict(tree_flatten(model.trainable_parameters()))
+    assert {name.rsplit(".", 1)[1] for name in names} == {"down", "up"} | ({"magnitude"} if dora else set())
+    assert {name.split(".shares.")[0] for name in names} == set(targets(model))
+    assert len(names) == (3 if dora else 2) * len(targets(model))
+
+
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("dora", [False, True])
 def test_only_the_adapter_learns(bits: int | None, dora: bool):
-    model, _ = train_ready(bits, dora=dora)
-    names = {name.rsplit(".", 1)[1] for name, _ in tree_flatten(model.trainable_parameters())}
-    assert names == ({"down", "up", "magnitude"} if dora else {"down", "up"})
+    """One layer learns to answer as another one whose weight differs by a matrix of rank 1."""
+    model = nn.Sequential(nn.Linear(32, 24))
+    base = dense_weight(model.layers[0])
+    if bits:
+        nn.quantize(model, 32, bits)
+    adapters = Adapters(model)
+    adapters.add(new_adapter(model, ["layers.0"], 4, 8.0, mx.random.key(1), dora), name="new", learns=True)
+    adapters.freeze_all_but("new")
     before = {name: mx.array(w) for name, w in tiny.parameters(model).items()}
-    goal = mx.array(answer(make_model()) + 1)
-    loss = nn.value_and_grad(model, lambda m: mx.mean((call(m) - goal) ** 2))
+    x = normal(64, 32)
+    goal = x @ (base + 4 * normal(24, 1) @ normal(1, 32, seed=1)).T
+    loss = nn.value_and_grad(model, lambda m: mx.mean((m(x) - goal) ** 2))
     optimizer, losses = optim.Adam(0.02), []
-    for _ in range(25):
+    for _ in range(60):
         value, gradients = loss(model)
         optimizer.update(model, gradients)
         losses.append(value.item())
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < 0.25 * losses[0]
     changed = {name for name, w in tiny.parameters(model).items() if not mx.array_equal(w, before[name])}
-    assert changed <= set(dict(tree_flatten(model.trainable_parameters())))
-    assert any(name.endswith("up") for name in changed)
+    assert changed == set(dict(tree_flatten(model.trainable_parameters())))
 
 
 def test_dropout_works_in_training_alone():
@@ -387,10 +401,11 @@ def test_compiled_calls_work():
     """Also with a DoRA, whose norms must not be made inside of the compiled function."""
     model = make_model()
     Adapters(model).add(every_kind(model))
-    expected = answer(model)
-    compiled = mx.compile(lambda: call(model))
-    assert error(np.array(compiled()), expected) <= 1e-5
-    assert error(answer(model), expected) <= 1e-6
+    x = normal(2, HIDDEN)
+    for name in (QKV, LINEAR1):
+        layer = linears(model)[name]
+        compiled = mx.compile(lambda x, layer=layer: layer(x))(x)
+        assert error(np.array(compiled), np.array(layer(x))) <= 1e-5
 
 
 def test_row_norms_and_text_encoders():
