@@ -231,6 +231,22 @@ def test_configs_of_two_networks_are_kept_apart():
     assert alphas == {"img_in": 2, "text_model.encoder.layers.0.mlp.fc1": 9}
 
 
+@pytest.mark.parametrize(
+    "pattern", ["^encoder.layers.0.mlp.fc1", "^text_model.encoder.layers.0.mlp.fc1", "fc1"]
+)
+def test_patterns_for_clip_of_old_and_new_transformers(pattern: str):
+    tensors = lora("text_encoder.text_model.encoder.layers.0.mlp.fc1") | lora("transformer.x_embedder")
+    config = {"text_encoder.lora_alpha": 9, "text_encoder.alpha_pattern": {pattern: 4}}
+    alphas = read_numpy(tensors, {"lora_adapter_metadata": json.dumps(config)}).alphas()
+    assert alphas == {"img_in": RANK, "text_model.encoder.layers.0.mlp.fc1": 4}
+
+
+@pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("[1]", "JSON object, not list")])
+def test_damaged_metadata(text: str, words: str):
+    with pytest.raises(FluxError, match=words):
+        read_numpy(lora("img_in"), {"lora_adapter_metadata": text})
+
+
 def test_alpha_of_shape_one():
     tensors = lora("img_in") | {"img_in.alpha": np.array([6.0], np.float32)}
     assert read_numpy(tensors).alphas() == {"img_in": 6}

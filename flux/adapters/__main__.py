@@ -19,7 +19,12 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog="python -m flux.adapters", description=__doc__.split(": ", 1)[1])
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    inspect = commands.add_parser("inspect", help="what an adapter file holds: layers, ranks, metadata")
+    inspect = commands.add_parser(
+        "inspect",
+        help="what an adapter file holds",
+        description="Prints the file's format, its layers with rank and alpha, its metadata, "
+        "and every key that is unknown here.",
+    )
     inspect.add_argument(
         "file", type=Path, metavar="FILE", help="an adapter: a safetensors file, or a folder"
     )

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from flux.adapters import names
-from flux.adapters.adapter import Adapter, Delta, Dense, Kronecker, LowRank
+from flux.adapters.adapter import Adapter, Delta, Dense, Kronecker, LowRank, part_of
 from flux.adapters.fused import Piece, fuse, swap_halves
 from flux.adapters.names import Home
 from flux.errors import FluxError
@@ -23,6 +23,7 @@ from flux.weights import tensors as files
 PEFT_METADATA = "lora_adapter_metadata"  # the header's entry in which diffusers keeps PEFT's config
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT itself saves
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", PEFT_FILE)
+DIFFUSERS_PARTS = {"flux": "transformer", "clip": "text_encoder", "t5": "text_encoder_2"}
 MLP_RATIO = 4  # of every FLUX.1: the rows of linear1's last part, where a file leaves that part out
 SHOWN = 20  # how many keys an error line shows
 
@@ -120,17 +121,20 @@ def _file(path: Path) -> Path:
 # --- Alpha ---
 
 
-def _json(text: str, where: str | Path) -> Any:
+def _json(text: str, where: str | Path) -> dict[str, Any]:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
         raise FluxError(f"{where}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise FluxError(f"{where}: should be a JSON object, not {type(value).__name__}")
+    return value
 
 
 def _configs(metadata: Mapping[str, str], config: Config | None) -> dict[str, Config]:
-    """PEFT's config for the transformer ("transformer") and for CLIP ("text_encoder"), where there is one."""
+    """PEFT's config for each network, under diffusers' name for it, where there is one."""
     if config is not None:
-        return {"transformer": config, "text_encoder": config}
+        return dict.fromkeys(DIFFUSERS_PARTS.values(), config)
     packed = _json(metadata.get(PEFT_METADATA, "{}"), PEFT_METADATA)
     configs: dict[str, dict[str, Any]] = {}
     for name, value in packed.items():
@@ -150,13 +154,14 @@ def _alpha(home: Home, roles: Roles, rank: int, configs: Mapping[str, Config]) -
 
 
 def _config_of(home: Home, configs: Mapping[str, Config]) -> Config:
-    return configs.get("text_encoder" if home.module.startswith("text_model.") else "transformer", {})
+    return configs.get(DIFFUSERS_PARTS[part_of(home.module)], {})
 
 
 def _pattern(home: Home, config: Config, name: str, patterns: str) -> float:
     """A number of PEFT's config for one module: of the first pattern that fits, else the usual one."""
+    modules = (home.theirs, home.theirs.removeprefix("text_model."))  # newer transformers leave that out
     for pattern, value in (config.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", home.theirs):  # as PEFT itself matches them
+        if any(re.match(rf"(.*\.)?({pattern})$", module) for module in modules):  # as PEFT itself does it
             return float(value)
     return float(config[name])
 

@@ -177,7 +177,8 @@ def mismatches(model: nn.Module, adapter: Adapter, widen: bool = False) -> dict[
         own_rows, own_columns = delta.shape
         wide = widen and name == "img_in" and type(layer) is nn.Linear and (own_columns or 0) > columns
         if own_rows not in (None, rows) or (own_columns not in (None, columns) and not wide):
-            hint = "; a control adapter, which takes a structure picture" if name == "img_in" else ""
+            control = name == "img_in" and (own_columns or 0) > columns
+            hint = "; a control adapter, which takes a structure picture" if control else ""
             out[name] = (
                 f"the adapter is for {own_columns} -> {own_rows}, the layer is {columns} -> {rows}{hint}"
             )

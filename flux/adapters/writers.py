@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from flux.adapters.adapter import Adapter, Delta, Dense, Kronecker, LowRank, fold, folded, part_of
-from flux.adapters.formats import PEFT_METADATA, some
+from flux.adapters.formats import DIFFUSERS_PARTS, PEFT_METADATA, some
 from flux.adapters.fused import split, swap_halves
 from flux.errors import FluxError
 from flux.weights import tensors as files
@@ -139,7 +139,8 @@ def to_diffusers(adapter: Adapter) -> tuple[Tensors, Metadata]:
     _refuse("diffusers", "added norms", list(adapter.added))
     tensors: Tensors = {}
     config: dict[str, Any] = {}
-    for part, prefix in (("flux", "transformer"), ("clip", "text_encoder")):
+    for part in ("flux", "clip"):
+        prefix = DIFFUSERS_PARTS[part]
         own = {
             name: d
             for module, delta in adapter.part(part).modules.items()
