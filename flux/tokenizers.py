@@ -9,8 +9,10 @@ import json
 import math
 import unicodedata
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import regex
@@ -20,11 +22,11 @@ from flux.errors import FluxError
 
 
 def well_formed(text: str) -> str:
-    """Text that UTF-8 can hold: halves of surrogate pairs, which JSON may bring, are joined or made U+FFFD."""
+    """Text that UTF-8 can hold: halves of surrogate pairs, as in JSON, are joined or become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -37,34 +39,30 @@ def byte_letters() -> list[str]:
     Latin-1's printable characters stand for their own code; the 68 other bytes get the letters from U+0100
     on, in order (Radford et al. 2019, GPT-2).
     """
-    printable = {
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    }
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     substitutes = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(substitutes)) for byte in range(256)]
 
 
 class CLIPTokenizer:
-    """CLIP's byte-level BPE: words in lower case, contractions, digits, runs of signs, each merged from bytes.
+    """CLIP's byte-level BPE: words in lower case, contractions, digits and runs of signs, merged from bytes.
 
     `vocab` is piece -> id, where "</w>" ends a word's last piece. `merges` are "left right", the first to be
     applied first. `max_length` counts the start token and at least one end token.
     Raises FluxError for a vocabulary without these two.
+
+    The ids are those of transformers' CLIPTokenizer, whose tables of characters are older: they differ where
+    an accent newer than Unicode 9 stands among other accents, and at letters newer than Unicode 15.
     """
 
     BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
-    SPECIAL = regex.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
-    WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
-    CHUNK = regex.compile(
-        f"{SPECIAL.pattern[1:-1]}|{WORD.pattern}"
-    )  # "<|EndOfText|>" after lower-casing: no token
+    SPECIAL = r"<\|startoftext\|>|<\|endoftext\|>"
+    WORD = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
     def __init__(self, vocab: dict[str, int], merges: list[str], max_length: int = 77):
         missing = [token for token in (self.BOS, self.EOS) if token not in vocab]
         if missing:
-            raise FluxError(f"CLIP's vocabulary of {len(vocab)} pieces lacks {' and '.join(missing)}")
+            raise FluxError(f"CLIP's vocabulary of {len(vocab)} pieces lacks {', '.join(missing)}")
         self.max_length = max_length
         self.bos_token_id = vocab[self.BOS]
         self.eos_token_id = vocab[self.EOS]
@@ -82,23 +80,19 @@ class CLIPTokenizer:
             return cls(read_json(folder / "vocab.json"), merges)
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise FluxError(
-                f"{folder}: no CLIP tokenizer; expected vocab.json and merges.txt, or tokenizer.json"
-            )
+            raise FluxError(f"{folder}: no CLIP tokenizer; expected vocab.json, merges.txt or tokenizer.json")
         tokenizer = read_json(file)
         model = tokenizer.get("model", {})
         if model.get("type") != "BPE":
             raise FluxError(f"{file}: not a CLIP tokenizer; its model is {model.get('type')}, expected BPE")
-        added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
         return cls({**model["vocab"], **added}, merges)
 
     def encode(self, text: str) -> list[int]:
         """max_length ids: the start token, the text, the end token, and more end tokens as padding."""
-        # What the vocabulary lacks becomes the end token: CLIP has no other "unknown".
-        ids = [
-            self._vocab.get(piece, self.eos_token_id) for piece in self._pieces(text)[: self.max_length - 2]
-        ]
+        pieces = self._pieces(text)[: self.max_length - 2]
+        ids = [self._vocab.get(piece, self.eos_token_id) for piece in pieces]  # CLIP's "unknown" is EOS
         return [self.bos_token_id, *ids] + [self.eos_token_id] * (self.max_length - 1 - len(ids))
 
     def __call__(self, texts: list[str]) -> mx.array:
@@ -113,30 +107,33 @@ class CLIPTokenizer:
 
     def _pieces(self, text: str) -> list[str]:
         pieces = []
-        for part in self.SPECIAL.split(well_formed(text)):
+        for part in regex.split(f"({self.SPECIAL})", well_formed(text)):
             if part in (self.BOS, self.EOS):
                 pieces.append(part)
-                continue
-            # A letter at a time: str.lower() would write the sigma that ends a word in another way.
-            lower = "".join(letter.lower() for letter in unicodedata.normalize("NFC", part))
-            for chunk in self.CHUNK.findall(lower):
-                for word in self.WORD.findall(chunk):
-                    pieces += self._merge(word)
+            else:
+                pieces += [piece for word in self._words(part) for piece in self._merge(word)]
         return pieces
 
+    def _words(self, text: str) -> list[str]:
+        # A letter at a time: str.lower() of a whole word would give its last sigma another form.
+        lower = "".join(letter.lower() for letter in unicodedata.normalize("NFC", text))
+        # Twice, as transformers does, because the lower case of "<|EndOfText|>" is one chunk, yet no token.
+        chunks = regex.findall(f"{self.SPECIAL}|{self.WORD}", lower)
+        return [word for chunk in chunks for word in regex.findall(self.WORD, chunk)]
+
     def _merge(self, word: str) -> list[str]:
-        """The pieces of one word: its bytes' letters, the pair of the earliest merge joined again and again."""
+        """The pieces of one word: its bytes' letters, joined by the earliest merge that fits, repeatedly."""
         pieces = [self._letters[byte] for byte in word.encode("utf-8")]
         pieces[-1] += self.END_OF_WORD
         while len(pieces) > 1:
-            never = len(self._ranks)
-            left, right = min(
-                pairwise(pieces), key=lambda pair: self._ranks.get(f"{pair[0]} {pair[1]}", never)
-            )
-            if f"{left} {right}" not in self._ranks:
+            left, right = min(pairwise(pieces), key=self._rank)
+            if self._rank((left, right)) == math.inf:
                 break
             pieces = join_pair(pieces, left, right)
         return pieces
+
+    def _rank(self, pair: tuple[str, str]) -> float:
+        return self._ranks.get(" ".join(pair), math.inf)
 
 
 def join_pair(pieces: list[str], left: str, right: str) -> list[str]:
@@ -158,17 +155,13 @@ class T5Tokenizer:
     the end token. Raises FluxError for a file that is neither, or lacks "<pad>", "</s>" or "<unk>".
     """
 
-    GRAPHEME = regex.compile(r"\X")
-
     def __init__(self, file: str | Path, max_length: int):
         file = Path(file)
         model = read_unigram_json(file) if file.suffix == ".json" else read_spiece(file)
         self._ids = {piece: i for i, (piece, _) in enumerate(model.pieces)} | model.special
         missing = [token for token in ("<pad>", "</s>", "<unk>") if token not in self._ids]
         if missing:
-            raise FluxError(
-                f"{file}: T5's vocabulary of {len(self._ids)} pieces lacks {' and '.join(missing)}"
-            )
+            raise FluxError(f"{file}: T5's vocabulary of {len(self._ids)} pieces lacks {', '.join(missing)}")
         self.max_length = max_length
         self.pad_token_id = self._ids["<pad>"]
         self.eos_token_id = self._ids["</s>"]
@@ -176,8 +169,9 @@ class T5Tokenizer:
         self._scores = dict(model.pieces)
         self._unknown_score = min(self._scores.values()) - 10.0  # SentencePiece's penalty
         self._longest = max(map(len, self._scores))
-        self._normalizer = model.normalizer
-        self._special = regex.compile(f"({'|'.join(map(regex.escape, model.special))})")
+        self._mapped = lru_cache(maxsize=10_000)(model.normalizer.normalize)
+        self._special = model.special
+        self._special_pattern = f"({'|'.join(map(regex.escape, model.special))})"
 
     @classmethod
     def from_folder(cls, path: str | Path, max_length: int) -> "T5Tokenizer":
@@ -205,13 +199,15 @@ class T5Tokenizer:
 
     def _pieces(self, text: str) -> list[str]:
         pieces = []
-        for i, part in enumerate(self._special.split(well_formed(text))):
-            if i % 2 == 1:  # split() puts what the pattern found between the parts
+        for part in regex.split(self._special_pattern, well_formed(text)):
+            if part in self._special:
                 pieces.append(part)
-                continue
-            for word in self._normalize(part).split():
-                for start in word.removeprefix("▁").split("▁"):
-                    pieces += self._split_word("▁" + start)
+            else:
+                # "▁" begins a word; one that stands in the text begins a word of its own.
+                words = [
+                    w for word in self._normalize(part).split() for w in word.removeprefix("▁").split("▁")
+                ]
+                pieces += [piece for word in words for piece in self._split_word("▁" + word)]
         return pieces
 
     def _normalize(self, text: str) -> str:
@@ -221,10 +217,10 @@ class T5Tokenizer:
         becomes that entry, the shortest that fits, and loses what follows: "e", dot below, circumflex becomes
         "ẹ", not "ệ". In longer ones every character is mapped alone.
         """
-        return "".join(map(self._normalize_grapheme, self.GRAPHEME.findall(text)))
+        return "".join(map(self._normalize_grapheme, regex.findall(r"\X", text)))
 
     def _normalize_grapheme(self, grapheme: str) -> str:
-        mapped = self._normalizer.normalize
+        mapped = self._mapped
         if len(grapheme.encode("utf-8")) < 6:
             for end in range(1, len(grapheme) + 1):
                 beginning = mapped(grapheme[:end])
@@ -237,17 +233,13 @@ class T5Tokenizer:
 
         Neighbouring characters that no piece holds are one piece, unknown.
         """
-        scores, starts = (
-            [0.0] + [-math.inf] * len(word),
-            [0] * (len(word) + 1),
-        )  # of the best path to each place
+        scores, starts = [0.0] + [-math.inf] * len(word), [0] * (len(word) + 1)  # the best path to each place
         for start in range(len(word)):
             for end in range(start + 1, min(start + self._longest, len(word)) + 1):
-                score = self._scores.get(
-                    word[start:end], self._unknown_score if end == start + 1 else -math.inf
-                )
-                if scores[start] + score > scores[end]:
-                    scores[end], starts[end] = scores[start] + score, start
+                missing = self._unknown_score if end == start + 1 else -math.inf
+                score = scores[start] + self._scores.get(word[start:end], missing)
+                if score > scores[end]:
+                    scores[end], starts[end] = score, start
         pieces, end = [], len(word)
         while end > 0:
             piece = word[starts[end] : end]
@@ -294,7 +286,7 @@ def read_unigram_json(file: Path) -> UnigramModel:
         raise FluxError(f"{file}: not a T5 tokenizer; its model is {model.get('type')}, expected Unigram")
     steps = normalizer.get("normalizers", [normalizer])
     table = b"".join(base64.b64decode(step.get("precompiled_charsmap", "")) for step in steps)
-    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
     pieces = [(piece, score) for piece, score in model["vocab"]]
     # A SentencePiece model that holds nothing but normalizer_spec (3) with its precompiled_charsmap (2).
     return UnigramModel(pieces, special, character_map(protobuf_field(3, protobuf_field(2, table))))

@@ -128,8 +128,9 @@ def test_split_call_equals_plain_call():
         assert relative_error(split, plain) < 2e-6  # products of other sizes sum in another order
 
 
-def test_one_step_split_equals_plain_call_to_the_bit():
-    flow, inputs = make_flow(), make_inputs(batch=1)
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_one_step_split_equals_plain_call_to_the_bit(dtype: mx.Dtype):
+    flow, inputs = make_flow(dtype=dtype), make_inputs(batch=1)
     (modulation,) = flow.modulation(inputs["timesteps"], inputs["y"], inputs["guidance"])
     pe = flow.positions(inputs["txt_ids"], inputs["img_ids"])
     split = flow.denoise(inputs["img"], flow.embed_text(inputs["txt"]), pe, modulation)

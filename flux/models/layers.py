@@ -203,10 +203,9 @@ class DoubleStreamBlock(nn.Module):
         img_shift, img_scale, img_gate, *img_rest = mx.split(img_mod, 6, axis=-1)
         txt_qkv = self.txt_attn.heads(modulate(txt, txt_shift, txt_scale))
         img_qkv = self.img_attn.heads(modulate(img, img_shift, img_scale))
-        q, k, v = (
-            mx.concatenate(pair, axis=2) for pair in zip(txt_qkv, img_qkv, strict=True)
-        )  # (B, H, Lt+Li, D)
-        txt_out, img_out = mx.split(attention(q, k, v, pe), [txt.shape[1]], axis=1)
+        # q, k and v of both: (B, H, Lt+Li, D)
+        joint = [mx.concatenate(pair, axis=2) for pair in zip(txt_qkv, img_qkv, strict=True)]
+        txt_out, img_out = mx.split(attention(*joint, pe), [txt.shape[1]], axis=1)
         txt = txt + txt_gate * self.txt_attn.proj(txt_out)
         img = img + img_gate * self.img_attn.proj(img_out)
         return feed_forward(txt, self.txt_mlp, *txt_rest), feed_forward(img, self.img_mlp, *img_rest)

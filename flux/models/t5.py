@@ -142,7 +142,7 @@ class T5Stack(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """The encoder of T5 v1.1. The token table is `shared`, which checkpoints may call `encoder.embed_tokens`."""
+    """The encoder of T5 v1.1. The table of tokens is `shared`; files may call it `encoder.embed_tokens`."""
 
     def __init__(self, params: T5Params):
         super().__init__()

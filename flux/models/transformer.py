@@ -137,10 +137,9 @@ class Flux(nn.Module):
 
         Returns T modulations, each for a batch of B pictures (B = 1 serves any batch).
         """
-        vec = self._silu_vec(
-            timesteps[:, None], y[None], None if guidance is None else guidance[None]
-        )  # (T, B, C)
-        every_step = self._modulate(vec)
+        if guidance is not None:
+            guidance = guidance[None]
+        every_step = self._modulate(self._silu_vec(timesteps[:, None], y[None], guidance))  # from (T, B, C)
         return [every_step.step(t) for t in range(timesteps.shape[0])]
 
     def drop_modulation(self) -> None:
