@@ -267,12 +267,15 @@ def test_control_adapter_widens_on_request():
         adapters.add(wide)
     base = answer(model)
     adapters.add(wide, name="control", widen=True)
-    assert model.img_in.weight.shape == (HIDDEN, 2 * channels)
+    assert model.img_in.base.weight.shape == (HIDDEN, 2 * channels)
     x = normal(5, 2 * channels)
     old = tiny.parameters(make_model())
     weight = mx.pad(old["img_in.weight"], [(0, 0), (0, channels)]) + wide.modules[IMG_IN].change.dense()
     assert error(np.array(model.img_in(x)), np.array(x @ weight.T + old["img_in.bias"])) <= 1e-5
+    adapters.add(wide, name="another")
     adapters.remove("control")
+    assert error(np.array(model.img_in(x)), np.array(x @ weight.T + old["img_in.bias"])) <= 1e-5
+    adapters.remove("another")
     assert tiny.same(model, make_model())
     assert np.array_equal(answer(model), base)
 

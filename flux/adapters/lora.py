@@ -124,11 +124,6 @@ class AdaptedLinear(nn.Module):
         self.base = base
         self.shares: list[Share] = []
 
-    @property
-    def weight(self) -> mx.array:
-        """The base's: a network asks its layers for their type."""
-        return self.base.weight
-
     def __call__(self, x: mx.array) -> mx.array:
         out = self.base(x)
         plain = out - self.base.bias if "bias" in self.base else out
@@ -143,7 +138,8 @@ def row_norms(weight: mx.array) -> mx.array:
 
 
 def dense_weight(layer: nn.Module) -> mx.array:
-    """A Linear's or QuantizedLinear's weight (out, in) in float32."""
+    """The weight (out, in) in float32 of a Linear or QuantizedLinear; of a wrapped one, without adapters."""
+    layer = layer.base if isinstance(layer, AdaptedLinear) else layer
     if not isinstance(layer, nn.QuantizedLinear):
         return layer.weight.astype(mx.float32)
     return mx.dequantize(
@@ -152,7 +148,8 @@ def dense_weight(layer: nn.Module) -> mx.array:
 
 
 def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a Linear or QuantizedLinear."""
+    """(out, in) of a Linear or QuantizedLinear, wrapped or not."""
+    layer = layer.base if isinstance(layer, AdaptedLinear) else layer
     rows, columns = layer.weight.shape
     return (rows, columns * 32 // layer.bits) if isinstance(layer, nn.QuantizedLinear) else (rows, columns)
 
@@ -173,7 +170,7 @@ def mismatches(model: nn.Module, adapter: Adapter, widen: bool = False) -> dict[
             out[name] = "the model has no such layer"
             continue
         layer = layers[name]
-        rows, columns = linear_shape(layer.base if isinstance(layer, AdaptedLinear) else layer)
+        rows, columns = linear_shape(layer)
         own_rows, own_columns = delta.shape
         wide = widen and name == "img_in" and type(layer) is nn.Linear and (own_columns or 0) > columns
         if own_rows not in (None, rows) or (own_columns not in (None, columns) and not wide):
@@ -201,7 +198,7 @@ class Adapters:
         self.strengths: dict[str, float] = {}
         self._norms: dict[str, Adapter] = {}  # name -> the adapter, of those that change norms
         self._originals: dict[str, mx.array] = {}  # parameters changed in place, as they were
-        self._widened_by: str | None = None
+        self._narrow: mx.array | None = None  # img_in's weight before it was widened
 
     def add(
         self,
@@ -240,7 +237,7 @@ class Adapters:
                 _set_module(self.model, module, layer)
             delta = adapter.modules[module]
             if delta.shape[1] is not None and delta.shape[1] > linear_shape(layer.base)[1]:
-                self._widen(module, layer.base, delta.shape[1], name)
+                self._widen(layer.base, delta.shape[1])
             layer.shares.append(Share(name, delta, strength, dropout, learns))
             layer.shares[-1].prepare(layer.base)
         self.strengths[name] = strength
@@ -268,9 +265,8 @@ class Adapters:
         self._norms.pop(name, None)
         self._apply_norms()
         self._unwrap([path for path, layer in self._wrapped() if not layer.shares])
-        if self._widened_by == name:
-            self.model.img_in.weight = self._originals.pop("img_in.weight")
-            self._widened_by = None
+        if self._narrow is not None and not isinstance(self.model.img_in, AdaptedLinear):
+            self.model.img_in.weight, self._narrow = self._narrow, None
 
     def fuse(self) -> list[str]:
         """Bakes all adapters into the weights that are not quantized, in float32, and lets go of them.
@@ -295,7 +291,7 @@ class Adapters:
         self._unwrap(done)
         left = {share.name for _, layer in self._wrapped() for share in layer.shares}
         self.strengths = {name: s for name, s in self.strengths.items() if name in left}
-        self._norms, self._originals, self._widened_by = {}, {}, None
+        self._norms, self._originals, self._narrow = {}, {}, None
         return kept
 
     def extract(self, name: str) -> Adapter:
@@ -325,10 +321,9 @@ class Adapters:
         for path in paths:
             _set_module(self.model, path, layers[path].base)
 
-    def _widen(self, module: str, base: nn.Linear, columns: int, name: str) -> None:
+    def _widen(self, base: nn.Linear, columns: int) -> None:
         """New columns of zeros: the network's answer does not change until the adapter fills them."""
-        self._originals[module + ".weight"] = base.weight
-        self._widened_by = name
+        self._narrow = base.weight
         base.weight = mx.pad(base.weight, [(0, 0), (0, columns - base.weight.shape[1])])
 
     def _apply_norms(self) -> None:
@@ -336,8 +331,6 @@ class Adapters:
         for path in {p for a in self._norms.values() for p in (*a.replaced, *a.added)}:
             self._originals.setdefault(path, _parameter(self.model, path))
         for path, original in self._originals.items():
-            if path == "img_in.weight":
-                continue
             value = original.astype(mx.float32)
             for name, adapter in self._norms.items():
                 if path in adapter.replaced:

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux.adapters.adapter import Adapter, Delta, LowRank
-from flux.adapters.lora import AdaptedLinear, dense_weight, linear_shape, linears, row_norms
+from flux.adapters.lora import dense_weight, linear_shape, linears, row_norms
 from flux.errors import FluxError
 
 _BLOCK = r"(?:double|single)_blocks\.\d+\."
@@ -69,10 +69,9 @@ def new_adapter(
     layers = linears(model)
     modules: dict[str, Delta] = {}
     for name, own_key in zip(names, mx.random.split(key, len(names)), strict=True):
-        layer = layers[name].base if isinstance(layers[name], AdaptedLinear) else layers[name]
-        rows, columns = linear_shape(layer)
+        rows, columns = linear_shape(layers[name])
         bound = 1 / math.sqrt(columns)
         down = mx.random.uniform(-bound, bound, (rank, columns), key=own_key)
         change = LowRank(down, mx.zeros((rows, rank)), alpha)
-        modules[name] = Delta(change, magnitude=row_norms(dense_weight(layer)) if dora else None)
+        modules[name] = Delta(change, magnitude=row_norms(dense_weight(layers[name])) if dora else None)
     return Adapter(modules)
