@@ -24,7 +24,9 @@ def t5_rows(reference, texts, max_length, pad=True):
 def assert_same(texts, ours, reference):
     """Each text's ids alike; the message shows the first texts that differ."""
     different = [text for text, a, b in zip(texts, ours, reference, strict=True) if a != b]
-    assert not different, f"{len(different)} of {len(texts)} differ: {[ascii(text) for text in different[:5]]}"
+    assert not different, (
+        f"{len(different)} of {len(texts)} differ: {[ascii(text) for text in different[:5]]}"
+    )
 
 
 # --- the real vocabularies ---
@@ -100,7 +102,7 @@ def protobuf_fields(message: bytes):
 
 @pytest.fixture(scope="module")
 def small_t5(tmp_path_factory):
-    """A folder with a spiece.model of some hundred pieces, and transformers' tokenizer with the same table."""
+    """A folder with a spiece.model of 900 pieces, and transformers' tokenizer with the same table."""
     folder = tmp_path_factory.mktemp("t5")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(prompts()), model_prefix=str(folder / "spiece"), vocab_size=900,
@@ -170,5 +172,15 @@ def test_t5_of_no_vocabulary(tmp_path):
     reference = transformers.T5Tokenizer()
     reference.save_pretrained(tmp_path)
     ours = T5Tokenizer.from_folder(tmp_path, 12)
-    texts = ["", "a b", "ﬁ <extra_id_3> é", "▁▁"]
+    texts = ["", "a b", "ﬁ <extra_id_3> é", "a▁b"]
     assert_same(texts, ours(texts).tolist(), t5_rows(reference, texts, 12))
+
+
+def test_t5_unknown_characters_cost(tmp_path):
+    """An unknown character costs 10 more than the rarest piece: "abc" is "ab" "c", "defg" has "d" unknown."""
+    pieces = {"<pad>": 0, "</s>": 0, "<unk>": 0, "▁": -2, "ab": -10, "c": -10, "bc": -1, "de": -10, "f": -10}
+    pieces |= {"g": -10, "efg": -5}
+    reference = transformers.T5Tokenizer(vocab=list(pieces.items()))
+    reference.save_pretrained(tmp_path)
+    ids = T5Tokenizer.from_folder(tmp_path, 8).encode("abc defg", pad=False)
+    assert ids == reference("abc defg").input_ids == [3, 4, 5, 3, 2, 10, 1]
