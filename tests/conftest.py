@@ -1,4 +1,4 @@
-"""What all tests share: OpenBLAS before MLX, and the material that lies beside the repository, where it does."""
+"""What all tests share: OpenBLAS before MLX, no network, and the material beside the repository."""
 
 import os
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import flux  # first: it puts OpenBLAS into the process before mlx.core
-
 import pytest
+
+import flux  # noqa: F401  (before any test imports mlx.core: it puts OpenBLAS into the process)
 
 SHARED = Path(__file__).parents[2] / "shared"
 

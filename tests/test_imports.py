@@ -1,0 +1,99 @@
+"""Who may import whom: the rules of the README's map, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted((ROOT / "flux").rglob("*.py"))
+
+# Imports point down: a module may import its own level and those below.
+LEVELS = {
+    "flux.errors": 0,
+    "flux.openblas": 0,
+    "flux.models": 1,
+    "flux.images": 1,
+    "flux.tokenizers": 1,
+    "flux.sampler": 1,
+    "flux.conditioning": 2,
+    "flux.weights": 2,
+    "flux.adapters": 2,
+    "flux.distributed": 2,
+    "flux.data": 3,
+    "flux.pipeline": 4,
+    "flux.training": 5,
+}
+NETWORK_PACKAGES = {"huggingface_hub", "datasets", "urllib", "requests", "http", "socket"}
+REACHES_THE_NETWORK = {"flux.weights.checkpoints", "flux.data.datasets"}
+TEST_PACKAGES = {"torch", "transformers", "diffusers", "peft", "accelerate", "prodigyopt", "lpips"}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that the file imports, also inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def level(module: str) -> int | None:
+    """The level of a module of this package, by its longest known prefix; None for the package itself."""
+    parts = module.split(".")
+    for end in range(len(parts), 1, -1):
+        prefix = ".".join(parts[:end])
+        if prefix in LEVELS:
+            return LEVELS[prefix]
+    return None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_point_down(path: Path):
+    name, own = module_name(path), level(module_name(path))
+    if name == "flux":
+        return  # the package offers the public names of all its parts
+    assert own is not None, f"{name} has no level: give it one in LEVELS"
+    for other in imports(path):
+        if other.startswith("flux.") and level(other) is not None:
+            assert level(other) <= own, f"{name} imports {other}, which is above it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_packages(path: Path):
+    name = module_name(path)
+    packages = {module.split(".")[0] for module in imports(path)}
+    assert not packages & TEST_PACKAGES, f"{name} imports a package that only tests may use"
+    if name not in REACHES_THE_NETWORK:
+        assert not packages & NETWORK_PACKAGES, f"{name} may not reach the network"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "flux/models").rglob("*.py")), ids=module_name)
+def test_networks_know_only_mlx(path: Path):
+    known = ("mlx", "flux.models", "flux.errors", "dataclasses", "math", "functools", "collections", "typing")
+    for module in imports(path):
+        assert module.startswith(known), f"{module_name(path)} imports {module}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_only_programs_know_the_command_line(path: Path):
+    source = path.read_text()
+    if '__name__ == "__main__"' in source or path.name == "__main__.py":
+        return
+    for word in ("argparse", "sys.argv", "sys.exit"):
+        assert word not in source, f"{module_name(path)} uses {word}"
+
+
+def test_trainer_knows_no_network_and_no_adapter():
+    trainer = ROOT / "flux/training/trainer.py"
+    forbidden = ("flux.models", "flux.adapters", "flux.weights", "flux.pipeline")
+    assert not [module for module in imports(trainer) if module.startswith(forbidden)]
