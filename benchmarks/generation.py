@@ -19,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
+import flux  # noqa: F401  (before mlx.core: it puts OpenBLAS into the process)
+
 # hidden: the transformer's width (heads of 128), at `tokens` picture tokens; ch: the autoencoder's width.
 SIZES = {
     "tiny": {"hidden": 256, "depth": 1, "single": 2, "tokens": 64, "text": 64, "ch": 32, "side": 64},

@@ -228,26 +228,53 @@ def _pointwise(name: str) -> bool:
     return ".mid.attn_1." in name and name.endswith(".weight") and ".norm." not in name
 
 
+def squeeze_pointwise(tensors: Mapping[str, mx.array]) -> Tensors:
+    """(O, I, 1, 1) -> (O, I) where a file writes the middle attention's weights as convolutions."""
+    return {
+        name: w.reshape(w.shape[:2]) if _pointwise(name) and w.shape[2:] == (1, 1) else w
+        for name, w in tensors.items()
+    }
+
+
 def convolutions_to_mlx(tensors: Mapping[str, mx.array]) -> Tensors:
-    """An autoencoder's tensors as files have them, under our names -> as MLX wants them. Not for twice."""
-    out: Tensors = {}
-    for name, w in tensors.items():
-        if _pointwise(name) and w.ndim == 4:
-            w = w.reshape(w.shape[:2])  # (O, I, 1, 1) -> (O, I)
-        out[name] = w.transpose(0, 2, 3, 1) if w.ndim == 4 else w  # (O, I, H, W) -> (O, H, W, I)
-    return out
+    """An autoencoder's tensors: (O, I, H, W) -> (O, H, W, I). Not for twice: both have four axes."""
+    return {name: w.transpose(0, 2, 3, 1) if w.ndim == 4 else w for name, w in tensors.items()}
 
 
-def convolutions_from_mlx(tensors: Mapping[str, mx.array], pointwise_ndim: int = 4) -> Tensors:
-    """The inverse. pointwise_ndim: of the middle attention's weights: 4 in BFL's files, 2 in diffusers'."""
-    out: Tensors = {}
-    for name, w in tensors.items():
-        if _pointwise(name) and pointwise_ndim == 4:
-            w = w[:, :, None, None]  # (O, I) -> (O, I, 1, 1)
-        elif w.ndim == 4:
-            w = w.transpose(0, 3, 1, 2)  # (O, H, W, I) -> (O, I, H, W)
-        out[name] = w
-    return out
+def convolutions_from_mlx(tensors: Mapping[str, mx.array]) -> Tensors:
+    """(O, H, W, I) -> (O, I, H, W)."""
+    return {name: w.transpose(0, 3, 1, 2) if w.ndim == 4 else w for name, w in tensors.items()}
+
+
+def unsqueeze_pointwise(tensors: Mapping[str, mx.array]) -> Tensors:
+    """(O, I) -> (O, I, 1, 1) for the middle attention's weights, as BFL's files have them."""
+    return {
+        name: w[:, :, None, None] if _pointwise(name) and w.ndim == 2 else w for name, w in tensors.items()
+    }
+
+
+# --- A whole part at once: "transformer", "ae", "clip" or "t5" ---
+
+
+def to_ours(part: str, tensors: Mapping[str, mx.array]) -> Tensors:
+    """A part's tensors as a file has them (bare names, either layout) -> as its network wants them. Lazy."""
+    if part == "transformer":
+        return from_diffusers(TRANSFORMER, tensors)
+    if part == "ae":
+        return convolutions_to_mlx(squeeze_pointwise(from_diffusers(autoencoder(levels(tensors)), tensors)))
+    return dict(tensors)  # the text encoders have transformers' names everywhere
+
+
+def to_file(part: str, tensors: Mapping[str, mx.array], diffusers: bool) -> Tensors:
+    """The inverse of `to_ours`, in diffusers' layout or in BFL's. Lazy."""
+    if part == "ae":
+        tensors = convolutions_from_mlx(tensors)
+        if diffusers:
+            return to_diffusers(autoencoder(levels(tensors)), tensors)
+        return unsqueeze_pointwise(tensors)
+    if part == "transformer" and diffusers:
+        return to_diffusers(TRANSFORMER, tensors, hidden=tensors["img_in.weight"].shape[0])
+    return dict(tensors)
 
 
 # --- What single files write before and beside the names ---
