@@ -54,7 +54,7 @@ class Item:
 class Plan:
     """The batches of a training on a data set.
 
-    Opens every picture's header. FluxError names all that cannot be read.
+    Reads every picture's file and size. FluxError names all that cannot be read.
     """
 
     def __init__(self, dataset: Dataset, seed: int):

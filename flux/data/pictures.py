@@ -54,7 +54,7 @@ def read(sample: Sample) -> bytes:
 
 
 def place(samples: Iterable[Sample], groups: Sequence[Group]) -> list[Placed]:
-    """The samples in their buckets, from the pictures' headers. FluxError names all that cannot be read."""
+    """The samples in their buckets, by the pictures' sizes. FluxError names all that cannot be read."""
     placed, faults = [], []
     for sample in samples:
         try:
@@ -74,7 +74,10 @@ def place_one(sample: Sample, group: Group) -> Placed:
 
 
 def size(content: bytes, name: str) -> Size:
-    """(height, width) of the upright picture, from its header alone. FluxError, by name, for no picture."""
+    """(height, width) of the upright picture. FluxError, by name, for what is no picture.
+
+    Only a PNG without EXIF at its front is decoded: it may have it at its end.
+    """
     try:
         with Image.open(io.BytesIO(content)) as image:
             turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
