@@ -291,6 +291,28 @@ class_tokens = "a, b, c, d"
     assert len(plan.variants()) == 10
 
 
+def test_digest_tells_data_and_options_apart(tmp_path):
+    write_pictures(tmp_path / "a", {"a.png": (64, 64)})
+    (tmp_path / "a").joinpath("a.txt").write_text("one")
+
+    def digest(seed=0, **options):
+        options = {"resolution": (64, 64), **options}
+        return epochs.Plan(samples.load(tmp_path / "a", options), seed).digest()
+
+    first = digest()
+    assert digest(seed=1) == first
+    assert digest(num_repeats=2) != first
+    assert digest(resolution=(64, 32)) != first
+    (tmp_path / "a/a.txt").write_text("two")
+    assert digest() != first
+    (tmp_path / "a/a.txt").write_text("one")
+    (tmp_path / "a").rename(tmp_path / "b")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    assert digest() == first
+    write_pictures(tmp_path / "b", {"a.png": (63, 64)})
+    assert digest() != first
+
+
 def test_negative_seeds_are_refused(dataset):
     with pytest.raises(FluxError, match="seed -1"):
         epochs.Plan(dataset, seed=-1)

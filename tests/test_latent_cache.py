@@ -1,4 +1,4 @@
-"""The cache of latents and text features: encoded once, found again, redone when damaged or when settings change."""
+"""The cache of latents and text features: encoded once, found again, redone when damaged or out of date."""
 
 import mlx.core as mx
 import numpy as np
@@ -270,7 +270,7 @@ is_reg = true
     for caption in texts.missing(plan.captions(1)):
         texts.encode(caption, encode_text)
     batch = plan.batch(0)
-    arrays = latents.assemble(batch, store, texts)
+    arrays = latents.assemble(batch, store, texts, plan.masked)
     shapes = {name: array.shape for name, array in arrays.items()}
     assert shapes == {
         "mean": (6, 8, 8, 3),
@@ -295,4 +295,7 @@ def test_batches_without_masks_have_none(folder, cache):
     _, store = fill(cache, plan)
     texts = latents.Texts(cache, "t")
     texts.encode("sks toy", encode_text)
-    assert "mask" not in latents.assemble(plan.batch(0), store, texts)
+    assert "mask" not in latents.assemble(plan.batch(0), store, texts, plan.masked)
+    ones = latents.assemble(plan.batch(0), store, texts, masked=True)["mask"]  # as beside a masked subset
+    assert ones.shape == (1, 8, 8)
+    assert mx.all(ones == 1).item()

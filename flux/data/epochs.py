@@ -4,6 +4,7 @@ Nothing is drawn from a running generator, so a training may begin at any batch,
 batches out: process r of n takes batches r, r + n, ... and sees what it would see alone.
 """
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -68,6 +69,19 @@ class Plan:
         counts = self.bucket_table()
         self.batches_per_epoch = sum(-(-n // self.groups[g].batch_size) for (g, _), n in counts.items())
         self.epoch = lru_cache(maxsize=2)(self._epoch)  # number of the epoch, from 0 -> its batches
+
+    @property
+    def masked(self) -> bool:
+        """Whether any picture's loss is masked."""
+        return any(placed.sample.subset.alpha_mask for placed in self.placed + self.held_out)
+
+    def digest(self) -> str:
+        """What tells this training's data from others: contents, texts and options, not names or places."""
+        parts = [
+            (placed.digest, placed.bucket, placed.sample.text, placed.sample.subset, self.groups)
+            for placed in self.placed + self.held_out
+        ]
+        return hashlib.sha256(repr((len(self.placed), parts)).encode()).hexdigest()
 
     def bucket_table(self) -> dict[tuple[int, Size], int]:
         """(group, bucket) -> samples an epoch."""

@@ -182,16 +182,17 @@ class Texts:
         return {"kind": "text", "caption": caption, "encoder": self._identity}
 
 
-def assemble(batch: Batch, latents: Latents, texts: Texts) -> Tensors:
+def assemble(batch: Batch, latents: Latents, texts: Texts, masked: bool) -> Tensors:
     """A batch's arrays: mean and logvar (B, h, w, z), the text features (B, ...), is_reg (B,) float32.
 
-    And mask (B, h, w), float32, where a picture has one; it is 1 for the others.
+    And, if masked (as `Plan.masked` says, so that all batches of a training are alike), mask (B, h, w),
+    float32, 1 for a picture without one.
     """
     pictures_ = [latents.load(entry) for entry in batch.entries]
     features = [texts.load(entry.caption) for entry in batch.entries]
     out = {name: mx.stack([each[name] for each in pictures_]) for name in ("mean", "logvar")}
     out |= {name: mx.stack([each[name] for each in features]) for name in features[0]}
-    if any("mask" in each for each in pictures_):
+    if masked:
         ones = mx.ones(out["mean"].shape[1:3])
         out["mask"] = mx.stack([each.get("mask", ones) for each in pictures_])
     out["is_reg"] = mx.array([float(entry.is_reg) for entry in batch.entries])
