@@ -86,7 +86,7 @@ def test_encode_and_decode_equal_diffusers(params, size):
 def test_full_size_network_equals_diffusers_on_a_photo(shared):
     ours, reference = pair(AutoEncoderParams())
     photo = Image.open(shared / "data" / "dog6" / "00.jpg").convert("RGB")
-    for size in [(256, 256), (192, 96)]:
+    for size in [(256, 256), (96, 64)]:
         pixels = np.asarray(ImageOps.fit(photo, size), np.float32)[None] / 127.5 - 1  # (1, H, W, 3)
         check(ours, reference, pixels)
 
