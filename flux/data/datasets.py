@@ -50,7 +50,8 @@ def read_list(path: Path) -> list[Row]:
             rows.append(Row(str(path.parent / image), path.parent / image, caption))
     if faults:
         raise FluxError(
-            f'{path}: {some(faults)} should be {{"image": "file", "prompt": "caption"}}, both texts'
+            f"{path}, {some(faults)}: should be an object with {' or '.join(IMAGE_KEYS)} and "
+            f"{' or '.join(CAPTION_KEYS)}, both texts"
         )
     if not rows:
         raise FluxError(f"{path}: lists no pictures")
@@ -148,7 +149,7 @@ def read_hugging_face(repo: str, split: str = "train") -> list[Row]:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FluxError(
-            f"the data set {repo!r} is no folder here and cannot be had from the Hub: {reason}"
+            f"the data set {repo}, split {split!r}, cannot be had: no folder here, and from the Hub: {reason}"
         ) from None
     columns = table.features
     image = next((key for key in IMAGE_KEYS if isinstance(columns.get(key), datasets.Image)), None)
