@@ -136,21 +136,38 @@ def _caption(picture: Path, extensions: Iterable[str]) -> str | None:
     return None
 
 
+def is_saved_table(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote this folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def load_table(path: str, name: str | None, split: str) -> Any:
+    """A table of the `datasets` package: of the Hub, downloaded, or a folder of `Dataset.save_to_disk`.
+
+    FluxError, with the reason, for one that cannot be had.
+    """
+    import datasets  # it takes seconds to import
+
+    folder = Path(path).expanduser()
+    try:
+        if is_saved_table(folder):
+            table = datasets.load_from_disk(str(folder))
+            return table[split] if isinstance(table, Mapping) else table
+        return datasets.load_dataset(path, name, split=split)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FluxError(f"the data set {path}, split {split!r}, cannot be had: {reason}") from None
+
+
 def read_hugging_face(repo: str, split: str = "train") -> list[Row]:
-    """The rows of a data set of the Hub (downloaded into its cache) with the columns image and prompt.
+    """The rows of a table, as `load_table` finds it, with the columns image and prompt.
 
     All encoded pictures come into memory. FluxError, with advice, for one that cannot be had or has other
     columns.
     """
     import datasets  # it takes seconds to import
 
-    try:
-        table = datasets.load_dataset(repo, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FluxError(
-            f"the data set {repo}, split {split!r}, cannot be had: no folder here, and from the Hub: {reason}"
-        ) from None
+    table = load_table(repo, None, split)
     columns = table.features
     image = next((key for key in IMAGE_KEYS if isinstance(columns.get(key), datasets.Image)), None)
     caption = next((key for key in CAPTION_KEYS if key in columns), None)
