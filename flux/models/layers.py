@@ -1,0 +1,222 @@
+"""The parts of the Flux transformer, smallest first. Attribute names are those of the BFL checkpoint."""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+NORM_EPS = 1e-6  # of every norm in the transformer; MLX's own default is 1e-5
+FLOAT16_MAX = 65504.0
+
+
+def gelu(x: mx.array) -> mx.array:
+    """GELU in its tanh form, 0.5 x (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks & Gimpel 2016).
+
+    Written as x sigmoid(2u) = x / (1 + exp(-2u)), the same function: exp is cheaper than tanh, and sigmoid
+    keeps value and gradient finite for large |x|. Computed in float32, as in the reference; returns x's type.
+    """
+    h = x.astype(mx.float32)
+    u2 = h * (2 * math.sqrt(2 / math.pi) + (2 * math.sqrt(2 / math.pi) * 0.044715) * (h * h))
+    return (h * mx.sigmoid(u2)).astype(x.dtype)
+
+
+def clip_float16(x: mx.array) -> mx.array:
+    """Bounds float16 activations to finite values: an infinity would become NaN in the next norm."""
+    return mx.clip(x, -FLOAT16_MAX, FLOAT16_MAX) if x.dtype == mx.float16 else x
+
+
+def sinusoidal_embedding(x: mx.array, dim: int = 256, max_period: float = 10000.0) -> mx.array:
+    """Cosines and sines of x at dim / 2 frequencies, from 1 down to 1 / max_period: (...) -> (..., dim)."""
+    half = dim // 2
+    frequencies = mx.exp(-math.log(max_period) * mx.arange(half, dtype=mx.float32) / half)
+    angles = x.astype(mx.float32)[..., None] * frequencies
+    return mx.concatenate([mx.cos(angles), mx.sin(angles)], axis=-1)
+
+
+def rotary_tables(ids: mx.array, axes_dim: tuple[int, ...], theta: float) -> mx.array:
+    """Rotary position tables (Su et al. 2021), one share of the head's size for each position axis.
+
+    ids (B, L, axes) -> (2, B, 1, L, sum(axes_dim) / 2) in float32: cosines and sines.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dim):
+        frequencies = mx.array([theta ** (-i / dim) for i in range(0, dim, 2)], dtype=mx.float32)
+        angles.append(ids[..., axis, None].astype(mx.float32) * frequencies)
+    angle = mx.concatenate(angles, axis=-1)[:, None]  # (B, 1, L, D/2): the same for every head
+    return mx.stack([mx.cos(angle), mx.sin(angle)])
+
+
+def rotate(x: mx.array, pe: mx.array) -> mx.array:
+    """Turns each pair (x[2i], x[2i+1]) by its angle, in float32. x (B, H, L, D) keeps its shape and type."""
+    cos, sin = pe
+    pairs = x.astype(mx.float32).reshape(*x.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]  # (B, H, L, D/2) each
+    turned = mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, pe: mx.array) -> mx.array:
+    """Attention over all tokens with rotary positions. q, k, v (B, H, L, D) -> (B, L, H*D)."""
+    out = mx.fast.scaled_dot_product_attention(rotate(q, pe), rotate(k, pe), v, scale=q.shape[-1] ** -0.5)
+    return out.swapaxes(1, 2).flatten(2)
+
+
+def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
+    """LayerNorm without weights, then modulation's scale and shift. x (B, L, C); shift, scale (B, 1, C)."""
+    return mx.fast.layer_norm(x, None, None, NORM_EPS) * (1 + scale) + shift
+
+
+class GELU(nn.Module):
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu(x)
+
+
+def mlp(hidden_size: int, mlp_size: int) -> list[nn.Module]:
+    """The feed-forward layers as a list, because the checkpoint numbers them: 0 and 2 have weights."""
+    return [nn.Linear(hidden_size, mlp_size), GELU(), nn.Linear(mlp_size, hidden_size)]
+
+
+class MLPEmbedder(nn.Module):
+    """Brings time, guidance or the pooled text to the hidden size. (..., in_dim) -> (..., hidden_size)."""
+
+    def __init__(self, in_dim: int, hidden_size: int):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_size)
+        self.out_layer = nn.Linear(hidden_size, hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.out_layer(nn.silu(self.in_layer(x)))
+
+
+class ModulationLayer(nn.Module):
+    """`count` vectors (shift, scale, gate, ...) side by side. silu(vec) (..., C) -> (..., 1, count*C).
+
+    Called outside the blocks: the vectors do not depend on the picture, so they are made once for all steps.
+    """
+
+    def __init__(self, hidden_size: int, count: int):
+        super().__init__()
+        self.lin = nn.Linear(hidden_size, count * hidden_size)
+
+    def __call__(self, silu_vec: mx.array) -> mx.array:
+        return self.lin(silu_vec)[..., None, :]  # one token wide: it broadcasts over the sequence
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = mx.ones((dim,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, self.scale, NORM_EPS)
+
+
+class QKNorm(nn.Module):
+    """Keeps queries and keys at unit mean square in each head, so that attention scores stay bounded."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+        self.head_dim = head_dim
+
+    def split_heads(self, qkv: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """(B, L, 3*H*D) -> normalised q, normalised k and v, each (B, H, L, D)."""
+        # The number of heads comes from the tensor: a sharded layer has only its share of them.
+        heads = qkv.reshape(*qkv.shape[:2], 3, -1, self.head_dim)  # (B, L, 3, H, D)
+        q, k, v = heads.transpose(2, 0, 3, 1, 4)  # 3 x (B, H, L, D)
+        return self.query_norm(q), self.key_norm(k), v
+
+
+class SelfAttention(nn.Module):
+    """The attention layers of one stream of a double block; the attention itself is joint, in the block."""
+
+    def __init__(self, hidden_size: int, head_dim: int, qkv_bias: bool):
+        super().__init__()
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
+        self.norm = QKNorm(head_dim)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def heads(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """(B, L, C) -> q, k, v, each (B, H, L, D)."""
+        return self.norm.split_heads(self.qkv(x))
+
+
+class DoubleStreamBlock(nn.Module):
+    """Text and picture have weights of their own and meet in one joint attention."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int, qkv_bias: bool):
+        super().__init__()
+        head_dim = hidden_size // num_heads
+        self.img_mod = ModulationLayer(hidden_size, 6)
+        self.img_attn = SelfAttention(hidden_size, head_dim, qkv_bias)
+        self.img_mlp = mlp(hidden_size, mlp_size)
+        self.txt_mod = ModulationLayer(hidden_size, 6)
+        self.txt_attn = SelfAttention(hidden_size, head_dim, qkv_bias)
+        self.txt_mlp = mlp(hidden_size, mlp_size)
+
+    def __call__(
+        self, img: mx.array, txt: mx.array, pe: mx.array, img_mod: mx.array, txt_mod: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """img (B, Li, C), txt (B, Lt, C), pe from `rotary_tables`, *_mod (B, 1, 6*C) -> new img, new txt."""
+        img_shift, img_scale, img_gate, *img_rest = mx.split(img_mod, 6, axis=-1)
+        txt_shift, txt_scale, txt_gate, *txt_rest = mx.split(txt_mod, 6, axis=-1)
+        img_qkv = self.img_attn.heads(modulate(img, img_shift, img_scale))
+        txt_qkv = self.txt_attn.heads(modulate(txt, txt_shift, txt_scale))
+        q, k, v = (
+            mx.concatenate(pair, axis=2) for pair in zip(txt_qkv, img_qkv, strict=True)
+        )  # (B, H, Lt+Li, D)
+        txt_out, img_out = mx.split(attention(q, k, v, pe), [txt.shape[1]], axis=1)
+        img = img + img_gate * self.img_attn.proj(img_out)
+        txt = txt + txt_gate * self.txt_attn.proj(txt_out)
+        return self._feed_forward(img, self.img_mlp, *img_rest), self._feed_forward(
+            txt, self.txt_mlp, *txt_rest
+        )
+
+    @staticmethod
+    def _feed_forward(
+        x: mx.array, layers: list[nn.Module], shift: mx.array, scale: mx.array, gate: mx.array
+    ) -> mx.array:
+        h = modulate(x, shift, scale)
+        for layer in layers:
+            h = layer(h)
+        return clip_float16(x + gate * h)
+
+
+class SingleStreamBlock(nn.Module):
+    """Text and picture as one sequence; attention and feed-forward side by side (Dehghani et al. 2023)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int):
+        super().__init__()
+        self.linear1 = nn.Linear(hidden_size, 3 * hidden_size + mlp_size)  # qkv and the MLP's first layer
+        self.linear2 = nn.Linear(hidden_size + mlp_size, hidden_size)  # attention's and the MLP's last layer
+        self.norm = QKNorm(hidden_size // num_heads)
+        self.modulation = ModulationLayer(hidden_size, 3)
+        self.qkv_share = (3 * hidden_size, 3 * hidden_size + mlp_size)
+
+    def __call__(self, x: mx.array, pe: mx.array, mod: mx.array) -> mx.array:
+        """x (B, Lt+Li, C), pe from `rotary_tables`, mod (B, 1, 3*C) -> x's shape."""
+        shift, scale, gate = mx.split(mod, 3, axis=-1)
+        h = self.linear1(modulate(x, shift, scale))
+        part, whole = self.qkv_share  # a ratio, not a width: a sharded linear1 gives less of both
+        qkv, hidden = mx.split(h, [h.shape[-1] * part // whole], axis=-1)
+        attended = attention(*self.norm.split_heads(qkv), pe)
+        return clip_float16(x + gate * self.linear2(mx.concatenate([attended, gelu(hidden)], axis=-1)))
+
+
+class LastLayer(nn.Module):
+    """Modulation and projection to the packed latent's channels."""
+
+    def __init__(self, hidden_size: int, out_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, out_channels)
+        self.adaLN_modulation = [nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size)]
+
+    def modulation(self, silu_vec: mx.array) -> mx.array:
+        """silu(vec) (..., C) -> (..., 1, 2*C). The SiLU in the list only keeps the checkpoint's numbering."""
+        return self.adaLN_modulation[1](silu_vec)[..., None, :]
+
+    def __call__(self, x: mx.array, mod: mx.array) -> mx.array:
+        """x (B, Li, C), mod (B, 1, 2*C) -> (B, Li, out_channels)."""
+        shift, scale = mx.split(mod, 2, axis=-1)
+        return self.linear(modulate(x, shift, scale))

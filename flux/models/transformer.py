@@ -1,0 +1,197 @@
+"""The Flux transformer: noisy packed latent, text and time in, velocity (noise - picture) out."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from flux.errors import FluxError
+from flux.models.layers import (
+    DoubleStreamBlock,
+    LastLayer,
+    MLPEmbedder,
+    SingleStreamBlock,
+    rotary_tables,
+    sinusoidal_embedding,
+)
+
+TIME_DIM = 256  # size of the sinusoidal embedding of time and guidance
+TIME_FACTOR = 1000  # time and guidance enter the embedding a thousandfold
+
+
+@dataclass(frozen=True)
+class FluxParams:
+    """The shape of a Flux transformer; the defaults are FLUX.1-dev's."""
+
+    in_channels: int = 64
+    out_channels: int = 64
+    vec_in_dim: int = 768
+    context_in_dim: int = 4096
+    hidden_size: int = 3072
+    mlp_ratio: float = 4.0
+    num_heads: int = 24
+    depth: int = 19
+    depth_single_blocks: int = 38
+    axes_dim: tuple[int, ...] = (16, 56, 56)
+    theta: int = 10000
+    qkv_bias: bool = True
+    guidance_embed: bool = True
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise FluxError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        head_dim = self.hidden_size // self.num_heads
+        if sum(self.axes_dim) != head_dim or any(dim % 2 for dim in self.axes_dim):
+            raise FluxError(
+                f"axes_dim {self.axes_dim} must be even numbers with the sum {head_dim}, the head size"
+            )
+
+
+class Modulation(NamedTuple):
+    """What all layers need to know of time, guidance and pooled text; C is the hidden size.
+
+    A tuple of arrays, so that `mx.eval` takes it. Before `step` every array has a leading axis of steps.
+    """
+
+    double: list[tuple[mx.array, mx.array]]  # a block: for img and for txt, (B, 1, 6*C) each
+    single: list[mx.array]  # a block: (B, 1, 3*C)
+    final: mx.array  # (B, 1, 2*C)
+
+    def step(self, t: int) -> "Modulation":
+        return Modulation([(i[t], x[t]) for i, x in self.double], [m[t] for m in self.single], self.final[t])
+
+
+class Flux(nn.Module):
+    """FLUX.1's transformer. Computes in the type of its weights.
+
+    `round_embeddings`: BFL's and diffusers' code scales time and guidance by 1000 in bfloat16, where 3.5
+    becomes 3504. The published weights are used to that, so 16-bit weights get the same rounding; float32 is
+    exact.
+    """
+
+    def __init__(self, params: FluxParams):
+        super().__init__()
+        self.params = params
+        self.round_embeddings = True
+        size, mlp_size = params.hidden_size, int(params.hidden_size * params.mlp_ratio)
+        self.img_in = nn.Linear(params.in_channels, size)
+        self.time_in = MLPEmbedder(TIME_DIM, size)
+        self.vector_in = MLPEmbedder(params.vec_in_dim, size)
+        if params.guidance_embed:
+            self.guidance_in = MLPEmbedder(TIME_DIM, size)
+        self.txt_in = nn.Linear(params.context_in_dim, size)
+        self.double_blocks = [
+            DoubleStreamBlock(size, params.num_heads, mlp_size, params.qkv_bias) for _ in range(params.depth)
+        ]
+        self.single_blocks = [
+            SingleStreamBlock(size, params.num_heads, mlp_size) for _ in range(params.depth_single_blocks)
+        ]
+        self.final_layer = LastLayer(size, params.out_channels)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The working type. Read from a norm: Linear weights may be quantized or wrapped by an adapter."""
+        return self.double_blocks[0].img_attn.norm.query_norm.scale.dtype
+
+    def __call__(
+        self,
+        img: mx.array,
+        img_ids: mx.array,
+        txt: mx.array,
+        txt_ids: mx.array,
+        timesteps: mx.array,
+        y: mx.array,
+        guidance: mx.array | None = None,
+    ) -> mx.array:
+        """The velocity noise - picture at the given times: `denoise` with all that it needs.
+
+        img (B, Li, in_channels), the packed noisy latent; img_ids (B or 1, Li, 3);
+        txt (B, Lt, context_in_dim), T5's features; txt_ids (B or 1, Lt, 3);
+        timesteps (B,), from 1 (noise) to 0; y (B, vec_in_dim), CLIP's pooled vector;
+        guidance (B,), needed where the model has the embedder and otherwise ignored.
+        Returns (B, Li, out_channels).
+        """
+        modulation = self._modulate(self._silu_vec(timesteps, y, guidance))
+        return self.denoise(img, self.embed_text(txt), self.positions(txt_ids, img_ids), modulation)
+
+    # Once a picture: nothing here depends on the noisy latent.
+
+    def embed_text(self, txt: mx.array) -> mx.array:
+        """T5's features (B, Lt, context_in_dim) -> (B, Lt, hidden_size)."""
+        return self.txt_in(txt.astype(self.dtype))
+
+    def positions(self, txt_ids: mx.array, img_ids: mx.array) -> mx.array:
+        """Positions (B or 1, Lt, 3) and (B or 1, Li, 3) -> rotary tables of both, text first, in float32."""
+        if txt_ids.shape[0] != img_ids.shape[0]:
+            batch = max(txt_ids.shape[0], img_ids.shape[0])
+            txt_ids, img_ids = (mx.broadcast_to(i, (batch, *i.shape[1:])) for i in (txt_ids, img_ids))
+        ids = mx.concatenate([txt_ids, img_ids], axis=1)  # (B, Lt+Li, 3)
+        return rotary_tables(ids, self.params.axes_dim, self.params.theta)
+
+    def modulation(
+        self, timesteps: mx.array, y: mx.array, guidance: mx.array | None = None
+    ) -> list[Modulation]:
+        """The modulation of all steps in one batch: timesteps (T,), y (B, vec_in_dim), guidance (B,) or (1,).
+
+        Returns T modulations, each for a batch of B pictures (B = 1 serves any batch).
+        """
+        vec = self._silu_vec(
+            timesteps[:, None], y[None], None if guidance is None else guidance[None]
+        )  # (T, B, C)
+        every_step = self._modulate(vec)
+        return [every_step.step(t) for t in range(timesteps.shape[0])]
+
+    def drop_modulation(self) -> None:
+        """Lets go of the weights that only modulation needs, 27.6 % of FLUX.1-dev; `denoise` still works.
+
+        The memory is free once the modulations made before have been evaluated.
+        """
+        for name in ("time_in", "vector_in", "guidance_in"):
+            self.pop(name, None)
+        for block in self.double_blocks:
+            block.pop("img_mod", None)
+            block.pop("txt_mod", None)
+        for block in self.single_blocks:
+            block.pop("modulation", None)
+        self.final_layer.pop("adaLN_modulation", None)
+
+    # Once a step.
+
+    def denoise(self, img: mx.array, txt: mx.array, pe: mx.array, modulation: Modulation) -> mx.array:
+        """The velocity (B, Li, out_channels) for img (B, Li, in_channels) at the time that modulation holds.
+
+        txt, pe and modulation come from `embed_text`, `positions` and `modulation`.
+        """
+        img = self.img_in(img.astype(self.dtype))
+        for block, (img_mod, txt_mod) in zip(self.double_blocks, modulation.double, strict=True):
+            img, txt = block(img, txt, pe, img_mod, txt_mod)
+        x = mx.concatenate([txt, img], axis=1)  # (B, Lt+Li, C)
+        for block, mod in zip(self.single_blocks, modulation.single, strict=True):
+            x = block(x, pe, mod)
+        return self.final_layer(x[:, txt.shape[1] :], modulation.final)
+
+    def _silu_vec(self, timesteps: mx.array, y: mx.array, guidance: mx.array | None) -> mx.array:
+        """silu of the conditioning vector. timesteps and guidance (...), y (..., vec_in_dim) -> (..., C)."""
+        if "time_in" not in self:
+            raise RuntimeError("the modulation weights were let go (drop_modulation): load the model again")
+        vec = self.time_in(self._embed(timesteps))
+        if self.params.guidance_embed:
+            if guidance is None:
+                raise ValueError("this model has a guidance embedder: it needs guidance")
+            vec = vec + self.guidance_in(self._embed(guidance))
+        return nn.silu(vec + self.vector_in(y.astype(self.dtype)))
+
+    def _embed(self, x: mx.array) -> mx.array:
+        """Time or guidance (...) -> sinusoidal embedding (..., 256) in the working type."""
+        if self.round_embeddings and self.dtype != mx.float32:
+            x = x.astype(mx.bfloat16)  # in float16 too: the weights know bfloat16's values alone
+        return sinusoidal_embedding(x * TIME_FACTOR, TIME_DIM).astype(self.dtype)
+
+    def _modulate(self, silu_vec: mx.array) -> Modulation:
+        """(..., C) -> the modulation of every layer, with the same leading axes."""
+        return Modulation(
+            [(block.img_mod(silu_vec), block.txt_mod(silu_vec)) for block in self.double_blocks],
+            [block.modulation(silu_vec) for block in self.single_blocks],
+            self.final_layer.modulation(silu_vec),
+        )
