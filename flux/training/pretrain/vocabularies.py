@@ -12,10 +12,11 @@ import sentencepiece
 from flux.tokenizers import CLIPTokenizer, byte_letters
 
 
-def train_clip(captions: Iterable[str], merges: int) -> CLIPTokenizer:
+def train_clip(captions: Iterable[str], merges: int) -> tuple[dict[str, int], list[str]]:
     """Merges the most frequent pair of pieces, again and again (Sennrich et al., 2016), up to `merges` times.
 
-    All 256 bytes are in the vocabulary, so that any text can be encoded.
+    Returns the vocabulary, piece -> id, and the merges in order of priority, as `CLIPTokenizer` takes them. All
+    256 bytes are in the vocabulary, so that any text can be encoded.
     """
     letters = byte_letters()
     counts = Counter(word for text in captions for word in CLIPTokenizer.WORDS.findall(text.lower()))
@@ -33,7 +34,7 @@ def train_clip(captions: Iterable[str], merges: int) -> CLIPTokenizer:
         words = {word: _merge(pieces, best) for word, pieces in words.items()}
     pieces = sorted(letters) + [letter + "</w>" for letter in sorted(letters)] + ["".join(m) for m in learned]
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, CLIPTokenizer.BOS, CLIPTokenizer.EOS]))}
-    return CLIPTokenizer(vocab, [" ".join(merge) for merge in learned])
+    return vocab, [" ".join(merge) for merge in learned]
 
 
 def _bytes(word: str, letters: list[str]) -> list[str]:
@@ -51,10 +52,10 @@ def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
     return merged
 
 
-def save_clip(tokenizer: CLIPTokenizer, merges: list[str], folder: Path) -> None:
+def save_clip(vocab: dict[str, int], merges: list[str], folder: Path) -> None:
     """vocab.json and merges.txt, as a `tokenizer/` folder has them."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(tokenizer.vocab, ensure_ascii=False), encoding="utf-8")
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
