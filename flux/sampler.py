@@ -5,6 +5,7 @@ sampling walks t from 1 to 0. Between steps x stays in float32, whatever type th
 """
 
 import math
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
@@ -35,6 +36,11 @@ def timesteps(num_steps: int, image_tokens: int, shift: bool) -> list[float]:
         e_mu = math.exp(image_tokens * slope + (y1 - slope * x1))
         times = e_mu / (e_mu + (1 / times - 1))
     return [*times.tolist(), 0.0]
+
+
+def random_seed() -> int:
+    """A seed from the operating system, short enough to be typed again."""
+    return secrets.randbits(32)
 
 
 def noise(seeds: Sequence[int], latent_size: tuple[int, int], channels: int) -> mx.array:

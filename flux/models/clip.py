@@ -135,6 +135,7 @@ class CLIPTextModel(nn.Module):
         if params.hidden_act not in ACTIVATIONS:
             known = " or ".join(ACTIVATIONS)
             raise FluxError(f"CLIP's hidden_act is {params.hidden_act!r}; this program knows {known}")
+        self.params = params
         self.text_model = CLIPTextTransformer(params)
 
     def __call__(self, tokens: mx.array, eos_token_id: int) -> CLIPOutput:
