@@ -26,7 +26,11 @@ class Log:
             return
         now = time.monotonic()
         means = {name: round(total / self._count, 6) for name, total in self._sums.items()}
-        line = {"step": trainer.step, **means, "steps_per_second": round(self._count / (now - self._start), 3)}
+        line = {
+            "step": trainer.step,
+            **means,
+            "steps_per_second": round(self._count / (now - self._start), 3),
+        }
         text = json.dumps(line)
         with self._file.open("a", encoding="utf-8") as file:
             file.write(text + "\n")

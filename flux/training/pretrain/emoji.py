@@ -43,7 +43,13 @@ SIZES = {"small": 32, "large": 48}  # side of the glyph's box, pixels
 PLACES = ("left", "right", "top", "bottom", "centre")
 PAIR = "pair"  # the place of two subjects, each small: the first left, the second right
 PAIR_SHARE = 0.2  # of the training pictures
-_STEPS = {"left": (0, 1), "right": (2, 1), "top": (1, 0), "bottom": (1, 2), "centre": (1, 1)}  # of half the rest
+_STEPS = {
+    "left": (0, 1),
+    "right": (2, 1),
+    "top": (1, 0),
+    "bottom": (1, 2),
+    "centre": (1, 1),
+}  # of half the rest
 
 
 @cache
@@ -188,8 +194,12 @@ def corners(composition: Composition) -> list[tuple[int, int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a folder of emoji pictures with captions (font: OFL 1.1).")
-    parser.add_argument("--output", type=Path, required=True, help="folder; gets pictures, captions.tsv, LICENCE")
+    parser = argparse.ArgumentParser(
+        description="Draw a folder of emoji pictures with captions (font: OFL 1.1)."
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder; gets pictures, captions.tsv, LICENCE"
+    )
     parser.add_argument("--count", type=int, default=1000, help="how many pictures (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

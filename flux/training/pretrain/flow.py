@@ -7,6 +7,7 @@ last state in DIR.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import mlx.core as mx
@@ -121,8 +122,9 @@ def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
     )
 
 
-def make_model(clip: CLIPTokenizer, t5: T5Tokenizer) -> TextToLatent:
-    return TextToLatent(len(clip.vocab), tiny.T5_VOCABULARY, clip.eos_token_id)
+def make_model(run: Path, clip: CLIPTokenizer) -> TextToLatent:
+    vocabulary = json.loads((run / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    return TextToLatent(len(vocabulary), tiny.T5_VOCABULARY, clip.eos_token_id)
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:
@@ -132,7 +134,9 @@ def is_edge(name: str, parameter: mx.array) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: latents, state, log")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=64)
@@ -143,14 +147,16 @@ def main() -> None:
     clip, t5 = load_tokenizers(run)
     latents = read(run / "latents.safetensors")
     mx.random.seed(arguments.seed)
-    model = make_model(clip, t5)
+    model = make_model(run, clip)
     warmup = min(100, steps)
     optimizer = muon(
         warmup_decay(arguments.rate, steps, warmup, 0.4),
         warmup_decay(arguments.rate / 10, steps, warmup, 0.4),
         is_edge,
     )
-    batches = flow_batches(latents, *tokenize(latents.compositions, clip, t5), arguments.batch, arguments.seed)
+    batches = flow_batches(
+        latents, *tokenize(latents.compositions, clip, t5), arguments.batch, arguments.seed
+    )
     trainer = Trainer(model, flow_loss, batches, optimizer, arguments.seed, EMA(model, tiny.EMA_DECAY))
     state = run / "flow.safetensors"
     if state.exists():
