@@ -127,7 +127,7 @@ def test_the_same_seed_gives_the_same_folder(tmp_path):
 
 
 def test_bad_input_is_named(tmp_path):
-    with pytest.raises(FluxError, match="nowhere.ttf is missing"):
+    with pytest.raises(FluxError, match=r"nowhere\.ttf is missing"):
         emoji.Renderer(tmp_path / "nowhere.ttf")
     with pytest.raises(FluxError, match="--count 0"):
         emoji.write_folder(tmp_path, 0, 0)

@@ -37,11 +37,11 @@ CROP = 32
 
 
 def picture_batches(count: int, steps: int, seed: int, rank: int) -> Callable[[int], mx.array]:
-    """step -> (count, 64, 64, 3) uint8 pictures that are not held out, or (4 * count, 32, 32, 3) crops of such.
+    """step -> (count, 64, 64, 3) uint8 pictures, not held out, or (4 * count, 32, 32, 3) crops of such.
 
-    Most of a picture is flat: crops show the network four times as many drawings in the same time. It sees whole
-    pictures in a quarter of the steps, and alone at the end, since its norms and its attention go over all of a
-    picture.
+    Most of a picture is flat: crops show the network four times as many drawings in the same time. It sees
+    whole pictures in a quarter of the steps, and alone at the end, since its norms and its attention go over
+    all of a picture.
     """
     render, names = Renderer(), list(subjects())[: tiny.SUBJECTS]
 
@@ -58,13 +58,9 @@ def crop(picture: np.ndarray, composition: Composition, rng: np.random.Generator
     """A random (32, 32, 3) part of the picture, on the grid of the latent, that shows some of a subject."""
     places = corners(composition)
     x, y = places[rng.integers(len(places))]
-    reach = (
-        SIZES[composition.size] - CROP
-    ) // GRID  # how far the box reaches beyond a crop, in steps of the grid
-    x, y = (
-        int(np.clip(i + GRID * rng.integers(min(reach, -1), max(reach, 1) + 1), 0, SIDE - CROP))
-        for i in (x, y)
-    )
+    beyond = (SIZES[composition.size] - CROP) // GRID  # steps of the grid that the box has more than a crop
+    x, y = (i + GRID * int(rng.integers(-1, max(beyond, 1) + 1)) for i in (x, y))
+    x, y = (min(max(i, 0), SIDE - CROP) for i in (x, y))
     return picture[y : y + CROP, x : x + CROP]
 
 

@@ -8,7 +8,7 @@ from flux.training.trainer import Metrics, Trainer
 
 
 class Log:
-    """One JSON line every `interval` steps: the step, each metric's mean since the last line, steps a second."""
+    """One JSON line every `interval` steps: the step, each metric's mean since the last, steps a second."""
 
     def __init__(self, file: Path, interval: int):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,8 @@
 
     python -m flux.training.pretrain.decoder --run DIR --steps N
 
-DIR holds the latents (`python -m flux.training.pretrain.latents`). Without the encoder a step costs two thirds.
-Stopped at any moment it goes on from the last state in DIR.
+DIR holds the latents (`python -m flux.training.pretrain.latents`). Without the encoder a step costs two
+thirds. Stopped at any moment it goes on from the last state in DIR.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Does the built-in model draw what the prompt says? Pictures for held-out prompts, judged against renderings.
+"""Does the built-in model draw what the prompt says? Pictures of held-out prompts, judged by renderings.
 
     python -m flux.training.pretrain.evaluate [--model tiny] [--count 400]
 
@@ -53,7 +53,8 @@ class Share:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{self.right / self.total:.1%} ({self.right} of {self.total}; 95 % interval {low:.1%} to {high:.1%})"
+        share = f"{self.right / self.total:.1%} ({self.right} of {self.total}"
+        return f"{share}; 95 % interval {low:.1%} to {high:.1%})"
 
 
 class Judge:
@@ -136,7 +137,7 @@ def evaluate(pipeline: FluxPipeline, count: int) -> tuple[dict[str, Any], np.nda
     figures = {f"{name} right": str(share) for name, share in judge(pictures, shown).items()}
     low = 10 * math.log10(255**2 / np.square(true.astype(np.float32) - decoded).mean())
     figures["autoencoder PSNR"] = (
-        f"{values.mean():.2f} dB (mean of the pictures; 95 % interval +-{reach:.2f}; of their mean error {low:.2f} dB)"
+        f"{values.mean():.2f} dB (95 % interval +-{reach:.2f}; of the mean error {low:.2f} dB)"
     )
     figures["seconds a picture"] = f"{seconds:.2f}"
     return figures, pictures

@@ -8,6 +8,7 @@ last state in DIR.
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -50,7 +51,9 @@ class TextToLatent(nn.Module):
         return self.flow(x, positions[0], text, positions[1], times, pooled, guidance)
 
 
-def flow_loss(model: TextToLatent, batch: dict[str, mx.array], key: mx.array):
+def flow_loss(
+    model: TextToLatent, batch: dict[str, mx.array], key: mx.array
+) -> tuple[mx.array, dict[str, mx.array]]:
     """Mean squared error of the velocity, at logit-normal times.
 
     The guidance is random and means nothing, so that every value of it gives the same picture. Half of the
@@ -68,8 +71,10 @@ def flow_loss(model: TextToLatent, batch: dict[str, mx.array], key: mx.array):
     return mx.square(velocity - (noise - x0)).mean(), {}
 
 
-def flow_batches(latents: Latents, clip_ids: np.ndarray, t5_ids: np.ndarray, count: int, seed: int):
-    """step -> latents (count, 8, 8, 16) and token ids, with some captions dropped for classifier-free guidance.
+def flow_batches(
+    latents: Latents, clip_ids: np.ndarray, t5_ids: np.ndarray, count: int, seed: int
+) -> Callable[[int], dict[str, mx.array]]:
+    """step -> latents (count, 8, 8, 16) and token ids; some captions are dropped, for true guidance.
 
     clip_ids, t5_ids (P, K, L): up to K captions of each of P pictures, the rows after them repeated; the very
     last row of all, [-1, -1], is the empty caption's.
@@ -128,9 +133,9 @@ def make_model(run: Path, clip: CLIPTokenizer) -> TextToLatent:
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:
-    """Embeddings, and the layers that stand next to the latent, the features of time and the text."""
-    edges = ("embedding", "shared", "relative_attention_bias", "img_in", "final_layer", "in_layer", "txt_in")
-    return any(edge in name for edge in edges)
+    """What Muon is no good for (embeddings, layers at the latent, the text, the time) or too slow (modulation)."""
+    edges = ("embedding", "shared", "relative_attention_bias", "img_in", "txt_in", "in_layer", "final_layer")
+    return any(edge in name for edge in (*edges, "img_mod", "txt_mod", "modulation"))
 
 
 def main() -> None:

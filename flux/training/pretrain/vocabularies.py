@@ -16,8 +16,8 @@ from flux.tokenizers import CLIPTokenizer, byte_letters
 def train_clip(captions: Iterable[str], merges: int) -> tuple[dict[str, int], list[str]]:
     """Merges the most frequent pair of pieces, again and again (Sennrich et al., 2016), up to `merges` times.
 
-    Returns the vocabulary, piece -> id, and the merges in order of priority, as `CLIPTokenizer` takes them. All
-    256 bytes are in the vocabulary, so that any text can be encoded.
+    Returns the vocabulary, piece -> id, and the merges in order of priority, as `CLIPTokenizer` takes them.
+    All 256 bytes are in the vocabulary, so that any text can be encoded.
     """
     letters = byte_letters()
     counts = Counter(word for text in captions for word in regex.findall(CLIPTokenizer.WORD, text.lower()))
