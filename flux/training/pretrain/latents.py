@@ -74,6 +74,16 @@ def encode(model: AutoEncoder, chosen: list[Composition], batch: int = 64) -> tu
     return np.concatenate(means), np.concatenate(logvars)
 
 
+def encode_shared(model: AutoEncoder, chosen: list[Composition]) -> list[mx.array]:
+    """`encode` by all processes, each its part."""
+    group = mx.distributed.init()
+    size = group.size()
+    padded = chosen + chosen[: -len(chosen) % size]
+    own = encode(model, padded[group.rank() :: size])  # (P / size, 8, 8, 16)
+    gathered = (mx.distributed.all_gather(mx.array(part)[None], group=group) for part in own)
+    return [part.swapaxes(0, 1).flatten(0, 1)[: len(chosen)] for part in gathered]
+
+
 def read(file: Path) -> Latents:
     """The file of `main`."""
     arrays = mx.load(str(file))
