@@ -88,7 +88,7 @@ def flow_batches(
         empty = rng.random(count) < tiny.CAPTION_DROPOUT
         rows = np.where(empty, -1, pictures), np.where(empty, -1, captions)
         return {
-            "latents": mx.array(latents.scaled[pictures]),
+            "latents": mx.array(latents.scaled(pictures)),
             "clip": mx.array(clip_ids[rows]),
             "t5": mx.array(t5_ids[rows]),
         }
@@ -113,6 +113,20 @@ def tokenize(
     longest = 1 + (clip_ids == clip.eos_token_id).argmax(axis=1).max()
     t5_ids = np.array([t5.encode(text) for text in flat], np.int32)
     return clip_ids[:, :longest][places], t5_ids[places]
+
+
+def load_tokens(
+    run: Path, chosen: list[Composition], clip: CLIPTokenizer, t5: T5Tokenizer
+) -> list[np.ndarray]:
+    """`tokenize`, kept in the run's folder: it takes half a minute."""
+    file = run / "tokens.npz"
+    if not file.exists():
+        clip_ids, t5_ids = tokenize(chosen, clip, t5)
+        partial = run / f"tokens.{mx.distributed.init().rank()}.npz"
+        np.savez(partial, clip=clip_ids, t5=t5_ids)
+        partial.replace(file)
+    with np.load(file) as arrays:
+        return [arrays["clip"], arrays["t5"]]
 
 
 def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
@@ -157,7 +171,7 @@ def main() -> None:
     model = make_model(run, clip)
     warmup = min(100, steps)
     rates = (warmup_decay(peak, steps, warmup, 0.4) for peak in (arguments.rate, arguments.rate / 10))
-    ids = tokenize(latents.compositions, clip, t5)
+    ids = load_tokens(run, latents.compositions, clip, t5)
     trainer = Trainer(
         model,
         flow_loss,

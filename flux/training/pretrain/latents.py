@@ -38,10 +38,9 @@ class Latents:
     scale: float
     shift: float
 
-    @property
-    def scaled(self) -> np.ndarray:
-        """Means with mean 0 and deviation 1: what the flow learns to make."""
-        return (self.mean - self.shift) * self.scale
+    def scaled(self, rows: np.ndarray) -> np.ndarray:
+        """The means of some pictures, with mean 0 and deviation 1 over all: what the flow learns to make."""
+        return (self.mean[rows] - self.shift) * self.scale
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Random rows, (count,): a pair with its share, else a single subject."""
