@@ -159,8 +159,8 @@ def test_memory(model, tmp_path):
     del beside
     mx.reset_peak_memory()
     fused = FluxPipeline(model, dtype=mx.float32, bits=4, adapters=[(path, 1)], fuse_adapters=True)
-    assert mx.get_peak_memory() - before < 0.6 * whole
-    del fused
+    mx.eval(fused.flow.parameters())
+    assert mx.get_peak_memory() - before < 0.4 * whole  # 0.34; all layers at once 0.56, quantized later 0.45
 
 
 def test_what_is_left_out_is_named_in_one_line(model, tmp_path, base):
