@@ -20,7 +20,10 @@ from flux.errors import FluxError
 SUFFIXES = (".html", ".png")
 THUMBNAIL = 256  # pixels, the longer side
 COLUMNS = 4  # of the PNG
-LETTERS, LINES = 42, 8  # of a caption in the PNG: a line's letters, and lines at most
+LETTERS, LINES = (
+    42,
+    12,
+)  # below a picture of the PNG: letters of a line, and lines, its name's included
 FONT_SIZE, LINE_HEIGHT, MARGIN = 12, 15, 8  # pixels
 MOST = 400  # pictures in a PNG; a page of HTML has no such limit
 
@@ -99,10 +102,10 @@ def _drawn(entries: list[tuple[Picture, str, Image.Image]]) -> np.ndarray:
     rows = max(1, math.ceil(len(entries) / COLUMNS))
     sheet = Image.new("RGB", (COLUMNS * width + MARGIN, rows * height + MARGIN), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (_, text, small) in enumerate(entries):
+    for i, (picture, text, small) in enumerate(entries):
         left, top = MARGIN + i % COLUMNS * width, MARGIN + i // COLUMNS * height
         sheet.paste(small, (left + (THUMBNAIL - small.width) // 2, top + (THUMBNAIL - small.height) // 2))
-        lines = textwrap.wrap(text, LETTERS, max_lines=LINES, placeholder=" …")
-        for number, line in enumerate(lines):
+        lines = textwrap.wrap(text, LETTERS, max_lines=LINES - 1, placeholder=" …")
+        for number, line in enumerate([f"[{picture.name[-LETTERS + 2 :]}]", *lines]):
             draw.text((left, top + THUMBNAIL + MARGIN + number * LINE_HEIGHT), line, "black", font)
     return np.array(sheet)
