@@ -112,11 +112,16 @@ def _weights(kind: str, network: nn.Module, dtype: mx.Dtype | None, diffusers: b
 
 
 def _write_rest(new: Path, model: Model) -> None:
+    clip_length = model.clip.params.max_position_embeddings
+    lengths = {"tokenizer": clip_length, "tokenizer_2": model.spec.t5_length}
     for name, source in (("tokenizer", model.clip_tokenizer), ("tokenizer_2", model.t5_tokenizer)):
         (new / name).mkdir()
         for file in Path(source).iterdir():
             if file.is_file():
                 shutil.copyfile(file, new / name / file.name)
+        config = new / name / "tokenizer_config.json"
+        if not config.exists():  # without it transformers' tokenizers know no length to pad to
+            _write_json(config, {"tokenizer_class": MODEL_INDEX[name][1], "model_max_length": lengths[name]})
     defaults = {k: v for k, v in asdict(model.spec).items() if k not in ("repo", "file")}
     _write_json(new / DEFAULTS, defaults)
 
