@@ -124,7 +124,8 @@ class AttnBlock(nn.Module):
         length = height * width
         h = self.norm(x).reshape(b, 1, length, c)  # one head
         q, k, v = self.q(h), self.k(h), self.v(h)
-        chunk = max(1, self.scores_memory // (4 * b * length))  # a query's scores: length float32 a picture
+        # A query's scores are one float32 for each pixel of each picture.
+        chunk = min(length, max(1, self.scores_memory // (4 * b * length)))
         parts = []
         for i in range(0, length, chunk):
             parts.append(mx.fast.scaled_dot_product_attention(q[:, :, i : i + chunk], k, v, scale=c**-0.5))
