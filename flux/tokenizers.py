@@ -1,11 +1,15 @@
 """Text to token ids: CLIP's byte-level BPE and T5's SentencePiece, with the ids of transformers' tokenizers.
 
-Both have a network's fixed length: longer texts are cut with the end token kept, and `truncated` shows what
-was lost. A special token written out in a text ("<|endoftext|>", "</s>") becomes that token, as in transformers.
+Both fill a fixed length: a longer text is cut, its end token kept, and `truncated` tells what was lost. A
+special token that is written out in a text ("<|endoftext|>", "</s>") becomes that token, as in transformers.
 """
 
+import base64
 import json
+import math
 import unicodedata
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,134 +19,298 @@ import sentencepiece
 from flux.errors import FluxError
 
 
+def well_formed(text: str) -> str:
+    """Text that UTF-8 can hold: halves of surrogate pairs, which JSON may bring, are joined or made U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FluxError(f"{file}: not a JSON file ({error})") from error
+
+
 def byte_letters() -> list[str]:
     """The letter that stands for each of the 256 bytes in a byte-level vocabulary.
 
-    Printable characters of Latin-1 stand for their own code; the 68 other bytes get the letters from U+0100 on,
-    in order (Radford et al. 2019, GPT-2).
+    Latin-1's printable characters stand for their own code; the 68 other bytes get the letters from U+0100
+    on, in order (Radford et al. 2019, GPT-2).
     """
     printable = {
         *range(ord("!"), ord("~") + 1),
         *range(ord("¡"), ord("¬") + 1),
         *range(ord("®"), ord("ÿ") + 1),
     }
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+    substitutes = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(substitutes)) for byte in range(256)]
 
 
 class CLIPTokenizer:
-    """CLIP's byte-level BPE: lower-cased words, contractions, digits and runs of signs, each merged from bytes.
+    """CLIP's byte-level BPE: words in lower case, contractions, digits, runs of signs, each merged from bytes.
 
-    vocab: piece -> id; a piece that ends a word ends in "</w>". merges: "left right" in order of priority.
+    `vocab` is piece -> id, where "</w>" ends a word's last piece. `merges` are "left right", the first to be
+    applied first. `max_length` counts the start token and at least one end token.
+    Raises FluxError for a vocabulary without these two.
     """
 
-    BOS, EOS = "<|startoftext|>", "<|endoftext|>"
-    WORDS = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    BOS, EOS, END_OF_WORD = "<|startoftext|>", "<|endoftext|>", "</w>"
+    SPECIAL = regex.compile(r"(<\|startoftext\|>|<\|endoftext\|>)")
+    WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    CHUNK = regex.compile(
+        f"{SPECIAL.pattern[1:-1]}|{WORD.pattern}"
+    )  # "<|EndOfText|>" after lower-casing: no token
 
     def __init__(self, vocab: dict[str, int], merges: list[str], max_length: int = 77):
-        self.vocab = vocab
+        missing = [token for token in (self.BOS, self.EOS) if token not in vocab]
+        if missing:
+            raise FluxError(f"CLIP's vocabulary of {len(vocab)} pieces lacks {' and '.join(missing)}")
         self.max_length = max_length
         self.bos_token_id = vocab[self.BOS]
         self.eos_token_id = vocab[self.EOS]
-        self._ranks = {tuple(merge.split(" ")): rank for rank, merge in enumerate(merges)}
+        self._vocab = vocab
+        self._ranks = {merge: rank for rank, merge in enumerate(merges)}
         self._letters = byte_letters()
-        self._special = regex.compile(f"({regex.escape(self.BOS)}|{regex.escape(self.EOS)})")
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "CLIPTokenizer":
-        """Reads vocab.json and merges.txt, else tokenizer.json, of a `tokenizer/` folder."""
+        """Reads a checkpoint's `tokenizer/`: vocab.json and merges.txt, else tokenizer.json."""
         folder = Path(path)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
             lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            return cls(vocab, [line for line in lines if line and not line.startswith("#version")])
-        if (folder / "tokenizer.json").is_file():
-            model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-            merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-            return cls(model["vocab"], merges)
-        raise FluxError(
-            f"{folder}: no CLIP tokenizer here; expected vocab.json and merges.txt, or tokenizer.json"
-        )
+            merges = [line for line in lines if line and not line.startswith("#version")]
+            return cls(read_json(folder / "vocab.json"), merges)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise FluxError(
+                f"{folder}: no CLIP tokenizer; expected vocab.json and merges.txt, or tokenizer.json"
+            )
+        tokenizer = read_json(file)
+        model = tokenizer.get("model", {})
+        if model.get("type") != "BPE":
+            raise FluxError(f"{file}: not a CLIP tokenizer; its model is {model.get('type')}, expected BPE")
+        added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        return cls({**model["vocab"], **added}, merges)
 
     def encode(self, text: str) -> list[int]:
-        """max_length ids: start token, the text, end token, and end tokens again as padding."""
-        ids = self._ids(text)[: self.max_length - 2]
+        """max_length ids: the start token, the text, the end token, and more end tokens as padding."""
+        # What the vocabulary lacks becomes the end token: CLIP has no other "unknown".
+        ids = [
+            self._vocab.get(piece, self.eos_token_id) for piece in self._pieces(text)[: self.max_length - 2]
+        ]
         return [self.bos_token_id, *ids] + [self.eos_token_id] * (self.max_length - 1 - len(ids))
 
     def __call__(self, texts: list[str]) -> mx.array:
-        """B texts -> (B, max_length) int32."""
+        """B texts -> (B, max_length), int32."""
         return mx.array([self.encode(text) for text in texts], dtype=mx.int32)
 
     def truncated(self, text: str) -> str:
-        """The end of the text that `encode` cuts off, lower-cased as the network would see it; else ""."""
-        pieces = [piece for word in self._words(text) for piece in self._merge(word)]
-        return self._join(pieces[self.max_length - 2 :])
+        """The end of the text that `encode` cuts off, in lower case as CLIP reads it; "" if all fits."""
+        cut = "".join(self._pieces(text)[self.max_length - 2 :]).replace(self.END_OF_WORD, " ")
+        bytes_of = {letter: byte for byte, letter in enumerate(self._letters)} | {" ": ord(" ")}
+        return bytes(bytes_of[letter] for letter in cut).decode("utf-8", "replace").strip()
 
-    def _ids(self, text: str) -> list[int]:
-        return [
-            self.vocab.get(piece, self.eos_token_id)
-            for word in self._words(text)
-            for piece in self._merge(word)
-        ]
-
-    def _words(self, text: str) -> list[str]:
-        words = []
-        for part in self._special.split(text):
+    def _pieces(self, text: str) -> list[str]:
+        pieces = []
+        for part in self.SPECIAL.split(well_formed(text)):
             if part in (self.BOS, self.EOS):
-                words.append(part)
+                pieces.append(part)
                 continue
-            part = "".join(map(str.lower, unicodedata.normalize("NFC", part)))
-            words += self.WORDS.findall(part)
-        return words
-
-    def _merge(self, word: str) -> list[str]:
-        """The pieces of one word: its bytes' letters, merged pair by pair, the highest priority first."""
-        if word in (self.BOS, self.EOS):
-            return [word]
-        pieces = [self._letters[byte] for byte in word.encode("utf-8")]
-        pieces[-1] += "</w>"
-        while len(pieces) > 1:
-            pairs = zip(pieces, pieces[1:], strict=False)
-            rank, place = min((self._ranks.get(pair, len(self._ranks)), i) for i, pair in enumerate(pairs))
-            if rank == len(self._ranks):
-                break
-            pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
+            # A letter at a time: str.lower() would write the sigma that ends a word in another way.
+            lower = "".join(letter.lower() for letter in unicodedata.normalize("NFC", part))
+            for chunk in self.CHUNK.findall(lower):
+                for word in self.WORD.findall(chunk):
+                    pieces += self._merge(word)
         return pieces
 
-    def _join(self, pieces: list[str]) -> str:
-        codes = {letter: byte for byte, letter in enumerate(self._letters)}
-        text = "".join(pieces).replace("</w>", " ").strip()
-        return bytes(codes[c] if c != " " else 32 for c in text).decode("utf-8", errors="replace")
+    def _merge(self, word: str) -> list[str]:
+        """The pieces of one word: its bytes' letters, the pair of the earliest merge joined again and again."""
+        pieces = [self._letters[byte] for byte in word.encode("utf-8")]
+        pieces[-1] += self.END_OF_WORD
+        while len(pieces) > 1:
+            never = len(self._ranks)
+            left, right = min(
+                pairwise(pieces), key=lambda pair: self._ranks.get(f"{pair[0]} {pair[1]}", never)
+            )
+            if f"{left} {right}" not in self._ranks:
+                break
+            pieces = join_pair(pieces, left, right)
+        return pieces
+
+
+def join_pair(pieces: list[str], left: str, right: str) -> list[str]:
+    """The pieces with every `left` and `right` that stand side by side made one, from the left."""
+    joined = []
+    for piece in pieces:
+        # A joined piece is longer than `left`, so that it cannot be taken for one.
+        if piece == right and joined and joined[-1] == left:
+            joined[-1] += right
+        else:
+            joined.append(piece)
+    return joined
 
 
 class T5Tokenizer:
-    """T5's SentencePiece vocabulary; every text ends in the end token (id 1), padding is id 0."""
+    """T5's SentencePiece vocabulary, a Unigram model; every text ends in "</s>", padding is "<pad>".
 
-    def __init__(self, spiece_file: str | Path, max_length: int):
+    `file` is spiece.model, or tokenizer.json, the only file that transformers 5 saves. `max_length` counts
+    the end token. Raises FluxError for a file that is neither, or lacks "<pad>", "</s>" or "<unk>".
+    """
+
+    GRAPHEME = regex.compile(r"\X")
+
+    def __init__(self, file: str | Path, max_length: int):
+        file = Path(file)
+        model = read_unigram_json(file) if file.suffix == ".json" else read_spiece(file)
+        self._ids = {piece: i for i, (piece, _) in enumerate(model.pieces)} | model.special
+        missing = [token for token in ("<pad>", "</s>", "<unk>") if token not in self._ids]
+        if missing:
+            raise FluxError(
+                f"{file}: T5's vocabulary of {len(self._ids)} pieces lacks {' and '.join(missing)}"
+            )
         self.max_length = max_length
-        self._model = sentencepiece.SentencePieceProcessor(model_file=str(spiece_file))
-        self.eos_token_id = self._model.eos_id()
-        self.pad_token_id = self._model.pad_id()
+        self.pad_token_id = self._ids["<pad>"]
+        self.eos_token_id = self._ids["</s>"]
+        self._unk_token_id = self._ids["<unk>"]
+        self._scores = dict(model.pieces)
+        self._unknown_score = min(self._scores.values()) - 10.0  # SentencePiece's penalty
+        self._longest = max(map(len, self._scores))
+        self._normalizer = model.normalizer
+        self._special = regex.compile(f"({'|'.join(map(regex.escape, model.special))})")
 
     @classmethod
     def from_folder(cls, path: str | Path, max_length: int) -> "T5Tokenizer":
-        """Reads spiece.model of a `tokenizer_2/` folder."""
-        file = Path(path) / "spiece.model"
-        if not file.is_file():
-            raise FluxError(f"{path}: no T5 tokenizer here; expected spiece.model")
-        return cls(file, max_length)
+        """Reads a checkpoint's `tokenizer_2/`: spiece.model, else tokenizer.json."""
+        for file in (Path(path) / "spiece.model", Path(path) / "tokenizer.json"):
+            if file.is_file():
+                return cls(file, max_length)
+        raise FluxError(f"{path}: no T5 tokenizer; expected spiece.model or tokenizer.json")
 
     def encode(self, text: str, pad: bool = True) -> list[int]:
-        """The text's ids and the end token, cut or (with pad) filled to max_length."""
-        ids = [*self._model.encode(text)[: self.max_length - 1], self.eos_token_id]
+        """The text's ids and the end token, cut to max_length and, with `pad`, filled up to it."""
+        pieces = self._pieces(text)[: self.max_length - 1]
+        ids = [*(self._ids.get(piece, self._unk_token_id) for piece in pieces), self.eos_token_id]
         return ids + [self.pad_token_id] * (self.max_length - len(ids)) if pad else ids
 
     def __call__(self, texts: list[str], pad: bool = True) -> mx.array:
-        """B texts -> (B, max_length) int32; without pad, (B, length of the longest), shorter ones padded to it."""
+        """B texts -> (B, max_length), int32; without `pad` as long as the longest of them."""
         rows = [self.encode(text, pad) for text in texts]
-        longest = max(map(len, rows))
-        return mx.array([row + [self.pad_token_id] * (longest - len(row)) for row in rows], dtype=mx.int32)
+        length = max(map(len, rows))
+        return mx.array([row + [self.pad_token_id] * (length - len(row)) for row in rows], dtype=mx.int32)
 
     def truncated(self, text: str) -> str:
-        """The end of the text that `encode` cuts off; "" where all of it fits."""
-        return self._model.decode(self._model.encode(text)[self.max_length - 1 :])
+        """The end of the text that `encode` cuts off; "" if all of it fits."""
+        return "".join(self._pieces(text)[self.max_length - 1 :]).replace("▁", " ").strip()
+
+    def _pieces(self, text: str) -> list[str]:
+        pieces = []
+        for i, part in enumerate(self._special.split(well_formed(text))):
+            if i % 2 == 1:  # split() puts what the pattern found between the parts
+                pieces.append(part)
+                continue
+            for word in self._normalize(part).split():
+                for start in word.removeprefix("▁").split("▁"):
+                    pieces += self._split_word("▁" + start)
+        return pieces
+
+    def _normalize(self, text: str) -> str:
+        """Compatibility composition (NFKC) as transformers' tokenizer does it, unlike SentencePiece itself.
+
+        It goes by grapheme. One of less than 6 bytes whose beginning has an entry in the model's table
+        becomes that entry, the shortest that fits, and loses what follows: "e", dot below, circumflex becomes
+        "ẹ", not "ệ". In longer ones every character is mapped alone.
+        """
+        return "".join(map(self._normalize_grapheme, self.GRAPHEME.findall(text)))
+
+    def _normalize_grapheme(self, grapheme: str) -> str:
+        mapped = self._normalizer.normalize
+        if len(grapheme.encode("utf-8")) < 6:
+            for end in range(1, len(grapheme) + 1):
+                beginning = mapped(grapheme[:end])
+                if beginning != grapheme[0] + mapped(grapheme[1:end]):  # more than its parts: has an entry
+                    return beginning
+        return "".join(map(mapped, grapheme))
+
+    def _split_word(self, word: str) -> list[str]:
+        """The most probable way to cut a word into pieces (Viterbi; Kudo 2018, arXiv:1804.10959).
+
+        Neighbouring characters that no piece holds are one piece, unknown.
+        """
+        scores, starts = (
+            [0.0] + [-math.inf] * len(word),
+            [0] * (len(word) + 1),
+        )  # of the best path to each place
+        for start in range(len(word)):
+            for end in range(start + 1, min(start + self._longest, len(word)) + 1):
+                score = self._scores.get(
+                    word[start:end], self._unknown_score if end == start + 1 else -math.inf
+                )
+                if scores[start] + score > scores[end]:
+                    scores[end], starts[end] = scores[start] + score, start
+        pieces, end = [], len(word)
+        while end > 0:
+            piece = word[starts[end] : end]
+            if pieces and piece not in self._scores and pieces[-1] not in self._scores:
+                pieces[-1] = piece + pieces[-1]
+            else:
+                pieces.append(piece)
+            end = starts[end]
+        return pieces[::-1]
+
+
+@dataclass(frozen=True)
+class UnigramModel:
+    """What a T5 tokenizer's file says.
+
+    pieces: each with its log probability, in the order of their ids. special: the ids of the tokens that are
+    taken whole where a text has them. normalizer: the table of characters that are replaced.
+    """
+
+    pieces: list[tuple[str, float]]
+    special: dict[str, int]
+    normalizer: sentencepiece.SentencePieceNormalizer
+
+
+def read_spiece(file: Path) -> UnigramModel:
+    """Reads a SentencePiece model. T5 adds <extra_id_99> ... <extra_id_0> to what is in it."""
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError) as error:
+        raise FluxError(f"{file}: not a SentencePiece model ({error})") from error
+    ids = list(range(model.vocab_size()))
+    pieces = list(zip(model.id_to_piece(ids), model.get_score(ids), strict=True))
+    extra = [f"<extra_id_{i}>" for i in reversed(range(100))]
+    special = {piece: i for i, (piece, _) in enumerate(pieces) if piece in ("<pad>", "</s>", "<unk>")}
+    special |= {piece: i for i, piece in enumerate(extra, start=len(pieces))}
+    return UnigramModel(pieces + [(piece, 0.0) for piece in extra], special, character_map(file.read_bytes()))
+
+
+def read_unigram_json(file: Path) -> UnigramModel:
+    """Reads a tokenizer.json that the `tokenizers` library made of a SentencePiece model."""
+    tokenizer = read_json(file)
+    model, normalizer = tokenizer.get("model", {}), tokenizer.get("normalizer") or {}
+    if model.get("type") != "Unigram":
+        raise FluxError(f"{file}: not a T5 tokenizer; its model is {model.get('type')}, expected Unigram")
+    steps = normalizer.get("normalizers", [normalizer])
+    table = b"".join(base64.b64decode(step.get("precompiled_charsmap", "")) for step in steps)
+    special = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    pieces = [(piece, score) for piece, score in model["vocab"]]
+    # A SentencePiece model that holds nothing but normalizer_spec (3) with its precompiled_charsmap (2).
+    return UnigramModel(pieces, special, character_map(protobuf_field(3, protobuf_field(2, table))))
+
+
+def character_map(model: bytes) -> sentencepiece.SentencePieceNormalizer:
+    """The table of replaced characters in a SentencePiece model, without the treatment of white space."""
+    return sentencepiece.SentencePieceNormalizer(
+        model_proto=model, add_dummy_prefix=False, escape_whitespaces=False, remove_extra_whitespaces=False
+    )
+
+
+def protobuf_field(number: int, content: bytes) -> bytes:
+    """A field in protobuf's wire format: its number and type, the length in groups of 7 bits, the content."""
+    length, groups = len(content), []
+    while length > 127:
+        groups.append(length & 127 | 128)
+        length >>= 7
+    return bytes([number << 3 | 2, *groups, length]) + content

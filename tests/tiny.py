@@ -40,7 +40,9 @@ def randomize(network: nn.Module, seed: int) -> nn.Module:
     rng = np.random.default_rng(seed)
     weights = []
     for name, w in tree_flatten(network.parameters()):
-        value = rng.standard_normal(w.shape).astype(np.float32) * (0.2 if w.ndim == 1 else w.shape[-1] ** -0.5)
+        value = rng.standard_normal(w.shape).astype(np.float32) * (
+            0.2 if w.ndim == 1 else w.shape[-1] ** -0.5
+        )
         weights.append((name, mx.array(value + (w.ndim == 1 and "bias" not in name))))
     network.load_weights(weights)
     return network

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from flux.models.layers import clip_float16, gelu
+
 
 @dataclass(frozen=True)
 class T5Params:
@@ -26,17 +28,6 @@ class T5Params:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
-
-
-def clip_float16(x: mx.array) -> mx.array:
-    """Keeps float16 activations finite; other types pass.
-
-    T5 was trained in bfloat16 and its activations leave float16's range. An infinity would become NaN in the
-    next norm, while +-65504 stays a large number there.
-    """
-    if x.dtype != mx.float16:
-        return x
-    return mx.clip(x, -65504.0, 65504.0)
 
 
 def relative_position_bucket(distance: int, num_buckets: int, max_distance: int) -> int:
@@ -113,7 +104,7 @@ class T5DenseGatedActDense(nn.Module):
         self.wo = nn.Linear(params.d_ff, params.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.wo(clip_float16(nn.gelu_approx(self.wi_0(x)) * self.wi_1(x)))
+        return self.wo(clip_float16(gelu(self.wi_0(x)) * self.wi_1(x)))
 
 
 class T5LayerFF(nn.Module):
@@ -151,7 +142,7 @@ class T5Stack(nn.Module):
 
 
 class T5Encoder(nn.Module):
-    """The encoder of T5 v1.1. Checkpoints may name the token table `encoder.embed_tokens`; here it is `shared`."""
+    """The encoder of T5 v1.1. The token table is `shared`, which checkpoints may call `encoder.embed_tokens`."""
 
     def __init__(self, params: T5Params):
         super().__init__()

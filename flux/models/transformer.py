@@ -13,6 +13,7 @@ from flux.models.layers import (
     MLPEmbedder,
     SingleStreamBlock,
     rotary_tables,
+    silu,
     sinusoidal_embedding,
 )
 
@@ -54,12 +55,12 @@ class Modulation(NamedTuple):
     A tuple of arrays, so that `mx.eval` takes it. Before `step` every array has a leading axis of steps.
     """
 
-    double: list[tuple[mx.array, mx.array]]  # a block: for img and for txt, (B, 1, 6*C) each
+    double: list[tuple[mx.array, mx.array]]  # a block: for txt and for img, (B, 1, 6*C) each
     single: list[mx.array]  # a block: (B, 1, 3*C)
     final: mx.array  # (B, 1, 2*C)
 
     def step(self, t: int) -> "Modulation":
-        return Modulation([(i[t], x[t]) for i, x in self.double], [m[t] for m in self.single], self.final[t])
+        return Modulation([(x[t], i[t]) for x, i in self.double], [m[t] for m in self.single], self.final[t])
 
 
 class Flux(nn.Module):
@@ -164,8 +165,8 @@ class Flux(nn.Module):
         txt, pe and modulation come from `embed_text`, `positions` and `modulation`.
         """
         img = self.img_in(img.astype(self.dtype))
-        for block, (img_mod, txt_mod) in zip(self.double_blocks, modulation.double, strict=True):
-            img, txt = block(img, txt, pe, img_mod, txt_mod)
+        for block, (txt_mod, img_mod) in zip(self.double_blocks, modulation.double, strict=True):
+            txt, img = block(txt, img, pe, txt_mod, img_mod)
         x = mx.concatenate([txt, img], axis=1)  # (B, Lt+Li, C)
         for block, mod in zip(self.single_blocks, modulation.single, strict=True):
             x = block(x, pe, mod)
@@ -180,7 +181,7 @@ class Flux(nn.Module):
             if guidance is None:
                 raise ValueError("this model has a guidance embedder: it needs guidance")
             vec = vec + self.guidance_in(self._embed(guidance))
-        return nn.silu(vec + self.vector_in(y.astype(self.dtype)))
+        return silu(vec + self.vector_in(y.astype(self.dtype)))
 
     def _embed(self, x: mx.array) -> mx.array:
         """Time or guidance (...) -> sinusoidal embedding (..., 256) in the working type."""
@@ -191,7 +192,7 @@ class Flux(nn.Module):
     def _modulate(self, silu_vec: mx.array) -> Modulation:
         """(..., C) -> the modulation of every layer, with the same leading axes."""
         return Modulation(
-            [(block.img_mod(silu_vec), block.txt_mod(silu_vec)) for block in self.double_blocks],
+            [(block.txt_mod(silu_vec), block.img_mod(silu_vec)) for block in self.double_blocks],
             [block.modulation(silu_vec) for block in self.single_blocks],
             self.final_layer.modulation(silu_vec),
         )

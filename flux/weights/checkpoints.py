@@ -5,6 +5,7 @@ import fnmatch
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
 from mlx.utils import tree_flatten
@@ -32,6 +32,9 @@ from flux.weights.layouts import FOLDERS, NAMES, PARTS, TOKENIZERS, Part
 from flux.weights.registry import ModelSpec
 
 DEFAULTS = "defaults.json"  # in a folder that this program wrote: the model's own defaults
+TINY = "or use --model tiny, which is built in"  # what always works
+# huggingface_hub's own errors, those of the HTTP library below it (whichever it is), and the disk's.
+HUB_ERRORS = (OSError, RuntimeError, HFValidationError, *HfHubHTTPError.__bases__)
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "transformer": Flux,
     "ae": AutoEncoder,
@@ -86,18 +89,24 @@ def load_part(part: Part, dtype: mx.Dtype | None = None) -> nn.Module:
     own = {bare: found[name] for name, bare in names.items()}
     weights = keymaps.to_ours(part.kind, own)
     metadata = tensors.read_header(part.files[0]).metadata
-    config = part.config or json.loads(metadata.get("config", "{}"))
-    try:
-        network = NETWORKS[part.kind](shapes.params(part.kind, weights, config))
-    except FluxError as error:
-        raise FluxError(f"{part.label}: {error}") from None
-    quantize.prepare(network, metadata, weights)
+    network = _build(part, weights, metadata)
     diffusers = keymaps.is_diffusers(own)
     expected = keymaps.to_file(part.kind, dict(tree_flatten(network.parameters())), diffusers)
     found = own if diffusers or part.kind != "ae" else keymaps.unsqueeze_pointwise(own)
     tensors.check(part.label, found, expected)
     network.load_weights([(name, _cast(w, dtype)) for name, w in weights.items()])
     network.eval()
+    return network
+
+
+def _build(part: Part, weights: Mapping[str, mx.array], metadata: Mapping[str, str]) -> nn.Module:
+    """The network that these weights are of, with quantized layers where the file has them."""
+    try:
+        config = part.config or json.loads(metadata.get("config", "{}"))
+        network = NETWORKS[part.kind](shapes.params(part.kind, weights, config))
+        quantize.prepare(network, metadata, weights)
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise FluxError(f"{part.label}: no network fits its tensors and its config: {error}") from None
     return network
 
 
@@ -128,24 +137,25 @@ def find(model: str, **overrides: str | os.PathLike | None) -> Checkpoint:
     if spec and not spec.repo:
         return _in_folder(registry.TINY_FOLDER, spec, given)
     path = Path(model).expanduser()
-    if spec is None and path.is_dir():
-        return _in_folder(path, None, given)
+    if path.is_dir() and (spec is None or "/" in model):  # "dev" is the model, not a folder of that name
+        return _in_folder(path, spec, given)
     if spec is None and path.exists():
         raise FluxError(f"{model}: a model is a folder; to take one part from a file, use --transformer FILE")
     if spec is None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         known = ", ".join(row.name for row in registry.MODELS)
         raise FluxError(f"{model!r} is neither a model ({known}), nor a folder, nor a repository of the Hub")
-    return _in_folder(_download(spec.repo if spec else model, spec, given), spec, given)
+    return _from_hub(spec.repo if spec else model, spec, given)
 
 
 def _in_folder(folder: Path, spec: ModelSpec | None, given: Mapping[str, Part]) -> Checkpoint:
-    parts = {kind: given.get(kind) or layouts.find_part(folder, kind) for kind in PARTS}
-    if not any(kind not in given and part for kind, part in parts.items()) and len(given) < len(PARTS):
+    found = {kind: layouts.find_part(folder, kind) for kind in PARTS if kind not in given}
+    if found and not any(found.values()):
         raise FluxError(f"{folder}: no weights here in BFL's, diffusers' or ComfyUI's layout")
-    if absent := [kind for kind, part in parts.items() if part is None]:
+    if absent := [kind for kind, part in found.items() if part is None]:
         wanted = "; ".join(f"no {NAMES[kind]} ({', '.join(layouts.PLACES[kind])})" for kind in absent)
         options = " ".join(f"--{kind} FILE" for kind in absent)
         raise FluxError(f"{folder}: {wanted}: put the files there or give {options}")
+    parts = {**found, **given}
     spec = _defaults(folder, spec or _kind_of(parts["transformer"]))
     tokenizers = (
         layouts.find_tokenizer(folder, name) or _tokenizer(folder, name, spec) for name in TOKENIZERS
@@ -180,7 +190,7 @@ def _tokenizer(folder: Path, name: str, spec: ModelSpec) -> Path:
     """A tokenizer that a folder lacks (ComfyUI's do): the same model's on the Hub."""
     if spec.repo:
         try:
-            snapshot = _snapshot(spec.repo, [f"{name}/*"])
+            snapshot = _snapshot(spec.repo, [f"{name}/*"], _offline())
         except FluxError as error:
             raise FluxError(f"{folder}: no {name}/ here, and from the Hub: {error}") from None
         if found := layouts.find_tokenizer(snapshot, name):
@@ -189,16 +199,31 @@ def _tokenizer(folder: Path, name: str, spec: ModelSpec) -> Path:
     raise FluxError(f"{folder}: no {name}/ with {files}; copy that folder of a FLUX.1 repository there")
 
 
-def _download(repo: str, spec: ModelSpec | None, given: Mapping[str, Part]) -> Path:
-    """The folder in the Hub's cache with what is needed of a repository."""
-    kinds = [kind for kind in PARTS if kind not in given]
+def _from_hub(repo: str, spec: ModelSpec | None, given: Mapping[str, Part]) -> Checkpoint:
+    """A repository of the Hub: what is needed of it is downloaded, or was at an earlier time."""
+    files = _list_files(repo)
+    if files is None:  # nothing can be downloaded: every snapshot has the tokenizers, and maybe the rest
+        folder = _snapshot(repo, [f"{name}/*" for name in TOKENIZERS], offline=True)
+        try:
+            return _in_folder(folder, spec, given)
+        except FluxError as error:
+            raise FluxError(f"{error} ({_unreachable(repo)})") from None
+    patterns = _patterns(list(files), spec, [kind for kind in PARTS if kind not in given])
+    _check_disk(repo, files, patterns)
+    return _in_folder(_snapshot(repo, patterns, offline=False), spec, given)
+
+
+def _list_files(repo: str) -> dict[str, int] | None:
+    """The files of a repository and their sizes; None where the Hub may not or cannot be asked."""
+    if _offline():
+        return None
     try:
-        files = [] if _offline() else huggingface_hub.HfApi().list_repo_files(repo)
-    except (OSError, HFValidationError) as error:
-        if _is_answer(error):
+        siblings = huggingface_hub.HfApi().model_info(repo, files_metadata=True, timeout=20).siblings or []
+    except HUB_ERRORS as error:
+        if isinstance(error, (HfHubHTTPError, HFValidationError)):
             raise FluxError(_advice(repo, error)) from None
-        files = []  # no network: what the cache has may be enough
-    return _snapshot(repo, _patterns(files, spec, kinds), cached=not files)
+        return None
+    return {file.rfilename: file.size or 0 for file in siblings}
 
 
 def _patterns(files: list[str], spec: ModelSpec | None, kinds: list[str]) -> list[str]:
@@ -214,11 +239,31 @@ def _patterns(files: list[str], spec: ModelSpec | None, kinds: list[str]) -> lis
     return patterns
 
 
-def _snapshot(repo: str, patterns: list[str], cached: bool = False) -> Path:
+def _check_disk(repo: str, files: Mapping[str, int], patterns: list[str]) -> None:
+    """FluxError, before a long download, where the disk has no room for what is not in the cache yet."""
+    needed = sum(
+        size
+        for name, size in files.items()
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        and not isinstance(huggingface_hub.try_to_load_from_cache(repo, name), str)
+    )
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE)
+    disk = next(path for path in (cache, *cache.parents) if path.exists())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise FluxError(
+            f"{repo}: {needed / 1e9:.1f} GB to download and {free / 1e9:.1f} GB free at {disk}: make room, "
+            f"or set HF_HOME to a larger disk, {TINY}"
+        )
+
+
+def _snapshot(repo: str, patterns: list[str], offline: bool) -> Path:
+    """The folder in the Hub's cache with the files that match; they are downloaded unless offline."""
     try:
-        local = cached or _offline()
-        return Path(huggingface_hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=local))
-    except (OSError, HFValidationError) as error:
+        return Path(
+            huggingface_hub.snapshot_download(repo, allow_patterns=patterns, local_files_only=offline)
+        )
+    except HUB_ERRORS as error:
         raise FluxError(_advice(repo, error)) from None
 
 
@@ -227,25 +272,21 @@ def _offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
-def _is_answer(error: Exception) -> bool:
-    """Whether the Hub itself said no, rather than nobody."""
-    return isinstance(error, (HfHubHTTPError, HFValidationError)) and not isinstance(
-        error, LocalEntryNotFoundError
-    )
-
-
 def _advice(repo: str, error: Exception) -> str:
-    """One line: what went wrong and what to do. `--model tiny` needs no download."""
+    """One line: what went wrong and what to do."""
     page = f"https://huggingface.co/{repo}"
-    tiny = "or use --model tiny, which is built in"
     if isinstance(error, GatedRepoError):
-        return f"{repo} is gated: accept its licence at {page} and log in with `hf auth login`, {tiny}"
+        return f"{repo} is gated: accept its licence at {page} and log in with `hf auth login`, {TINY}"
     if isinstance(error, (RepositoryNotFoundError, HFValidationError)):
         return f"{repo}: no such folder, and no repository at {page} (a private one needs `hf auth login`)"
-    if error.__class__ is not LocalEntryNotFoundError and getattr(error, "errno", None) == errno.ENOSPC:
-        return f"{repo}: the disk is full; make room, or set HF_HOME to a larger disk, {tiny}"
-    if _offline():
-        return f"{repo} is not in the Hub's cache, and HF_HUB_OFFLINE=1 forbids downloading: unset it, {tiny}"
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        return f"{repo}: the disk is full: make room, or set HF_HOME to a larger disk, {TINY}"
     if isinstance(error, HfHubHTTPError):
-        return f"{repo}: the Hub answered: {str(error).splitlines()[0]}; try again later, {tiny}"
-    return f"{repo}: cannot reach huggingface.co and the cache has not got it: check the network, {tiny}"
+        return f"{repo}: the Hub answered: {str(error).splitlines()[0]}: try again later, {TINY}"
+    return f"{repo} is neither a folder nor in the Hub's cache, and {_unreachable(repo)}"
+
+
+def _unreachable(repo: str) -> str:
+    if _offline():
+        return f"HF_HUB_OFFLINE=1 forbids to download {repo}: unset it, {TINY}"
+    return f"huggingface.co cannot be reached for {repo}: check the network, {TINY}"

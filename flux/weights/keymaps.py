@@ -140,7 +140,11 @@ def _patterns(rows: tuple[Row, ...]) -> tuple[list, list]:
 
 def find_ours(rows: tuple[Row, ...], module: str) -> Place | None:
     """A module's name in diffusers' layout -> its place in ours, or None where no row has it."""
-    for pattern, row, part in _patterns(rows)[1]:
+    return _find_ours(_patterns(rows)[1], module)
+
+
+def _find_ours(patterns: list, module: str) -> Place | None:
+    for pattern, row, part in patterns:
         if match := pattern.fullmatch(module):
             return Place(row, row.ours.format(*match.groups()), part)
     return None
@@ -148,7 +152,11 @@ def find_ours(rows: tuple[Row, ...], module: str) -> Place | None:
 
 def find_theirs(rows: tuple[Row, ...], module: str) -> tuple[Row, tuple[str, ...]] | None:
     """A module's name in our layout -> its row and diffusers' names for its parts, or None."""
-    for pattern, row in _patterns(rows)[0]:
+    return _find_theirs(_patterns(rows)[0], module)
+
+
+def _find_theirs(patterns: list, module: str) -> tuple[Row, tuple[str, ...]] | None:
+    for pattern, row in patterns:
         if match := pattern.fullmatch(module):
             return row, tuple(name.format(*match.groups()) for name in row.theirs)
     return None
@@ -165,9 +173,10 @@ def from_diffusers(rows: tuple[Row, ...], tensors: Mapping[str, mx.array]) -> Te
     """
     out: Tensors = {}
     parts: dict[tuple[str, Row], dict[int, str]] = {}
+    _, patterns = _patterns(rows)
     for name, tensor in tensors.items():
         module, _, parameter = name.rpartition(".")
-        place = find_ours(rows, module)
+        place = _find_ours(patterns, module)
         renamed = {theirs: ours for ours, theirs in place.row.parameters} if place else {}
         if parameter not in renamed:
             out[name] = tensor
@@ -187,9 +196,10 @@ def from_diffusers(rows: tuple[Row, ...], tensors: Mapping[str, mx.array]) -> Te
 def to_diffusers(rows: tuple[Row, ...], tensors: Mapping[str, mx.array], hidden: int = 0) -> Tensors:
     """The inverse of `from_diffusers`. hidden: the rows of q, k and v, where a row has several parts."""
     out: Tensors = {}
+    patterns, _ = _patterns(rows)
     for name, tensor in tensors.items():
         module, _, parameter = name.rpartition(".")
-        row, modules = find_theirs(rows, module) or (None, ())
+        row, modules = _find_theirs(patterns, module) or (None, ())
         renamed = dict(row.parameters) if row else {}
         if parameter not in renamed:
             out[name] = tensor

@@ -101,10 +101,10 @@ def _load_one(path: Path, header: Header) -> dict[str, mx.array]:
         # mx.load refuses the whole file for it; such files are read through numpy instead.
         return {name: _load_by_numpy(path, entry) for name, entry in entries.items()}
     tensors = mx.load(str(path), format="safetensors")
-    for name, entry in entries.items():
-        if entry.dtype == "F8_E4M3":
-            tensors[name] = mx.from_fp8(tensors[name], mx.bfloat16)
-    return tensors
+    return {
+        name: mx.from_fp8(tensors[name], mx.bfloat16) if entry.dtype == "F8_E4M3" else tensors[name]
+        for name, entry in entries.items()
+    }
 
 
 def _load_by_numpy(path: Path, entry: Entry) -> mx.array:
