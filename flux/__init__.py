@@ -2,4 +2,16 @@
 
 from flux.openblas import preload
 
+__version__ = "0.1.0"
+__all__ = ["FluxPipeline", "__version__"]
+
 preload()  # must come before the first import of mlx.core
+
+
+def __getattr__(name: str) -> object:
+    """The names that need MLX, imported when they are first asked for."""
+    if name == "FluxPipeline":
+        from flux.pipeline import FluxPipeline
+
+        return FluxPipeline
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -55,12 +55,12 @@ def test_all_of_the_autoencoder():
     flat = {k: v[:2] if ".attn_1." in k else v for k, v in ours.items()}
     assert shapes(keymaps.from_diffusers(rows, lazy(theirs))) == flat
     assert shapes(keymaps.to_diffusers(rows, lazy(flat))) == theirs
-    # The 1x1 convolutions come back where BFL's file has them.
-    inner = keymaps.convolutions_to_mlx(lazy(ours))
-    assert inner["decoder.conv_in.weight"].shape == (512, 3, 3, 16)
-    assert inner["decoder.mid.attn_1.q.weight"].shape == (512, 512)
-    assert shapes(keymaps.convolutions_from_mlx(inner)) == ours
-    assert shapes(keymaps.convolutions_from_mlx(inner, pointwise_ndim=2)) == flat
+    for file in (ours, theirs):
+        inner = keymaps.to_ours("ae", lazy(file))
+        assert inner["decoder.conv_in.weight"].shape == (512, 3, 3, 16)
+        assert inner["decoder.mid.attn_1.q.weight"].shape == (512, 512)
+        assert shapes(keymaps.to_file("ae", inner, diffusers=False)) == ours
+        assert shapes(keymaps.to_file("ae", inner, diffusers=True)) == theirs
 
 
 @pytest.mark.parametrize("part", ["transformer", "autoencoder"])

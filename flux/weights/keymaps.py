@@ -140,7 +140,11 @@ def _patterns(rows: tuple[Row, ...]) -> tuple[list, list]:
 
 def find_ours(rows: tuple[Row, ...], module: str) -> Place | None:
     """A module's name in diffusers' layout -> its place in ours, or None where no row has it."""
-    for pattern, row, part in _patterns(rows)[1]:
+    return _find_ours(_patterns(rows)[1], module)
+
+
+def _find_ours(patterns: list, module: str) -> Place | None:
+    for pattern, row, part in patterns:
         if match := pattern.fullmatch(module):
             return Place(row, row.ours.format(*match.groups()), part)
     return None
@@ -148,7 +152,11 @@ def find_ours(rows: tuple[Row, ...], module: str) -> Place | None:
 
 def find_theirs(rows: tuple[Row, ...], module: str) -> tuple[Row, tuple[str, ...]] | None:
     """A module's name in our layout -> its row and diffusers' names for its parts, or None."""
-    for pattern, row in _patterns(rows)[0]:
+    return _find_theirs(_patterns(rows)[0], module)
+
+
+def _find_theirs(patterns: list, module: str) -> tuple[Row, tuple[str, ...]] | None:
+    for pattern, row in patterns:
         if match := pattern.fullmatch(module):
             return row, tuple(name.format(*match.groups()) for name in row.theirs)
     return None
@@ -165,9 +173,10 @@ def from_diffusers(rows: tuple[Row, ...], tensors: Mapping[str, mx.array]) -> Te
     """
     out: Tensors = {}
     parts: dict[tuple[str, Row], dict[int, str]] = {}
+    _, patterns = _patterns(rows)
     for name, tensor in tensors.items():
         module, _, parameter = name.rpartition(".")
-        place = find_ours(rows, module)
+        place = _find_ours(patterns, module)
         renamed = {theirs: ours for ours, theirs in place.row.parameters} if place else {}
         if parameter not in renamed:
             out[name] = tensor
@@ -187,9 +196,10 @@ def from_diffusers(rows: tuple[Row, ...], tensors: Mapping[str, mx.array]) -> Te
 def to_diffusers(rows: tuple[Row, ...], tensors: Mapping[str, mx.array], hidden: int = 0) -> Tensors:
     """The inverse of `from_diffusers`. hidden: the rows of q, k and v, where a row has several parts."""
     out: Tensors = {}
+    patterns, _ = _patterns(rows)
     for name, tensor in tensors.items():
         module, _, parameter = name.rpartition(".")
-        row, modules = find_theirs(rows, module) or (None, ())
+        row, modules = _find_theirs(patterns, module) or (None, ())
         renamed = dict(row.parameters) if row else {}
         if parameter not in renamed:
             out[name] = tensor
@@ -228,26 +238,53 @@ def _pointwise(name: str) -> bool:
     return ".mid.attn_1." in name and name.endswith(".weight") and ".norm." not in name
 
 
+def squeeze_pointwise(tensors: Mapping[str, mx.array]) -> Tensors:
+    """(O, I, 1, 1) -> (O, I) where a file writes the middle attention's weights as convolutions."""
+    return {
+        name: w.reshape(w.shape[:2]) if _pointwise(name) and w.shape[2:] == (1, 1) else w
+        for name, w in tensors.items()
+    }
+
+
 def convolutions_to_mlx(tensors: Mapping[str, mx.array]) -> Tensors:
-    """An autoencoder's tensors as files have them, under our names -> as MLX wants them. Not for twice."""
-    out: Tensors = {}
-    for name, w in tensors.items():
-        if _pointwise(name) and w.ndim == 4:
-            w = w.reshape(w.shape[:2])  # (O, I, 1, 1) -> (O, I)
-        out[name] = w.transpose(0, 2, 3, 1) if w.ndim == 4 else w  # (O, I, H, W) -> (O, H, W, I)
-    return out
+    """An autoencoder's tensors: (O, I, H, W) -> (O, H, W, I). Not for twice: both have four axes."""
+    return {name: w.transpose(0, 2, 3, 1) if w.ndim == 4 else w for name, w in tensors.items()}
 
 
-def convolutions_from_mlx(tensors: Mapping[str, mx.array], pointwise_ndim: int = 4) -> Tensors:
-    """The inverse. pointwise_ndim: of the middle attention's weights: 4 in BFL's files, 2 in diffusers'."""
-    out: Tensors = {}
-    for name, w in tensors.items():
-        if _pointwise(name) and pointwise_ndim == 4:
-            w = w[:, :, None, None]  # (O, I) -> (O, I, 1, 1)
-        elif w.ndim == 4:
-            w = w.transpose(0, 3, 1, 2)  # (O, H, W, I) -> (O, I, H, W)
-        out[name] = w
-    return out
+def convolutions_from_mlx(tensors: Mapping[str, mx.array]) -> Tensors:
+    """(O, H, W, I) -> (O, I, H, W)."""
+    return {name: w.transpose(0, 3, 1, 2) if w.ndim == 4 else w for name, w in tensors.items()}
+
+
+def unsqueeze_pointwise(tensors: Mapping[str, mx.array]) -> Tensors:
+    """(O, I) -> (O, I, 1, 1) for the middle attention's weights, as BFL's files have them."""
+    return {
+        name: w[:, :, None, None] if _pointwise(name) and w.ndim == 2 else w for name, w in tensors.items()
+    }
+
+
+# --- A whole part at once: "transformer", "ae", "clip" or "t5" ---
+
+
+def to_ours(part: str, tensors: Mapping[str, mx.array]) -> Tensors:
+    """A part's tensors as a file has them (bare names, either layout) -> as its network wants them. Lazy."""
+    if part == "transformer":
+        return from_diffusers(TRANSFORMER, tensors)
+    if part == "ae":
+        return convolutions_to_mlx(squeeze_pointwise(from_diffusers(autoencoder(levels(tensors)), tensors)))
+    return dict(tensors)  # the text encoders have transformers' names everywhere
+
+
+def to_file(part: str, tensors: Mapping[str, mx.array], diffusers: bool) -> Tensors:
+    """The inverse of `to_ours`, in diffusers' layout or in BFL's. Lazy."""
+    if part == "ae":
+        tensors = convolutions_from_mlx(tensors)
+        if diffusers:
+            return to_diffusers(autoencoder(levels(tensors)), tensors)
+        return unsqueeze_pointwise(tensors)
+    if part == "transformer" and diffusers:
+        return to_diffusers(TRANSFORMER, tensors, hidden=tensors["img_in.weight"].shape[0])
+    return dict(tensors)
 
 
 # --- What single files write before and beside the names ---

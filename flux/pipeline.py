@@ -1,0 +1,284 @@
+"""FluxPipeline: load -> encode -> denoise -> decode.
+
+Everything is lazy, weights too: a part takes memory when its result is evaluated and gives it back when the
+part is deleted. With `del flux.t5, flux.clip` after the conditioning and `del flux.flow` after the latents,
+only one stage is in memory at a time.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from flux import sampler
+from flux.conditioning import TextConditioning, encode_texts
+from flux.errors import FluxError
+from flux.models.autoencoder import AutoEncoder
+from flux.models.clip import CLIPTextModel
+from flux.models.t5 import T5Encoder
+from flux.models.transformer import Flux, Modulation
+from flux.tokenizers import CLIPTokenizer, T5Tokenizer
+from flux.weights import checkpoints
+from flux.weights.quantize import quantize
+from flux.weights.registry import ModelSpec
+
+
+class Parts(NamedTuple):
+    """The networks and tokenizers of a model, and its row in the registry."""
+
+    spec: ModelSpec
+    flow: Flux
+    ae: AutoEncoder
+    clip: CLIPTextModel
+    t5: T5Encoder
+    clip_tokenizer: CLIPTokenizer
+    t5_tokenizer: T5Tokenizer
+
+
+class Conditioning(NamedTuple):
+    """The prompt's conditioning, and with true guidance the negative prompt's; each of one text."""
+
+    positive: TextConditioning
+    negative: TextConditioning | None
+
+
+class Branch(NamedTuple):
+    """What one text brings to every step and does not depend on the latent; of a batch of 1."""
+
+    text: mx.array  # (1, Lt, hidden)
+    positions: mx.array  # rotary tables
+    modulation: list[Modulation]  # one a step
+
+
+class Plan(NamedTuple):
+    """All that `denoise` needs; `mx.eval` takes it."""
+
+    x: mx.array  # (B, L, channels), the noise
+    times: list[float]
+    positive: Branch
+    negative: Branch | None
+    cfg_scale: float
+
+
+class FluxPipeline:
+    """Text to pictures with a FLUX model.
+
+    The parts are the attributes `flow`, `ae`, `clip`, `t5`, `clip_tokenizer` and `t5_tokenizer`; any of them
+    may be deleted once it has done its work. `spec` holds the model's defaults.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        t5_padding: bool = True,
+        dtype: mx.Dtype | None = None,
+        bits: int | None = None,
+        **files: str | None,
+    ):
+        """Find a model and load it lazily.
+
+        name: a model of the registry ("schnell", "flux-dev", ...), a folder, or a repository of the Hub.
+        t5_padding: pad every prompt to the model's length, as FLUX was trained; without, prompts are faster.
+        dtype: the weights' type; by default bfloat16 on a GPU and float32 on a CPU.
+        bits: 4 or 8 to quantize the transformer and T5 to so many a weight; None not to.
+        files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
+        Raises FluxError for a model that cannot be found or loaded.
+        """
+        self._set(load(checkpoints.find(name, **files), dtype, bits), t5_padding)
+
+    @classmethod
+    def from_parts(cls, parts: Parts, t5_padding: bool = True) -> "FluxPipeline":
+        """A pipeline of modules that are already there."""
+        flux = cls.__new__(cls)
+        flux._set(parts, t5_padding)
+        return flux
+
+    def _set(self, parts: Parts, t5_padding: bool) -> None:
+        self.spec, self.flow, self.ae, self.clip, self.t5, self.clip_tokenizer, self.t5_tokenizer = parts
+        self.t5_padding = t5_padding
+
+    @property
+    def downscale(self) -> int:
+        """Pixels of a picture to one of its latent, along each side: 8 for FLUX.1."""
+        return 2 ** (len(self.ae.params.ch_mult) - 1)
+
+    def latent_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """The latent's (height, width) of a picture's in pixels, rounded with a warning where it must be."""
+        height, width = image_size
+        if height < 1 or width < 1:
+            raise FluxError(f"a picture's height and width must be positive, not {height}x{width}")
+        step = 2 * self.downscale  # a token is a patch of 2x2
+        h, w = (2 * max(1, (side + step // 2) // step) for side in image_size)
+        rounded = (h * self.downscale, w * self.downscale)
+        if rounded != tuple(image_size):
+            warnings.warn(
+                f"the size {height}x{width} is not a multiple of {step}; made {rounded[0]}x{rounded[1]}",
+                stacklevel=2,
+            )
+        return h, w
+
+    def ensure_models_are_loaded(self) -> None:
+        """Read all weights now rather than when they are first needed."""
+        mx.eval(*(part.parameters() for part in (self.flow, self.ae, self.clip, self.t5)))
+
+    def generate_latents(
+        self,
+        text: str,
+        n_images: int = 1,
+        num_steps: int | None = None,
+        guidance: float | None = None,
+        latent_size: tuple[int, int] = (64, 64),
+        seed: int | None = None,
+        negative_prompt: str | None = None,
+        cfg_scale: float | None = None,
+        keep_modulation: bool = True,
+    ) -> Iterator:
+        """Yield the conditioning, then the packed latent (n_images, L, channels), float32, after each step.
+
+        The conditioning is the tuple (x_T, x_positions, t5_conditioning, t5_positions, clip_conditioning).
+        When it has been evaluated, `t5` and `clip` may be deleted.
+
+        latent_size: (height, width), an eighth of the picture's; both even.
+        num_steps, guidance, cfg_scale: the model's own where None.
+        seed: of the first picture; picture i is made from seed + i, whatever the batch. None: a random one.
+        negative_prompt: what to lead away from, with a `cfg_scale` above 1; empty where None.
+        keep_modulation: False lets go of a quarter of the transformer's weights before the first step; the
+        pipeline can then make no other picture.
+        Raises FluxError for values that make no picture.
+        """
+        num_steps = self.spec.steps if num_steps is None else num_steps
+        guidance = self.spec.guidance if guidance is None else guidance
+        cfg_scale = self.spec.cfg_scale if cfg_scale is None else cfg_scale
+        seed = sampler.random_seed() if seed is None else seed
+        check_sampling(num_steps, n_images, latent_size, negative_prompt, cfg_scale)
+        noise = self.noise(range(seed, seed + n_images), latent_size)
+
+        def generate():
+            conditioning = self.encode(text, negative_prompt, cfg_scale)
+            # The caller cannot evaluate what it does not see, and is about to delete the encoders.
+            mx.eval(conditioning.negative or ())
+            yield self._shown(conditioning.positive, noise, latent_size)
+            plan = self.prepare(conditioning, noise, latent_size, num_steps, guidance, cfg_scale)
+            if not keep_modulation:
+                mx.eval(plan)
+                self.flow.drop_modulation()
+            yield from self.denoise(plan)
+
+        return generate()
+
+    def noise(self, seeds: Sequence[int], latent_size: tuple[int, int]) -> mx.array:
+        """The packed noise (B, L, channels), float32, that the pictures of these seeds begin with."""
+        return sampler.pack(sampler.noise(seeds, latent_size, self.flow.params.out_channels // 4))
+
+    def encode(self, text: str, negative_prompt: str | None = None, cfg_scale: float = 1.0) -> Conditioning:
+        """The conditioning of one prompt, not yet evaluated; with the negative one unless cfg_scale is 1."""
+        positive = self._encode_text(text)
+        return Conditioning(positive, self._encode_text(negative_prompt or "") if cfg_scale != 1 else None)
+
+    def _encode_text(self, text: str) -> TextConditioning:
+        return encode_texts(
+            [text], self.t5, self.clip, self.t5_tokenizer, self.clip_tokenizer, self.t5_padding
+        )
+
+    @staticmethod
+    def _shown(text: TextConditioning, noise: mx.array, latent_size: tuple[int, int]) -> tuple[mx.array, ...]:
+        """The tuple that `generate_latents` yields first, everything as a batch of all pictures."""
+        t5_positions = sampler.text_positions(text.t5.shape[1])
+        alike = (sampler.image_positions(latent_size), text.t5, t5_positions, text.clip)
+        return noise, *(mx.broadcast_to(a, (len(noise), *a.shape[1:])) for a in alike)
+
+    def prepare(
+        self,
+        conditioning: Conditioning,
+        noise: mx.array,
+        latent_size: tuple[int, int],
+        num_steps: int,
+        guidance: float,
+        cfg_scale: float = 1.0,
+    ) -> Plan:
+        """Compute, lazily, what is the same in all steps; noise (B, L, channels) is packed.
+
+        After the plan's evaluation `flow.drop_modulation()` gives memory back, and `denoise` still works.
+        """
+        times = sampler.timesteps(num_steps, noise.shape[1], self.spec.shift)
+        branches = [text and self._branch(text, latent_size, times, guidance) for text in conditioning]
+        return Plan(noise, times, *branches, cfg_scale)
+
+    def _branch(
+        self, text: TextConditioning, latent_size: tuple[int, int], times: list[float], guidance: float
+    ) -> Branch:
+        text_positions = sampler.text_positions(text.t5.shape[1])
+        return Branch(
+            self.flow.embed_text(text.t5),
+            self.flow.positions(text_positions, sampler.image_positions(latent_size)),
+            self.flow.modulation(mx.array(times[:-1]), text.clip, mx.array([guidance])),
+        )
+
+    def denoise(self, plan: Plan) -> Iterator[mx.array]:
+        """Yield the packed latent (B, L, channels), float32, after each step.
+
+        With a negative prompt every step is two passes rather than one batch of two: this takes half the
+        memory, and the prompts may differ in length.
+        """
+
+        def branch_velocity(branch: Branch, x: mx.array, step: int) -> mx.array:
+            text = mx.broadcast_to(branch.text, (len(x), *branch.text.shape[1:]))
+            v = self.flow.denoise(x, text, branch.positions, branch.modulation[step])
+            return v.astype(mx.float32)
+
+        def velocity(x: mx.array, step: int) -> mx.array:
+            v = branch_velocity(plan.positive, x, step)
+            if plan.negative is None:
+                return v
+            return sampler.guide(v, branch_velocity(plan.negative, x, step), plan.cfg_scale)
+
+        return sampler.euler(velocity, plan.x, plan.times)
+
+    def decode(self, x: mx.array, latent_size: tuple[int, int] = (64, 64)) -> mx.array:
+        """Packed latents (B, L, channels) -> pictures (B, H, W, 3) in 0..1, float32."""
+        latent = sampler.unpack(x, latent_size)  # (B, h, w, z)
+        picture = self.ae.decode(latent.astype(self.ae.decoder.conv_in.weight.dtype))
+        return mx.clip(picture.astype(mx.float32) * 0.5 + 0.5, 0, 1)
+
+
+def load(checkpoint: checkpoints.Checkpoint, dtype: mx.Dtype | None, bits: int | None) -> Parts:
+    """Load all parts, lazily. The order of what changes a model stands here, and here alone:
+
+    load -> (fuse adapter) -> quantize -> (inject adapter) -> shard.
+    """
+    flow, t5 = checkpoint.load_flux(dtype), checkpoint.load_t5(dtype)
+    if bits is not None:
+        quantize(flow, bits)
+        quantize(t5, bits)
+    return Parts(
+        checkpoint.spec,
+        flow,
+        checkpoint.load_ae(dtype),
+        checkpoint.load_clip(dtype),
+        t5,
+        checkpoint.load_clip_tokenizer(),
+        checkpoint.load_t5_tokenizer(),
+    )
+
+
+def check_sampling(
+    num_steps: int,
+    n_images: int,
+    latent_size: tuple[int, int],
+    negative_prompt: str | None,
+    cfg_scale: float,
+) -> None:
+    """Raise FluxError, naming the value, where no picture can be made of these."""
+    if num_steps < 1:
+        raise FluxError(f"steps must be at least 1, not {num_steps}")
+    if n_images < 1:
+        raise FluxError(f"the number of pictures must be at least 1, not {n_images}")
+    if any(side < 2 or side % 2 for side in latent_size):
+        raise FluxError(f"the latent's height and width must be even and positive, not {latent_size}")
+    if cfg_scale < 1:
+        raise FluxError(f"the cfg scale must be at least 1 (no effect), not {cfg_scale}")
+    if negative_prompt and cfg_scale == 1:
+        raise FluxError(
+            f"the negative prompt {negative_prompt!r} needs a cfg scale above 1 to have an effect"
+        )

@@ -1,0 +1,108 @@
+"""Flow matching, sampled: times, noise, packing and the Euler solver. Pure functions of arrays.
+
+A picture on its way from noise is x_t = (1 - t) x_0 + t noise, the model predicts noise - x_0 = dx/dt, and
+sampling walks t from 1 to 0. Between steps x stays in float32, whatever type the model computes in.
+"""
+
+import math
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+
+from flux.errors import FluxError
+
+MAX_SEED = 2**64 - 1  # what mx.random.key takes
+
+# The shift of dev: mu is linear in the number of picture tokens through these two points (BFL's sampling.py).
+_SHIFT_POINTS = ((256, 0.5), (4096, 1.15))
+
+
+def timesteps(num_steps: int, image_tokens: int, shift: bool) -> list[float]:
+    """The `num_steps + 1` times from 1 down to 0, evenly spaced and then, with `shift`, moved towards noise.
+
+    Large pictures need more noise to be destroyed as much, so dev shifts by the number of picture tokens:
+    t -> e^mu / (e^mu + 1/t - 1) (Esser et al. 2024, eq. 23, as in BFL's and diffusers' code). schnell not.
+    Computed in float32 in the reference's order, so that the times are diffusers' own to the bit.
+    """
+    if num_steps < 1:
+        raise FluxError(f"steps must be at least 1, not {num_steps}")
+    times = np.linspace(1.0, 1.0 / num_steps, num_steps).astype(np.float32)
+    if shift:
+        (x1, y1), (x2, y2) = _SHIFT_POINTS
+        slope = (y2 - y1) / (x2 - x1)
+        e_mu = math.exp(image_tokens * slope + (y1 - slope * x1))
+        times = e_mu / (e_mu + (1 / times - 1))
+    return [*times.tolist(), 0.0]
+
+
+def random_seed() -> int:
+    """A seed from the operating system, short enough to be typed again."""
+    return secrets.randbits(32)
+
+
+def noise(seeds: Sequence[int], latent_size: tuple[int, int], channels: int) -> mx.array:
+    """Standard normal latents (B, h, w, channels), float32; picture i depends on seeds[i] and the shape."""
+    for seed in seeds:
+        if not 0 <= seed <= MAX_SEED:
+            raise FluxError(f"a seed must lie between 0 and {MAX_SEED}, not {seed}")
+    return mx.stack([mx.random.normal((*latent_size, channels), key=mx.random.key(seed)) for seed in seeds])
+
+
+def pack(latent: mx.array) -> mx.array:
+    """Latent (B, h, w, C) -> tokens (B, h/2 * w/2, 4C): one token a 2x2 patch, channels first within it."""
+    B, h, w, C = latent.shape
+    if h % 2 or w % 2:
+        raise FluxError(f"a latent's height and width must be even, not {h}x{w}")
+    x = latent.reshape(B, h // 2, 2, w // 2, 2, C)
+    x = x.transpose(0, 1, 3, 5, 2, 4)  # (B, h/2, w/2, C, 2, 2)
+    return x.reshape(B, h // 2 * (w // 2), 4 * C)
+
+
+def unpack(tokens: mx.array, latent_size: tuple[int, int]) -> mx.array:
+    """Tokens (B, h/2 * w/2, 4C) -> latent (B, h, w, C), the inverse of `pack`."""
+    h, w = latent_size
+    B, L, C = tokens.shape
+    if h % 2 or w % 2 or h // 2 * (w // 2) != L:
+        raise FluxError(f"{L} tokens are no latent of {h}x{w}")
+    x = tokens.reshape(B, h // 2, w // 2, C // 4, 2, 2)
+    x = x.transpose(0, 1, 4, 2, 5, 3)  # (B, h/2, 2, w/2, 2, C)
+    return x.reshape(B, h, w, C // 4)
+
+
+def image_positions(latent_size: tuple[int, int], index: int = 0) -> mx.array:
+    """Positions (1, h/2 * w/2, 3) of a picture's tokens, int32: (index, row, column).
+
+    `index` is 0 for the picture that is made; reference pictures have their own.
+    """
+    h, w = latent_size[0] // 2, latent_size[1] // 2
+    rows = mx.broadcast_to(mx.arange(h)[:, None], (h, w))
+    columns = mx.broadcast_to(mx.arange(w)[None, :], (h, w))
+    positions = mx.stack([mx.full((h, w), index, dtype=mx.int32), rows, columns], axis=-1)
+    return positions.astype(mx.int32).reshape(1, h * w, 3)
+
+
+def text_positions(length: int) -> mx.array:
+    """Positions (1, length, 3) of text tokens, int32: all zero, FLUX gives text no place."""
+    return mx.zeros((1, length, 3), dtype=mx.int32)
+
+
+def guide(positive: mx.array, negative: mx.array, scale: float) -> mx.array:
+    """True classifier-free guidance: away from the negative prompt's prediction; scale 1 has no effect."""
+    return negative + scale * (positive - negative)
+
+
+def euler(
+    predict: Callable[[mx.array, int], mx.array], x: mx.array, times: Sequence[float]
+) -> Iterator[mx.array]:
+    """Yield x (float32) after each of the `len(times) - 1` Euler steps; the last one is the finished latent.
+
+    `predict(x, i)` is the model's dx/dt at x and times[i], in any type and of x's shape. Being an iterator,
+    it leaves evaluation, progress bars and previews to the caller's loop.
+    """
+    x = x.astype(mx.float32)
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        x = x + (t_next - t) * predict(x, i).astype(mx.float32)
+        yield x

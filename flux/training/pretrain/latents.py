@@ -1,0 +1,98 @@
+"""Between the stages: the latents of all training pictures, made once with the trained encoder.
+
+    python -m flux.training.pretrain.latents --run DIR
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from flux.models.autoencoder import AutoEncoder
+from flux.training.pretrain import tiny
+from flux.training.pretrain.emoji import (
+    PAIR,
+    PAIR_SHARE,
+    Composition,
+    Renderer,
+    compositions,
+    draw_composition,
+    subjects,
+)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Training pictures of the first `subject_count` subjects: what they show and their latents.
+
+    mean, logvar (P, 8, 8, 16) float32, raw; scale, shift: 1 / deviation and mean of all of `mean`.
+    """
+
+    compositions: list[Composition]
+    mean: np.ndarray
+    logvar: np.ndarray
+    scale: float
+    shift: float
+
+    @property
+    def scaled(self) -> np.ndarray:
+        """Means with mean 0 and deviation 1: what the flow learns to make."""
+        return (self.mean - self.shift) * self.scale
+
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Random rows, (count,): a pair with its share, else a single subject."""
+        pairs = rng.random(count) < PAIR_SHARE
+        singles = sum(c.place != PAIR for c in self.compositions)  # they come first
+        return np.where(
+            pairs, rng.integers(singles, len(self.compositions), count), rng.integers(singles, size=count)
+        )
+
+
+def training_compositions(pairs: int, seed: int = 0) -> list[Composition]:
+    """All single subjects that are not held out, then `pairs` random pairs."""
+    rng = np.random.default_rng(seed)
+    chosen: list[Composition] = []
+    while len(chosen) < pairs:
+        composition = draw_composition(rng)
+        if composition.place == PAIR:
+            chosen.append(composition)
+    return compositions(held_out=False) + chosen
+
+
+def encode(model: AutoEncoder, chosen: list[Composition], batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Raw mean and log variance of each picture, (P, 8, 8, 16) each."""
+    render, means, logvars = Renderer(), [], []
+    for start in range(0, len(chosen), batch):
+        pictures = np.stack([render(c) for c in chosen[start : start + batch]])
+        mean, logvar = model.moments(mx.array(pictures).astype(mx.float32) / 127.5 - 1)
+        means.append(np.array(mean))
+        logvars.append(np.array(logvar))
+    return np.concatenate(means), np.concatenate(logvars)
+
+
+def read(file: Path, subject_count: int | None = None) -> Latents:
+    """The file of `main`, of the first `subject_count` subjects (default: all)."""
+    arrays = mx.load(str(file))
+    mean, logvar = np.array(arrays["mean"]), np.array(arrays["logvar"])
+    shift, scale = float(mean.mean()), float(1 / mean.std())
+    every = training_compositions(tiny.PAIRS)
+    names = set(list(subjects())[:subject_count])
+    rows = [i for i, composition in enumerate(every) if names.issuperset(composition.subjects)]
+    return Latents([every[i] for i in rows], mean[rows], logvar[rows], scale, shift)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="folder with the trained autoencoder's state")
+    run = parser.parse_args().run
+    model = AutoEncoder(tiny.AUTOENCODER)
+    state = mx.load(str(run / "autoencoder.safetensors"))
+    model.load_weights([(n.removeprefix("model."), a) for n, a in state.items() if n.startswith("model.")])
+    mean, logvar = encode(model, training_compositions(tiny.PAIRS))
+    mx.save_safetensors(str(run / "latents.safetensors"), {"mean": mx.array(mean), "logvar": mx.array(logvar)})
+
+
+if __name__ == "__main__":
+    main()

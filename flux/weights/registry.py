@@ -1,0 +1,96 @@
+"""The models that are known by name: where their files are and their defaults. No I/O."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flux.errors import FluxError
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One model. Its networks' shapes are read from its files, so that they need no place here.
+
+    repo: on the Hub, or "" for the built-in model. file: BFL's single file of the transformer.
+    steps, guidance: FLUX's own guidance, which is an input of the network. cfg_scale: true classifier-free
+    guidance; 1 is none. shift: whether times are shifted towards noise in larger pictures. t5_length: tokens.
+    image_size: (height, width) in pixels.
+    """
+
+    name: str
+    repo: str
+    file: str
+    steps: int
+    guidance: float
+    shift: bool
+    t5_length: int
+    image_size: tuple[int, int] = (512, 512)
+    cfg_scale: float = 1.0
+
+
+MODELS: tuple[ModelSpec, ...] = (
+    ModelSpec(
+        name="schnell",
+        repo="black-forest-labs/FLUX.1-schnell",
+        file="flux1-schnell.safetensors",
+        steps=4,
+        guidance=0.0,  # the network has no such input
+        shift=False,
+        t5_length=256,
+    ),
+    ModelSpec(
+        name="dev",
+        repo="black-forest-labs/FLUX.1-dev",
+        file="flux1-dev.safetensors",
+        steps=50,
+        guidance=3.5,
+        shift=True,
+        t5_length=512,
+    ),
+    ModelSpec(
+        name="krea",
+        repo="black-forest-labs/FLUX.1-Krea-dev",
+        file="flux1-krea-dev.safetensors",
+        steps=28,
+        guidance=4.5,
+        shift=True,
+        t5_length=512,
+    ),
+    ModelSpec(
+        name="tiny",
+        repo="",
+        file="",
+        steps=20,
+        guidance=1.0,
+        shift=False,
+        t5_length=32,
+        image_size=(64, 64),
+        cfg_scale=3.0,
+    ),
+)
+
+TINY_FOLDER = Path(__file__).parents[1] / "assets" / "tiny"
+
+
+def find(name: str) -> ModelSpec | None:
+    """The row of a name ("schnell"), an alias ("flux-schnell") or a repository of the registry, else None."""
+    for spec in MODELS:
+        if name in (spec.name, f"flux-{spec.name}") or (name and name == spec.repo):
+            return spec
+    return None
+
+
+def get(name: str) -> ModelSpec:
+    """The row of a name; FluxError for one that is not in the registry."""
+    spec = find(name)
+    if spec is None:
+        known = ", ".join(spec.name for spec in MODELS)
+        raise FluxError(f"unknown model {name!r}; known: {known}")
+    return spec
+
+
+def of_file(name: str, has_guidance: bool) -> ModelSpec:
+    """The row that fits a transformer of one's own: by BFL's file name, else by its kind."""
+    for spec in MODELS:
+        if spec.file and name == spec.file:
+            return spec
+    return get("dev" if has_guidance else "schnell")

@@ -1,0 +1,179 @@
+"""The networks' shapes, read off their tensors; a config says only what tensors cannot tell.
+
+Every size is what most of the tensors that show it say, so that one that is misshapen or missing is named by
+the check that follows instead of bending the whole network. Quantized weights are packed along their second
+axis: sizes come from first axes, biases and norms.
+"""
+
+import re
+from collections.abc import Mapping
+from statistics import mode
+from typing import Any
+
+import mlx.core as mx
+
+from flux.errors import FluxError
+from flux.models.autoencoder import AutoEncoderParams
+from flux.models.clip import CLIPTextParams
+from flux.models.t5 import T5Params
+from flux.models.transformer import FluxParams
+
+Tensors = Mapping[str, mx.array]
+Params = FluxParams | AutoEncoderParams | CLIPTextParams | T5Params
+
+# What is taken from config.json (diffusers' and transformers' words) under which of our names.
+FROM_CONFIG: dict[str, dict[str, str]] = {
+    "transformer": {"axes_dims_rope": "axes_dim"},
+    "ae": {
+        "norm_num_groups": "norm_groups",
+        "scaling_factor": "scale_factor",
+        "shift_factor": "shift_factor",
+    },
+    "clip": {
+        "num_attention_heads": "num_attention_heads",
+        "hidden_act": "hidden_act",
+        "layer_norm_eps": "layer_norm_eps",
+    },
+    "t5": {
+        "relative_attention_max_distance": "relative_attention_max_distance",
+        "layer_norm_epsilon": "layer_norm_epsilon",
+    },
+}
+
+
+def params(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Params:
+    """The shape of a part ("transformer", "ae", "clip", "t5") with these tensors (our names and axes)."""
+    known = {
+        ours: config[theirs] for theirs, ours in FROM_CONFIG[part].items() if config.get(theirs) is not None
+    }
+    read = {"transformer": flux_params, "ae": autoencoder_params, "clip": clip_params, "t5": t5_params}[part]
+    return read(tensors, known)
+
+
+def _size(tensors: Tensors, default: int, *places: tuple[str, int]) -> int:
+    """What most of the tensors at places (name, axis) have as their size; default where none is there."""
+    sizes = [
+        tensors[name].shape[axis] for name, axis in places if name in tensors and axis < tensors[name].ndim
+    ]
+    return mode(sizes) if sizes else default
+
+
+def _count(tensors: Tensors, prefix: str) -> int:
+    """How many modules `prefix.0`, `prefix.1`, ... there are."""
+    numbers = (re.match(re.escape(prefix) + r"\.(\d+)\.", name) for name in tensors)
+    return 1 + max((int(number[1]) for number in numbers if number), default=-1)
+
+
+def flux_params(tensors: Tensors, known: Mapping[str, Any]) -> FluxParams:
+    """The head size is the QK norms'; axes without a config are FLUX's 16 : 56 : 56 of it."""
+    usual = FluxParams()
+    block = "double_blocks.0"
+    hidden = _size(
+        tensors,
+        usual.hidden_size,
+        ("img_in.bias", 0),
+        ("txt_in.bias", 0),
+        ("time_in.out_layer.bias", 0),
+        ("vector_in.out_layer.bias", 0),
+        (f"{block}.img_attn.proj.bias", 0),
+    )
+    norms = [
+        f"{block}.{stream}_attn.norm.{which}_norm.scale"
+        for stream in ("img", "txt")
+        for which in ("query", "key")
+    ]
+    head = _size(tensors, usual.hidden_size // usual.num_heads, *((name, 0) for name in norms))
+    mlp = _size(tensors, 4 * hidden, (f"{block}.img_mlp.0.bias", 0), (f"{block}.txt_mlp.0.bias", 0))
+    axes = tuple(known.get("axes_dim", (head // 8, head * 7 // 16, head * 7 // 16)))
+    return FluxParams(
+        in_channels=_size(tensors, usual.in_channels, ("img_in.weight", 1)),
+        out_channels=_size(
+            tensors, usual.out_channels, ("final_layer.linear.weight", 0), ("final_layer.linear.bias", 0)
+        ),
+        vec_in_dim=_size(tensors, usual.vec_in_dim, ("vector_in.in_layer.weight", 1)),
+        context_in_dim=_size(tensors, usual.context_in_dim, ("txt_in.weight", 1)),
+        hidden_size=hidden,
+        mlp_ratio=mlp / hidden,
+        num_heads=hidden // head,
+        depth=_count(tensors, "double_blocks"),
+        depth_single_blocks=_count(tensors, "single_blocks"),
+        axes_dim=axes,
+        qkv_bias=f"{block}.img_attn.qkv.bias" in tensors or f"{block}.txt_attn.qkv.bias" in tensors,
+        guidance_embed=any(name.startswith("guidance_in.") for name in tensors),
+    )
+
+
+def autoencoder_params(tensors: Tensors, known: Mapping[str, Any]) -> AutoEncoderParams:
+    """Group count, scale and shift are FLUX's own without a config. Convolutions are (O, H, W, I) here."""
+    usual = AutoEncoderParams()
+    ch = _size(tensors, usual.ch, ("encoder.conv_in.bias", 0), ("decoder.norm_out.bias", 0))
+    biases = [f"block.{j}.{conv}.bias" for j in (0, 1) for conv in ("conv1", "conv2")]
+    widths = [
+        _size(
+            tensors,
+            ch,
+            *((f"{side}.{i}.{bias}", 0) for side in ("encoder.down", "decoder.up") for bias in biases),
+        )
+        for i in range(_count(tensors, "encoder.down") or len(usual.ch_mult))
+    ]
+    if any(width % ch for width in widths):
+        raise FluxError(f"the autoencoder's widths {widths} are not multiples of the first, {ch}")
+    return AutoEncoderParams(
+        in_channels=_size(tensors, usual.in_channels, ("encoder.conv_in.weight", 3)),
+        ch=ch,
+        out_ch=_size(tensors, usual.out_ch, ("decoder.conv_out.bias", 0), ("decoder.conv_out.weight", 0)),
+        ch_mult=tuple(width // ch for width in widths),
+        num_res_blocks=_count(tensors, "encoder.down.0.block") or usual.num_res_blocks,
+        z_channels=_size(tensors, usual.z_channels, ("decoder.conv_in.weight", 3)),
+        **known,
+    )
+
+
+def clip_params(tensors: Tensors, known: Mapping[str, Any]) -> CLIPTextParams:
+    """Heads have size 64 without a config, as all of CLIP's have."""
+    usual = CLIPTextParams()
+    model = "text_model"
+    layer = f"{model}.encoder.layers.0"
+    hidden = _size(
+        tensors,
+        usual.hidden_size,
+        (f"{model}.final_layer_norm.weight", 0),
+        (f"{layer}.layer_norm1.weight", 0),
+        (f"{layer}.mlp.fc2.bias", 0),
+    )
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": _size(tensors, 4 * hidden, (f"{layer}.mlp.fc1.bias", 0)),
+        "num_hidden_layers": _count(tensors, f"{model}.encoder.layers"),
+        "num_attention_heads": max(1, hidden // 64),
+        "max_position_embeddings": _size(
+            tensors, usual.max_position_embeddings, (f"{model}.embeddings.position_embedding.weight", 0)
+        ),
+        "vocab_size": _size(tensors, usual.vocab_size, (f"{model}.embeddings.token_embedding.weight", 0)),
+    }
+    return CLIPTextParams(**(sizes | known))
+
+
+def t5_params(tensors: Tensors, known: Mapping[str, Any]) -> T5Params:
+    """All but the distance of the last bucket and the norms' epsilon can be read off."""
+    usual = T5Params()
+    attention, feed = "encoder.block.0.layer.0", "encoder.block.0.layer.1"
+    bias = f"{attention}.SelfAttention.relative_attention_bias.weight"
+    heads = _size(tensors, usual.num_heads, (bias, 1))
+    inner = _size(tensors, 64 * heads, *((f"{attention}.SelfAttention.{name}.weight", 0) for name in "qkv"))
+    return T5Params(
+        vocab_size=_size(tensors, usual.vocab_size, ("shared.weight", 0)),
+        d_model=_size(
+            tensors,
+            usual.d_model,
+            ("encoder.final_layer_norm.weight", 0),
+            (f"{attention}.layer_norm.weight", 0),
+            (f"{feed}.layer_norm.weight", 0),
+        ),
+        d_kv=inner // heads,
+        d_ff=_size(tensors, usual.d_ff, *((f"{feed}.DenseReluDense.wi_{i}.weight", 0) for i in (0, 1))),
+        num_layers=_count(tensors, "encoder.block"),
+        num_heads=heads,
+        relative_attention_num_buckets=_size(tensors, usual.relative_attention_num_buckets, (bias, 0)),
+        **known,
+    )

@@ -1,0 +1,188 @@
+"""The whole pipeline against diffusers' FluxPipeline: the same checkpoint, the same noise, 4 steps.
+
+The checkpoint is made of diffusers' and transformers' own classes with random weights, and written by
+`save_pretrained`.
+"""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from flux import FluxPipeline, images, sampler
+from flux.weights import save
+
+from .. import tiny
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+transformers = pytest.importorskip("transformers")
+
+PROMPT, NEGATIVE = "a red apple on a blue background", "two green birds"
+
+
+def randomize(module, seed):
+    """Random weights that keep activations near 1; norms' weights are not 1, biases not 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.ndim == 1:
+                p.normal_(1.0 if "norm" in name and "weight" in name else 0.0, 0.2, generator=generator)
+            else:
+                p.normal_(0.0, p[0].numel() ** -0.5, generator=generator)
+    return module.eval()
+
+
+def networks(guidance: bool) -> dict:
+    clip = transformers.CLIPTextConfig(
+        vocab_size=514,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=512,
+        eos_token_id=513,
+    )
+    t5 = transformers.T5Config(
+        vocab_size=128,
+        d_model=48,
+        d_kv=16,
+        d_ff=96,
+        num_layers=2,
+        num_heads=3,
+        feed_forward_proj="gated-gelu",
+    )
+    made = {
+        "transformer": diffusers.FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=2,
+            num_single_layers=3,
+            attention_head_dim=32,
+            num_attention_heads=3,
+            joint_attention_dim=48,
+            pooled_projection_dim=32,
+            guidance_embeds=guidance,
+            axes_dims_rope=(8, 12, 12),
+        ),
+        "vae": diffusers.AutoencoderKL(
+            block_out_channels=(8, 16, 24, 24),
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=4,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        "text_encoder": transformers.CLIPTextModel(clip),
+        "text_encoder_2": transformers.T5EncoderModel(t5),
+    }
+    return {name: randomize(module, seed) for seed, (name, module) in enumerate(made.items())}
+
+
+def tokenizers(folder) -> dict:
+    """transformers' tokenizers with the small vocabularies that tests/tiny.py writes."""
+    clip, t5 = tiny.write_tokenizers(folder)
+    pieces = tiny.sentencepiece.SentencePieceProcessor(model_file=str(t5 / "spiece.model"))
+    vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(len(pieces))]
+    return {
+        "tokenizer": transformers.CLIPTokenizer.from_pretrained(clip, model_max_length=77),
+        "tokenizer_2": transformers.T5TokenizerFast(vocab=vocab, extra_ids=0),
+    }
+
+
+@pytest.fixture(scope="module", params=["schnell", "dev"])
+def checkpoint(request, tmp_path_factory):
+    """diffusers' pipeline of one kind, and the folder that it was saved in."""
+    folder = tmp_path_factory.mktemp(request.param)
+    is_dev = request.param == "dev"
+    pipeline = diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=is_dev, shift=3.0 if is_dev else 1.0
+        ),
+        **networks(guidance=is_dev),
+        **tokenizers(folder / "vocabularies"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder / "model")
+    # As in FLUX's repositories; transformers 5 saves a tokenizer.json alone.
+    spiece = folder / "vocabularies" / "tokenizer_2" / "spiece.model"
+    (folder / "model" / "tokenizer_2" / "spiece.model").write_bytes(spiece.read_bytes())
+    return pipeline, folder / "model"
+
+
+def theirs(pipeline, noise, size, t5_length, **options):
+    height, width = (8 * side for side in size)
+    made = pipeline(
+        PROMPT,
+        latents=torch.from_numpy(np.array(noise)),
+        num_images_per_prompt=len(noise),
+        height=height,
+        width=width,
+        num_inference_steps=4,
+        max_sequence_length=t5_length,
+        output_type="np",
+        **options,
+    )
+    return np.stack([(picture * 255).round().astype(np.uint8) for picture in made.images])
+
+
+def ours(flux, noise, size, negative=None, guidance=3.5, cfg_scale=1.0):
+    conditioning = flux.encode(PROMPT, negative, cfg_scale)
+    *_, x = flux.denoise(flux.prepare(conditioning, noise, size, 4, guidance, cfg_scale))
+    return images.to_uint8(flux.decode(x, size))
+
+
+def psnr(a, b):
+    error = np.mean((a.astype(np.float64) - b) ** 2)
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+@pytest.mark.parametrize(("size", "pictures"), [((8, 8), 1), ((8, 14), 2)])
+def test_pictures_are_diffusers(checkpoint, size, pictures):
+    reference, folder = checkpoint
+    flux = FluxPipeline(str(folder), dtype=mx.float32)
+    noise = flux.noise(range(5, 5 + pictures), size)
+    expected = theirs(reference, noise, size, flux.spec.t5_length, guidance_scale=2.5)
+    made = ours(flux, noise, size, guidance=2.5)
+    assert made.shape == expected.shape
+    assert made.std() > 10  # a picture, not a flat field that any program would match
+    assert psnr(made, expected) >= 60
+
+
+def test_true_guidance_is_diffusers(checkpoint):
+    reference, folder = checkpoint
+    flux = FluxPipeline(str(folder), dtype=mx.float32)
+    noise = flux.noise([9], (8, 8))
+    expected = theirs(
+        reference, noise, (8, 8), flux.spec.t5_length, negative_prompt=NEGATIVE, true_cfg_scale=3.0
+    )
+    made = ours(flux, noise, (8, 8), NEGATIVE, cfg_scale=3.0)
+    assert psnr(made, expected) >= 60
+    assert psnr(made, ours(flux, noise, (8, 8))) < 40  # it does lead away
+
+
+def test_the_api_is_diffusers(checkpoint):
+    """generate_latents as documented, with the model's own defaults."""
+    reference, folder = checkpoint
+    flux = FluxPipeline(str(folder), dtype=mx.float32)
+    *_, x = flux.generate_latents(PROMPT, num_steps=4, latent_size=(8, 8), seed=3)
+    noise = sampler.pack(sampler.noise([3], (8, 8), 16))
+    expected = theirs(reference, noise, (8, 8), flux.spec.t5_length, guidance_scale=flux.spec.guidance)
+    assert psnr(images.to_uint8(flux.decode(x, (8, 8))), expected) >= 60
+
+
+def test_the_same_in_bfls_layout_gives_the_same_picture_to_the_bit(checkpoint, tmp_path):
+    _, folder = checkpoint
+    flux = FluxPipeline(str(folder), dtype=mx.float32)
+    model = save.Model(
+        flux.flow, flux.ae, flux.clip, flux.t5, folder / "tokenizer", folder / "tokenizer_2", flux.spec
+    )
+    save.save_bfl(tmp_path / "bfl", model)
+    assert (tmp_path / "bfl" / "ae.safetensors").is_file()
+    rewritten = FluxPipeline(str(tmp_path / "bfl"), dtype=mx.float32)
+    noise = flux.noise([4], (8, 12))
+    assert np.array_equal(ours(rewritten, noise, (8, 12)), ours(flux, noise, (8, 12)))

@@ -1,0 +1,186 @@
+"""Pictures in files and arrays: what comes back is what went in, upright, whole, with its metadata."""
+
+import os
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from flux import images
+from flux.errors import FluxError
+
+
+def random_picture(height=12, width=20, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_png_and_its_text_come_back(tmp_path):
+    picture = random_picture()
+    text = {"prompt": "a “red” apple\n☃ 苹果 🍎", "negative_prompt": "", "seed": "7"}
+    images.save(tmp_path / "a.png", picture, text)
+    loaded, alpha = images.load(tmp_path / "a.png")
+    assert np.array_equal(loaded, picture)
+    assert alpha is None
+    assert images.read_metadata(tmp_path / "a.png") == text
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.webp"])
+def test_other_formats(tmp_path, name):
+    picture = np.full((16, 24, 3), (200, 30, 60), dtype=np.uint8)
+    images.save(tmp_path / name, picture, {"prompt": "x"})
+    loaded, _ = images.load(tmp_path / name)
+    assert np.abs(loaded.astype(int) - picture).max() <= 4
+    assert images.read_metadata(tmp_path / name) == {}
+
+
+def test_saving_replaces_the_old_file_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    images.save(path, random_picture(seed=1))
+    before = path.read_bytes()
+
+    def half(self, file, **options):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    with pytest.raises(FluxError, match=r"a\.png: No space left"):
+        images.save(path, random_picture(seed=2))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_saved_files_have_ordinary_permissions(tmp_path):
+    images.save(tmp_path / "a.png", random_picture())
+    (tmp_path / "b").write_bytes(b"")
+    assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_undone(tmp_path, orientation):
+    upright = Image.fromarray(random_picture())
+    stored = {  # how a camera that notes this orientation stores the upright picture
+        1: [],
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }[orientation]
+    image = upright
+    for operation in stored:
+        image = image.transpose(operation)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    loaded, _ = images.load(tmp_path / "a.png")
+    assert np.array_equal(loaded, np.array(upright))
+
+
+def test_alpha_is_kept_apart(tmp_path):
+    rgba = np.dstack([random_picture(), np.arange(240, dtype=np.uint8).reshape(12, 20)])
+    Image.fromarray(rgba).save(tmp_path / "a.png")
+    loaded, alpha = images.load(tmp_path / "a.png")
+    assert np.array_equal(loaded, rgba[..., :3])
+    assert np.array_equal(alpha, rgba[..., 3])
+
+
+def test_palette_with_a_transparent_colour(tmp_path):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 250, 10, 20])
+    image.putpixel((0, 0), 0)
+    image.save(tmp_path / "a.png", transparency=0)
+    loaded, alpha = images.load(tmp_path / "a.png")
+    assert loaded[1, 1].tolist() == [250, 10, 20]
+    assert alpha[0, 0] == 0
+    assert alpha[1, 1] == 255
+
+
+@pytest.mark.parametrize(
+    ("mode", "value", "expected"), [("L", 77, 77), ("I;16", 257 * 77, 77), ("1", 1, 255)]
+)
+def test_grey_pictures_become_rgb(tmp_path, mode, value, expected):
+    Image.new(mode, (5, 3), value).save(tmp_path / "a.png")
+    loaded, alpha = images.load(tmp_path / "a.png")
+    assert loaded.shape == (3, 5, 3)
+    assert (loaded == expected).all()
+    assert alpha is None
+
+
+def test_load_names_what_is_wrong(tmp_path):
+    with pytest.raises(FluxError, match=r"none\.png: No such file"):
+        images.load(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(FluxError, match=r"text\.png is not a picture"):
+        images.load(tmp_path / "text.png")
+    images.save(tmp_path / "cut.png", random_picture(64, 64))
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FluxError, match=r"cut\.png"):
+        images.load(tmp_path / "cut.png")
+    with pytest.raises(FluxError, match=r"cannot read"):
+        images.load(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (16, 48), (48, 16)])
+def test_fit_covers_and_keeps_the_middle(size):
+    picture = np.zeros((60, 90, 3), dtype=np.uint8)
+    picture[25:35, 40:50] = 255
+    fitted = images.fit(picture, size)
+    assert fitted.shape == (*size, 3)
+    rows, columns = np.nonzero(fitted[..., 0] > 127)
+    assert abs(rows.mean() - (size[0] - 1) / 2) < 1
+    assert abs(columns.mean() - (size[1] - 1) / 2) < 1
+    assert abs(np.ptp(rows) - np.ptp(columns)) <= 1  # not stretched
+
+
+def test_fit_of_the_right_size_changes_nothing():
+    picture = random_picture(16, 32)
+    assert np.array_equal(images.fit(picture, (16, 32)), picture)
+
+
+def test_to_uint8_rounds_and_clips():
+    x = mx.array([-0.5, 0.0, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.0, 1.7])
+    assert images.to_uint8(x).tolist() == [0, 0, 0, 1, 255, 255, 255]
+    assert images.to_uint8(x.astype(mx.bfloat16))[-1] == 255
+    everything = np.arange(256, dtype=np.uint8)
+    assert np.array_equal(images.to_uint8(everything.astype(np.float32) / 255), everything)
+
+
+def test_grid_goes_row_by_row_and_is_black_where_empty():
+    pictures = [np.full((2, 3, 3), i + 1, dtype=np.uint8) for i in range(5)]
+    out = images.grid(pictures, rows=2)
+    assert out.shape == (4, 9, 3)
+    assert out[::2, ::3, 0].tolist() == [[1, 2, 3], [4, 5, 0]]
+    assert np.array_equal(images.grid(pictures[:1]), pictures[0])
+
+
+@pytest.mark.parametrize("rows", [0, -1, 3])
+def test_grid_refuses_rows_that_cannot_be_filled(rows):
+    with pytest.raises(FluxError, match=f"2 picture.*{rows} rows"):
+        images.grid([random_picture(), random_picture()], rows)
+
+
+@pytest.mark.parametrize("name", ["a.xyz", "a", "a.gif", "missing/a.png", "folder", "folder.png"])
+def test_check_output_names_the_path(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(FluxError, match=name.split("/")[0]):
+        images.check_output(tmp_path / name)
+
+
+def test_check_output_accepts_a_good_path_and_writes_nothing(tmp_path, monkeypatch):
+    images.check_output(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    images.check_output("a.jpg")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_check_output_in_a_read_only_folder(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(FluxError, match="cannot write"):
+        images.check_output(tmp_path / "a.png")

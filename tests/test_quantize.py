@@ -1,0 +1,114 @@
+"""Quantization: the right layers, near the original, and files that load ready-quantized to the bit."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import tiny
+
+from flux.errors import FluxError
+from flux.models.t5 import T5Encoder
+from flux.models.transformer import Flux
+from flux.weights import checkpoints, quantize, save
+
+T5 = replace(tiny.T5, d_model=64, d_ff=96)
+
+
+def network(kind: str) -> nn.Module:
+    built = Flux(tiny.FLUX) if kind == "transformer" else T5Encoder(T5)
+    return tiny.randomize(built, 3)
+
+
+def quantized_layers(model: nn.Module) -> set[str]:
+    return {name for name, layer in model.named_modules() if isinstance(layer, nn.QuantizedLinear)}
+
+
+def test_layers_of_the_transformer():
+    flux = quantize.quantize(network("transformer"))
+    linear = {name for name, layer in network("transformer").named_modules() if isinstance(layer, nn.Linear)}
+    assert quantized_layers(flux) == {name for name in linear if name.startswith(("double_", "single_"))}
+    assert "double_blocks.1.img_mlp.2" in quantized_layers(flux)
+    assert "single_blocks.2.modulation.lin" in quantized_layers(flux)
+
+
+def test_layers_that_do_not_divide_stay():
+    """T5 of 64, feed-forward 96: groups of 64 leave `wo` and `o` (input 32) alone, groups of 32 do not."""
+    by_64 = quantized_layers(quantize.quantize(network("t5"), group_size=64))
+    by_32 = quantized_layers(quantize.quantize(network("t5"), group_size=32))
+    assert {name.rpartition(".")[2] for name in by_64} == {"q", "k", "v", "wi_0", "wi_1"}
+    assert {name.rpartition(".")[2] for name in by_32 - by_64} == {"o", "wo"}
+
+
+@pytest.mark.parametrize(("bits", "error"), [(8, 0.01), (4, 0.15)])
+def test_weights_are_near(bits, error):
+    flux, whole = quantize.quantize(network("transformer"), bits), network("transformer")
+    layer, original = flux.double_blocks[0].img_attn.qkv, whole.double_blocks[0].img_attn.qkv
+    widened = mx.dequantize(layer.weight, layer.scales, layer.biases, group_size=64, bits=bits)
+    distance = mx.linalg.norm(widened - original.weight) / mx.linalg.norm(original.weight)
+    assert 0 < distance.item() < error
+    assert mx.array_equal(layer.bias, original.bias)
+
+
+def test_the_network_still_runs():
+    flux, whole = quantize.quantize(network("transformer"), 8), network("transformer")
+    inputs = {
+        "img": mx.random.normal((1, 6, 16), key=mx.random.key(0)),
+        "img_ids": mx.zeros((1, 6, 3)),
+        "txt": mx.random.normal((1, 5, 48), key=mx.random.key(1)),
+        "txt_ids": mx.zeros((1, 5, 3)),
+        "timesteps": mx.array([0.5]),
+        "y": mx.random.normal((1, 32), key=mx.random.key(2)),
+        "guidance": mx.array([3.5]),
+    }
+    a, b = flux(**inputs), whole(**inputs)
+    assert mx.linalg.norm(a - b) / mx.linalg.norm(b) < 0.05
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("kind", ["transformer", "t5"])
+def test_saved_and_loaded_to_the_bit(kind, dtype, bits, tmp_path):
+    original = network(kind)
+    original.set_dtype(dtype)
+    quantize.quantize(original, bits, group_size=32)
+    config = save.transformer_config(tiny.FLUX) if kind == "transformer" else save.t5_config(T5)
+    path = tmp_path / "q.safetensors"
+    save.save_network(path, kind, original, config)
+    loaded = checkpoints.load_part(checkpoints.Part(kind, (path,)), dtype)
+    assert quantized_layers(loaded) == quantized_layers(original) != set()
+    assert loaded.params == original.params
+    assert tiny.same(loaded, original)
+    layer = next(layer for _, layer in loaded.named_modules() if isinstance(layer, nn.QuantizedLinear))
+    assert (layer.bits, layer.group_size) == (bits, 32)
+
+
+def test_a_whole_quantized_model(tmp_path):
+    model = tiny.model(*tiny.write_tokenizers(tmp_path / "tokenizers"))
+    quantize.quantize(model.flux, 4)
+    quantize.quantize(model.t5, 8, group_size=32)
+    save.save_bfl(tmp_path / "m", model)
+    found = checkpoints.find(str(tmp_path / "m"))
+    for kind, loaded in (("flux", found.load_flux(mx.float32)), ("t5", found.load_t5(mx.float32))):
+        assert tiny.same(loaded, getattr(model, kind))
+    with pytest.raises(FluxError, match="use save_bfl"):
+        save.save_diffusers(tmp_path / "d", model)
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_quantized_file_is_checked_too(tmp_path):
+    flux = quantize.quantize(network("transformer"), 4)
+    path = tmp_path / "q.safetensors"
+    save.save_network(path, "transformer", flux, save.transformer_config(tiny.FLUX))
+    content, metadata = mx.load(str(path), return_metadata=True)
+    mx.eval(content)
+    del content["double_blocks.0.img_attn.qkv.biases"]
+    mx.save_safetensors(str(path), content, metadata)
+    with pytest.raises(FluxError, match=r"missing: double_blocks\.0\.img_attn\.qkv\.biases$"):
+        checkpoints.load_part(checkpoints.Part("transformer", (path,)))
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(3, 64), (16, 64), (4, 48)])
+def test_refused(bits, group_size):
+    with pytest.raises(FluxError, match=f"{bits if bits not in (4, 8) else group_size}"):
+        quantize.quantize(network("transformer"), bits, group_size)

@@ -1,0 +1,325 @@
+"""Text to pictures: python txt2image.py --model tiny "a red apple on a blue background"."""
+
+import argparse
+import math
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import flux  # before mlx.core, so that OpenBLAS is there first
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from flux import FluxPipeline, images, sampler
+from flux.errors import FluxError
+from flux.pipeline import Plan, check_sampling
+
+PARTS = ("transformer", "ae", "clip", "t5")
+# The options that make a picture what it is: written into it, read again by --remake. Prompts come beside.
+RECIPE = (
+    *("model", *PARTS, "dtype", "quantize", "no_t5_padding", "negative_prompt", "cfg_scale", "guidance"),
+    *("steps", "image_size", "seed", "n_images", "n_rows", "decoding_batch_size"),
+)
+FLAGS = ("no_t5_padding",)
+# Up to so many prompts, their modulation takes less memory than the weights that it is made with.
+MAX_PLANS = 16
+
+
+def main() -> int:
+    """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        run(parse(sys.argv[1:]))
+    except FluxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the pictures that the arguments ask for, and print where they are."""
+    check(args)
+    stages = Stages(args.verbose)
+    with stages("load"):
+        files = {part: getattr(args, part) for part in PARTS}
+        dtype = args.dtype and getattr(mx, args.dtype)
+        pipeline = FluxPipeline(args.model, not args.no_t5_padding, dtype, args.quantize, **files)
+        fill_in(args, pipeline)
+        if args.preload_models:
+            pipeline.ensure_models_are_loaded()
+    pictures = make_pictures(pipeline, args, stages)
+    with stages("save"):
+        paths = save_raw(args, pictures) if args.save_raw else save_grid(args, pictures)
+    stages.report()
+    print(*paths, sep="\n")
+
+
+# --- Arguments ---
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are bad input like any other: one line."""
+
+    def error(self, message: str) -> None:
+        raise FluxError(f"{message} (see {self.prog} --help)")
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor none."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
+    return number
+
+
+def size(text: str) -> tuple[int, int]:
+    """(height, width) of "256x512", or of "256" for a square."""
+    height, _, width = text.lower().partition("x")
+    try:
+        return count(height), count(width or height)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 256x512, not {text}") from None
+
+
+def build_parser() -> Parser:
+    parser = Parser(description="Make pictures of what a prompt says, with a FLUX.1 model.")
+    parser.set_defaults(picture=None)  # of a batch, which one to keep: only a recipe says so
+
+    add = parser.add_argument_group("what to show").add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="what the pictures show; several are made in turn")
+    add("--prompts-file", metavar="FILE", help="read prompts from FILE, one a line; - is standard input")
+    add("--negative-prompt", metavar="TEXT", help="what to lead away from; needs a cfg scale above 1")
+    add("--remake", metavar="PICTURE", help="make a PNG of this program again; other options change it")
+
+    add = parser.add_argument_group("the model").add_argument
+    add("--model", default="schnell", help="schnell (default), dev, krea, tiny, a folder, a Hub repository")
+    for part in PARTS:
+        add(f"--{part}", metavar="FILE", help=f"take the {part} from FILE instead of the model's")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
+    add("--quantize", nargs="?", type=int, const=4, metavar="BITS", help="to 4 (default) or 8 bits a weight")
+    add("--no-t5-padding", action="store_true", help="do not pad prompts to the model's length: faster")
+    add("--preload-models", action="store_true", help="load everything at once and keep it: more memory")
+
+    add = parser.add_argument_group("sampling (where not given, the model's own)").add_argument
+    add("--image-size", type=size, metavar="HxW", help="in pixels, multiples of 16; one number is a square")
+    add("--steps", type=count, metavar="N", help="denoising steps")
+    add("--guidance", type=finite, metavar="X", help="how closely to follow the prompt (not schnell)")
+    add("--cfg-scale", type=finite, metavar="X", help="true guidance, with twice the work if above 1")
+    add("--seed", type=int, metavar="N", help="a prompt's picture i is made from N + i; default: random")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--n-images", type=count, metavar="N", help="pictures for each prompt (default 1)")
+    add("--n-rows", type=count, metavar="N", help="rows of the grid (default: one for each prompt)")
+    add("--output", default="out.png", metavar="FILE", help=".png (default out.png), .jpg or .webp")
+    add("--save-raw", action="store_true", help="no grid: each picture in a file, out.0.png, out.1.png ...")
+    add("--decoding-batch-size", type=count, default=1, metavar="N", help="pictures to decode at once (1)")
+    add("--verbose", action="store_true", help="print the time and the peak memory of every stage")
+    add("--version", action="version", version=flux.__version__)
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The arguments. With --remake the picture's recipe stands for what is not given."""
+    parser = build_parser()
+    args = parser.parse_intermixed_args(argv)
+    prompts = read_prompts(args)
+    if args.remake:
+        recipe, its_prompts = read_recipe(args.remake)
+        if prompts or args.seed is not None or args.n_images:
+            recipe.pop("picture", None)  # it is no longer that batch
+        parser.set_defaults(**recipe)
+        args = parser.parse_intermixed_args(argv)
+        prompts = prompts or its_prompts
+    args.prompts = prompts
+    args.n_images = args.n_images or 1
+    return args
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line or of the file. A line break in one is a space to the models."""
+    prompts = [" ".join(prompt.splitlines()) for prompt in args.prompts]
+    if args.prompts_file is None:
+        return prompts
+    if prompts:
+        raise FluxError("prompts come from the command line or from --prompts-file, not from both")
+    name = "standard input" if args.prompts_file == "-" else args.prompts_file
+    try:
+        data = sys.stdin.buffer.read() if args.prompts_file == "-" else Path(args.prompts_file).read_bytes()
+        prompts = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise FluxError(f"{name} is not UTF-8 text") from None
+    except OSError as error:
+        raise FluxError(f"cannot read the prompts' file {name}: {error.strerror}") from None
+    if not prompts:
+        raise FluxError(f"{name} holds no prompt; it should hold one a line")
+    return prompts
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise FluxError for what can be seen to be wrong before anything is loaded."""
+    if not args.prompts:
+        raise FluxError("no prompt; say what the picture should show, such as 'a red apple'")
+    if not all(prompt.strip() for prompt in args.prompts):
+        raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
+    if args.quantize not in (None, 4, 8):
+        raise FluxError(f"--quantize takes 4 or 8 bits, not {args.quantize}")
+    pictures = len(args.prompts) * args.n_images
+    if args.n_rows and args.n_rows > pictures and not args.save_raw:
+        raise FluxError(f"--n-rows {args.n_rows} is more than there are pictures ({pictures})")
+    images.check_output(args.output)
+
+
+def fill_in(args: argparse.Namespace, pipeline: FluxPipeline) -> None:
+    """Give every option that was left open its value, so that the recipe is whole."""
+    for name in ("steps", "guidance", "cfg_scale", "image_size"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(pipeline.spec, name))
+    args.n_rows = args.n_rows or len(args.prompts)
+    args.dtype = str(pipeline.flow.dtype).removeprefix("mlx.core.")
+    args.latent_size = pipeline.latent_size(args.image_size)
+    args.image_size = tuple(pipeline.downscale * side for side in args.latent_size)
+    check_sampling(args.steps, args.n_images, args.latent_size, args.negative_prompt, args.cfg_scale)
+    if args.seed is None:
+        args.seed = sampler.random_seed()
+        print(f"seed: {args.seed}", flush=True)
+
+
+# --- Pictures ---
+
+
+def make_pictures(pipeline: FluxPipeline, args: argparse.Namespace, stages: "Stages") -> list[np.ndarray]:
+    """All pictures (H, W, 3), uint8, prompt by prompt; a stage at a time in memory, unless preloaded."""
+    noise = pipeline.noise(range(args.seed, args.seed + args.n_images), args.latent_size)
+    with stages("text"):
+        texts = [pipeline.encode(prompt, args.negative_prompt, args.cfg_scale) for prompt in args.prompts]
+        mx.eval(texts)
+    if not args.preload_models:
+        del pipeline.t5, pipeline.clip
+        mx.clear_cache()
+    with stages("denoise"):
+        settings = (noise, args.latent_size, args.steps, args.guidance, args.cfg_scale)
+        plans = (pipeline.prepare(text, *settings) for text in texts)
+        if not args.preload_models and len(texts) <= MAX_PLANS:
+            plans = list(plans)
+            mx.eval(plans)
+            pipeline.flow.drop_modulation()
+        latents = denoise(pipeline, plans, args.steps * len(texts))
+    if not args.preload_models:
+        del plans, pipeline.flow
+        mx.clear_cache()
+    with stages("decode"):
+        pictures = [picture for x in latents for picture in decode(pipeline, x, args)]
+    return pictures if args.picture is None else [pictures[args.picture]]
+
+
+def denoise(pipeline: FluxPipeline, plans: Iterable[Plan], total: int) -> list[mx.array]:
+    """Each plan's finished latents (n, L, channels), with a progress bar of all steps."""
+    latents = []
+    with tqdm(total=total, unit="step", disable=None) as bar:
+        for plan in plans:
+            for x in pipeline.denoise(plan):
+                mx.eval(x)
+                bar.update()
+            latents.append(x)
+    return latents
+
+
+def decode(pipeline: FluxPipeline, x: mx.array, args: argparse.Namespace) -> Iterator[np.ndarray]:
+    """A prompt's pictures (H, W, 3), uint8."""
+    for i in range(0, len(x), args.decoding_batch_size):
+        batch = pipeline.decode(x[i : i + args.decoding_batch_size], args.latent_size)
+        yield from images.to_uint8(batch)
+
+
+# --- Files and their recipes ---
+
+
+def save_grid(args: argparse.Namespace, pictures: list[np.ndarray]) -> list[Path]:
+    path = Path(args.output)
+    seeds = list(range(args.seed, args.seed + args.n_images)) * len(args.prompts)
+    rows = args.n_rows
+    if args.picture is not None:
+        seeds, rows = [seeds[args.picture]], 1
+    images.save(path, images.grid(pictures, rows), recipe_text(args, args.prompts, seeds, args.picture))
+    return [path]
+
+
+def save_raw(args: argparse.Namespace, pictures: list[np.ndarray]) -> list[Path]:
+    """Each recipe has its prompt alone but the whole batch: in a batch, sums are in another order."""
+    paths = []
+    for i, picture in enumerate(pictures):
+        number, k = divmod(i, args.n_images)
+        k = k if args.picture is None else args.picture
+        path = Path(args.output)
+        path = path.with_name(f"{path.stem}.{i}{path.suffix}")
+        images.save(path, picture, recipe_text(args, [args.prompts[number]], [args.seed + k], k))
+        paths.append(path)
+    return paths
+
+
+def recipe_text(
+    args: argparse.Namespace, prompts: list[str], seeds: list[int], picture: int | None
+) -> dict[str, str]:
+    """What made a file, as the text that --remake reads."""
+    values = {name: getattr(args, name) for name in RECIPE}
+    values["image_size"] = "x".join(map(str, args.image_size))
+    values |= {"picture": picture, "n_rows": min(args.n_rows, len(prompts) * args.n_images)}
+    recipe = {name: str(value) for name, value in values.items() if value not in (None, False)}
+    return {
+        "prompt": "\n".join(prompts),
+        **recipe,
+        "seeds": " ".join(map(str, seeds)),
+        "version": flux.__version__,
+    }
+
+
+def read_recipe(path: str) -> tuple[dict[str, object], list[str]]:
+    """A picture's options, as the parser's defaults, and its prompts."""
+    text = images.read_metadata(path)
+    if not {"prompt", "model", "seed"} <= text.keys():
+        raise FluxError(f"{path} does not say how it was made: only PNGs of this program can be made again")
+    recipe: dict[str, object] = {name: text[name] for name in RECIPE if name in text}
+    recipe |= {name: name in text for name in FLAGS}
+    if "picture" in text:
+        recipe["picture"] = int(text["picture"])
+    return recipe, text["prompt"].split("\n")
+
+
+class Stages:
+    """Times and peak memory of the stages, for --verbose: `with stages("decode"): ...`."""
+
+    def __init__(self, verbose: bool):
+        self.verbose = verbose
+        self.rows: list[tuple[str, float, float]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        mx.reset_peak_memory()
+        start = time.perf_counter()
+        yield
+        self.rows.append((name, time.perf_counter() - start, mx.get_peak_memory() / 1e9))
+
+    def report(self) -> None:
+        if self.verbose:
+            print(f"{'stage':8} {'seconds':>9} {'peak GB':>9}", file=sys.stderr)
+            for name, seconds, memory in self.rows:
+                print(f"{name:8} {seconds:9.2f} {memory:9.3f}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
