@@ -27,6 +27,7 @@ RECIPE = (
     *("steps", "image_size", "seed", "n_images", "n_rows", "decoding_batch_size"),
 )
 FLAGS = ("no_t5_padding",)
+PROGRAM = "flux-mlx"
 # Up to so many prompts, their modulation takes less memory than the weights that it is made with.
 MAX_PLANS = 16
 
@@ -189,6 +190,8 @@ def fill_in(args: argparse.Namespace, pipeline: FluxPipeline) -> None:
     for name in ("steps", "guidance", "cfg_scale", "image_size"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(pipeline.spec, name))
+    if args.guidance != pipeline.spec.guidance and not pipeline.flow.params.guidance_embed:
+        warnings.warn(f"{pipeline.spec.name} takes no guidance; {args.guidance} has no effect", stacklevel=2)
     args.n_rows = args.n_rows or len(args.prompts)
     args.dtype = str(pipeline.flow.dtype).removeprefix("mlx.core.")
     args.latent_size = pipeline.latent_size(args.image_size)
@@ -284,14 +287,14 @@ def recipe_text(
         "prompt": "\n".join(prompts),
         **recipe,
         "seeds": " ".join(map(str, seeds)),
-        "version": flux.__version__,
+        "version": f"{PROGRAM} {flux.__version__}",
     }
 
 
 def read_recipe(path: str) -> tuple[dict[str, object], list[str]]:
     """A picture's options, as the parser's defaults, and its prompts."""
     text = images.read_metadata(path)
-    if not {"prompt", "model", "seed"} <= text.keys():
+    if not text.get("version", "").startswith(PROGRAM):
         raise FluxError(f"{path} does not say how it was made: only PNGs of this program can be made again")
     recipe: dict[str, object] = {name: text[name] for name in RECIPE if name in text}
     recipe |= {name: name in text for name in FLAGS}

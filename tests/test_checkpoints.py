@@ -92,7 +92,17 @@ def test_shards(model, tmp_path):
             Path(f"{file}.index.json").write_text(json.dumps({"weight_map": index}))
     assert_is(checkpoints.find(str(tmp_path / "m")), model)
     shutil.move(tmp_path / "m/transformer" / shard.replace("model", "diffusion_pytorch_model", 1), tmp_path)
-    assert "00002-of-00002" in fault(tmp_path / "m")
+    line = fault(tmp_path / "m")
+    assert "index.json: lists files that are not there: diffusion_pytorch_model-00002-of-00002" in line
+
+
+def test_shards_that_hold_the_same_name(model, tmp_path):
+    save.save_diffusers(tmp_path / "m", model, dtype=None)
+    file = tmp_path / "m/vae/diffusion_pytorch_model.safetensors"
+    for i in (1, 2):
+        shutil.copy(file, file.with_name(f"diffusion_pytorch_model-0000{i}-of-00002.safetensors"))
+    file.unlink()
+    assert "is also in another file of the same folder" in fault(tmp_path / "m")
 
 
 def comfy(folder: Path, model: save.Model, transformer_in: str) -> Path:
@@ -350,6 +360,14 @@ def test_bad_configs(folder):
 # --- Faults in finding ---
 
 
+def test_a_folder_named_like_a_repository(folder, model, monkeypatch, tmp_path):
+    """A clone of a repository, reached by the same path, is read where it is."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "black-forest-labs").mkdir()
+    folder.rename(tmp_path / "black-forest-labs/FLUX.1-dev")
+    assert_is(checkpoints.find("black-forest-labs/FLUX.1-dev"), model)
+
+
 def test_what_is_not_there(folder, tmp_path):
     assert "neither a model (schnell, dev, krea, tiny)" in fault("no-such-model")
     assert "no weights here" in fault(tmp_path / "bfl" / "tokenizer")
@@ -394,7 +412,24 @@ def test_a_failed_save_leaves_the_old_one(model, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
-def test_float16_is_half_the_size(model, tmp_path):
+def test_the_old_model_comes_back(model, tmp_path, monkeypatch):
+    """The new folder cannot take its place at the very last moment."""
+    save.save_bfl(tmp_path / "m", model)
+    rename = Path.rename
+
+    def fails_for_new(self, target):
+        if self.name.endswith(".new"):
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_new)
+    with pytest.raises(FluxError, match="No space left"):
+        save.save_bfl(tmp_path / "m", model)
+    assert_is(checkpoints.find(str(tmp_path / "m")), model)
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_float16_in_the_files(model, tmp_path):
     save.save_diffusers(tmp_path / "m", model)
     flux = checkpoints.find(str(tmp_path / "m")).load_flux(mx.float32)
     original = tiny.parameters(model.flux)

@@ -9,14 +9,14 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten
 
 from flux import FluxPipeline, images, sampler
 from flux.errors import FluxError
 from flux.pipeline import Parts
 from flux.tokenizers import T5Tokenizer
 
-from . import tiny
+from . import tiny, tiny_pipeline
 from .tiny_pipeline import T5_LENGTH, make_parts, make_pipeline
 
 SIZE = (8, 12)
@@ -48,6 +48,11 @@ def latents(flux, text=PROMPT, **options):
     for x_t in generated:
         mx.eval(x_t)
     return x_t
+
+
+def size_of(*networks):
+    """Bytes of the networks' weights."""
+    return sum(w.nbytes for network in networks for _, w in tree_flatten(network.parameters()))
 
 
 def test_the_documented_api(tokenizers):
@@ -184,16 +189,37 @@ def test_a_prompt_too_long_for_clip_alone_warns_of_that(tokenizers):
 
 def test_modulation_may_be_let_go(tokenizers, dev):
     flux = make_pipeline(tokenizers)
-    whole = sum(a.nbytes for a in tree_leaves(flux.flow))
+    whole = size_of(flux.flow)
     expected = latents(dev, n_images=2, seed=4, cfg_scale=2.0)
     assert mx.array_equal(latents(flux, n_images=2, seed=4, cfg_scale=2.0, keep_modulation=False), expected)
-    assert sum(a.nbytes for a in tree_leaves(flux.flow)) < 0.8 * whole
+    assert size_of(flux.flow) < 0.8 * whole
 
 
-def tree_leaves(module):
-    found = []
-    tree_map(found.append, module.parameters())
-    return found
+def test_one_stage_at_a_time_is_in_memory(tmp_path):
+    """Loading is lazy; `del flux.t5, flux.clip` and `del flux.flow` give their memory back."""
+    folder = tiny_pipeline.write_checkpoint(tmp_path)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+
+    def active() -> int:
+        return mx.get_active_memory() - before
+
+    flux = FluxPipeline(str(folder), dtype=mx.float32)
+    text, flow, ae = size_of(flux.t5, flux.clip), size_of(flux.flow), size_of(flux.ae.decoder)
+    assert active() < 0.05 * text
+    generated = flux.generate_latents(PROMPT, num_steps=2, latent_size=SIZE, seed=1, cfg_scale=2.0)
+    conditioning = next(generated)
+    mx.eval(conditioning)
+    assert text <= active() < text + 0.5 * min(flow, ae)
+    del flux.t5, flux.clip
+    assert active() < 0.5 * text
+    for x_t in generated:
+        mx.eval(x_t)
+    assert flow <= active() < flow + 0.5 * ae
+    del flux.flow
+    assert active() < 0.2 * flow
+    mx.eval(flux.decode(x_t, SIZE))
+    assert ae <= active() < ae + 0.2 * flow
 
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])

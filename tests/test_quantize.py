@@ -65,13 +65,13 @@ def test_the_network_still_runs():
     assert mx.linalg.norm(a - b) / mx.linalg.norm(b) < 0.05
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("mode", "bits"), [("affine", 4), ("affine", 8), ("mxfp4", 4)])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("kind", ["transformer", "t5"])
-def test_saved_and_loaded_to_the_bit(kind, dtype, bits, tmp_path):
+def test_saved_and_loaded_to_the_bit(kind, dtype, mode, bits, tmp_path):
     original = network(kind)
     original.set_dtype(dtype)
-    quantize.quantize(original, bits, group_size=32)
+    quantize.quantize(original, bits, 32, mode)
     config = save.transformer_config(tiny.FLUX) if kind == "transformer" else save.t5_config(T5)
     path = tmp_path / "q.safetensors"
     save.save_network(path, kind, original, config)
@@ -80,7 +80,7 @@ def test_saved_and_loaded_to_the_bit(kind, dtype, bits, tmp_path):
     assert loaded.params == original.params
     assert tiny.same(loaded, original)
     layer = next(layer for _, layer in loaded.named_modules() if isinstance(layer, nn.QuantizedLinear))
-    assert (layer.bits, layer.group_size) == (bits, 32)
+    assert (layer.bits, layer.group_size, layer.mode) == (bits, 32, mode)
 
 
 def test_a_whole_quantized_model(tmp_path):
@@ -106,9 +106,23 @@ def test_a_quantized_file_is_checked_too(tmp_path):
     mx.save_safetensors(str(path), content, metadata)
     with pytest.raises(FluxError, match=r"missing: double_blocks\.0\.img_attn\.qkv\.biases$"):
         checkpoints.load_part(checkpoints.Part("transformer", (path,)))
+    for nonsense in ("{", '{"bits": 99}', "[]"):
+        mx.save_safetensors(str(path), content, metadata | {"quantization": nonsense})
+        with pytest.raises(FluxError, match=r"q\.safetensors"):
+            checkpoints.load_part(checkpoints.Part("transformer", (path,)))
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(3, 64), (16, 64), (4, 48)])
-def test_refused(bits, group_size):
-    with pytest.raises(FluxError, match=f"{bits if bits not in (4, 8) else group_size}"):
-        quantize.quantize(network("transformer"), bits, group_size)
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((3,), "to 3 bits"),
+        ((16,), "to 16 bits"),
+        ((4, 48), "groups of 48: choose 64 or 32 or 128"),
+        ((8, 32, "mxfp4"), "to 8 bits"),
+        ((4, 64, "mxfp4"), "groups of 64: choose 32"),
+        ((4, 64, "nf4"), "'nf4': choose affine or mxfp4"),
+    ],
+)
+def test_refused(arguments, words):
+    with pytest.raises(FluxError, match=words):
+        quantize.quantize(network("transformer"), *arguments)

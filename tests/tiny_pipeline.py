@@ -42,10 +42,10 @@ def make_pipeline(tokenizers: Path, **options) -> FluxPipeline:
     return FluxPipeline.from_parts(make_parts(tokenizers, **options))
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """A checkpoint of dev's kind in `folder`/model, in diffusers' layout: 2 steps and 64x48 pictures."""
+def write_checkpoint(folder: Path, guidance: bool = True) -> Path:
+    """A checkpoint of either kind in `folder`/model, in diffusers' layout: 2 steps and 64x48 pictures."""
     clip_tokenizer, t5_tokenizer = tiny.write_tokenizers(folder / "vocabularies")
-    parts = make_parts(folder / "vocabularies")
+    parts = make_parts(folder / "vocabularies", guidance)
     spec = replace(parts.spec, steps=2, image_size=(64, 48))
     model = save.Model(parts.flow, parts.ae, parts.clip, parts.t5, clip_tokenizer, t5_tokenizer, spec)
     save.save_diffusers(folder / "model", model)

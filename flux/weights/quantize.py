@@ -15,28 +15,33 @@ from flux.errors import FluxError
 # norms stay as they are: small, and first and last in line.
 QUANTIZED = ("double_blocks.", "single_blocks.", "encoder.block.")
 BITS = (4, 8)
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = {"affine": (64, 32, 128), "mxfp4": (32,)}  # by mode, the default first
 METADATA = "quantization"  # the key in a safetensors header
 
 
-def quantize(network: nn.Module, bits: int = 4, group_size: int = 64) -> nn.Module:
+def quantize(
+    network: nn.Module, bits: int = 4, group_size: int | None = None, mode: str = "affine"
+) -> nn.Module:
     """Quantizes a Flux transformer's or a T5 encoder's blocks in place, lazily, and returns the network.
 
-    bits: 4 or 8 a weight. group_size: 32, 64 or 128 weights share a scale and an offset. A layer whose input
-    size is no multiple of the group size stays as it is. FluxError for other values.
+    bits: 4 or 8 a weight. mode: "affine", where 64 (or 32, or 128: group_size) weights share a scale and an
+    offset, or "mxfp4", 4-bit floats of which 32 share a scale. A layer whose input size is no multiple of the
+    group size stays as it is. FluxError for other values.
     """
-    if bits not in BITS:
-        raise FluxError(f"cannot quantize to {bits} bits: choose {' or '.join(map(str, BITS))}")
-    if group_size not in GROUP_SIZES:
-        raise FluxError(
-            f"cannot quantize in groups of {group_size}: choose {', '.join(map(str, GROUP_SIZES))}"
-        )
+    if mode not in GROUP_SIZES:
+        raise FluxError(f"cannot quantize by {mode!r}: choose {' or '.join(GROUP_SIZES)}")
+    if bits not in BITS or (mode == "mxfp4" and bits != 4):
+        raise FluxError(f"cannot quantize to {bits} bits: choose 4 or 8 (mxfp4: 4 only)")
+    sizes = GROUP_SIZES[mode]
+    group_size = sizes[0] if group_size is None else group_size
+    if group_size not in sizes:
+        raise FluxError(f"cannot quantize in groups of {group_size}: choose {' or '.join(map(str, sizes))}")
 
     def fits(path: str, layer: nn.Module) -> bool:
         chosen = isinstance(layer, nn.Linear) and path.startswith(QUANTIZED)
         return chosen and layer.weight.shape[1] % group_size == 0
 
-    nn.quantize(network, group_size, bits, class_predicate=fits)
+    nn.quantize(network, group_size, bits, mode=mode, class_predicate=fits)
     return network
 
 

@@ -1,4 +1,4 @@
-"""txt2image.py as a person runs it: really started, without a network, and within one process where that does."""
+"""txt2image.py as a person runs it, without a network; what needs no process of its own is called."""
 
 import io
 import os
@@ -99,7 +99,7 @@ def test_a_grid_and_its_recipe(start, model, tmp_path):
         "n_images": "3",
         "n_rows": "2",
         "decoding_batch_size": "1",
-        "version": __version__,
+        "version": f"flux-mlx {__version__}",
     }
     assert start("--remake", "grid.png", "--output", "again.png").returncode == 0
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
@@ -125,13 +125,14 @@ def test_without_a_network(start, tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: black-forest-labs/FLUX.1-schnell")
+    assert "network" in done.stderr
     assert "tiny" in done.stderr
     assert done.stderr.count("\n") == 1
     assert files(tmp_path) == []
 
 
 def test_interrupted(environment, model, tmp_path):
-    command = [sys.executable, str(SCRIPT), "--model", model, "--steps", "100000", PROMPT]
+    command = [sys.executable, str(SCRIPT), "--model", model, "--steps", "3000", PROMPT]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as process:
         assert process.stdout.readline().startswith("seed: ")
@@ -184,12 +185,19 @@ def test_a_long_prompt_warns(call, model):
     assert err[0].startswith("warning: the prompt is longer than the model's 48 tokens; left out: ")
 
 
+def test_guidance_without_effect_warns(call, tmp_path):
+    model = tiny_pipeline.write_checkpoint(tmp_path / "schnell", guidance=False)
+    assert call(PROMPT, "--model", model)[::2] == (0, [])
+    status, _, err = call(PROMPT, "--model", model, "--guidance", 4)
+    assert (status, err) == (0, ["warning: schnell takes no guidance; 4.0 has no effect"])
+
+
 BAD_ARGUMENTS = [
     ([], "no prompt"),
     ([""], "prompt is empty"),
     ([PROMPT, "  "], "prompt is empty"),
     ([PROMPT, "--image-size", "0"], "image-size: .*0"),
-    ([PROMPT, "--image-size", "-64x64"], "image-size: .*-64x64"),
+    ([PROMPT, "--image-size=-64x64"], "image-size: .*-64x64"),
     ([PROMPT, "--image-size", "64x64x64"], "image-size: .*64x64x64"),
     ([PROMPT, "--image-size", "big"], "image-size: .*big"),
     ([PROMPT, "--steps", "-1"], "steps: .*-1"),

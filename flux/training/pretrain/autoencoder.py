@@ -29,6 +29,7 @@ from flux.training.pretrain.emoji import (
     compositions,
     corners,
     draw_composition,
+    subjects,
 )
 from flux.training.trainer import Trainer, average_gradients
 
@@ -43,12 +44,12 @@ def picture_batches(count: int, steps: int, seed: int, rank: int) -> Callable[[i
     pictures in a quarter of the steps, and alone at the end, since its norms and its attention go over all of a
     picture.
     """
-    render = Renderer()
+    render, names = Renderer(), list(subjects())[: tiny.SUBJECTS]
 
     def batch(step: int) -> mx.array:
         rng = np.random.default_rng((seed, rank, step))
         whole = step % 4 == 3 or step >= tiny.CROPS_UNTIL * steps
-        drawn = [draw_composition(rng) for _ in range(count if whole else 4 * count)]
+        drawn = [draw_composition(rng, names) for _ in range(count if whole else 4 * count)]
         return mx.array(np.stack([render(c) if whole else crop(render(c), c, rng) for c in drawn]))
 
     return batch
@@ -84,7 +85,7 @@ def decoder_loss(model: AutoEncoder, pictures: mx.array, key: mx.array, mse_weig
 
 def held_out_pictures(count: int, seed: int = 0) -> np.ndarray:
     """(count, 64, 64, 3) uint8: a fixed choice among the held-out compositions."""
-    every = compositions(held_out=True)
+    every = compositions(True, list(subjects())[: tiny.SUBJECTS])
     chosen = np.random.default_rng(seed).choice(len(every), min(count, len(every)), replace=False)
     render = Renderer()
     return np.stack([render(every[i]) for i in chosen])

@@ -137,12 +137,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate; AdamW's is a tenth")
-    parser.add_argument("--subjects", type=int, help="only the first SUBJECTS subjects (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     run, steps = arguments.run, arguments.steps
     clip, t5 = load_tokenizers(run)
-    latents = read(run / "latents.safetensors", arguments.subjects)
+    latents = read(run / "latents.safetensors")
     mx.random.seed(arguments.seed)
     model = make_model(clip, t5)
     warmup = min(100, steps)

@@ -25,7 +25,7 @@ from flux.training.pretrain.emoji import (
 
 @dataclass(frozen=True)
 class Latents:
-    """Training pictures of the first `subject_count` subjects: what they show and their latents.
+    """Training pictures: what they show and their latents.
 
     mean, logvar (P, 8, 8, 16) float32, raw; scale, shift: 1 / deviation and mean of all of `mean`.
     """
@@ -52,13 +52,13 @@ class Latents:
 
 def training_compositions(pairs: int, seed: int = 0) -> list[Composition]:
     """All single subjects that are not held out, then `pairs` random pairs."""
-    rng = np.random.default_rng(seed)
+    rng, names = np.random.default_rng(seed), list(subjects())[: tiny.SUBJECTS]
     chosen: list[Composition] = []
     while len(chosen) < pairs:
-        composition = draw_composition(rng)
+        composition = draw_composition(rng, names)
         if composition.place == PAIR:
             chosen.append(composition)
-    return compositions(held_out=False) + chosen
+    return compositions(False, names) + chosen
 
 
 def encode(model: AutoEncoder, chosen: list[Composition], batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
@@ -72,15 +72,11 @@ def encode(model: AutoEncoder, chosen: list[Composition], batch: int = 64) -> tu
     return np.concatenate(means), np.concatenate(logvars)
 
 
-def read(file: Path, subject_count: int | None = None) -> Latents:
-    """The file of `main`, of the first `subject_count` subjects (default: all)."""
+def read(file: Path) -> Latents:
+    """The file of `main`."""
     arrays = mx.load(str(file))
     mean, logvar = np.array(arrays["mean"]), np.array(arrays["logvar"])
-    shift, scale = float(mean.mean()), float(1 / mean.std())
-    every = training_compositions(tiny.PAIRS)
-    names = set(list(subjects())[:subject_count])
-    rows = [i for i, composition in enumerate(every) if names.issuperset(composition.subjects)]
-    return Latents([every[i] for i in rows], mean[rows], logvar[rows], scale, shift)
+    return Latents(training_compositions(tiny.PAIRS), mean, logvar, float(1 / mean.std()), float(mean.mean()))
 
 
 def main() -> None:

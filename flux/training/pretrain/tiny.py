@@ -8,6 +8,7 @@ from flux.models.transformer import FluxParams
 AUTOENCODER = AutoEncoderParams(
     ch=16, ch_mult=(1, 2, 4, 6), num_res_blocks=1, z_channels=16, norm_groups=4, scale_factor=1.0, shift_factor=0.0
 )
+SUBJECTS = 48  # the first so many of the table are trained on
 KL_WEIGHT = 1e-4
 LOG_STEPS = 50
 
@@ -48,5 +49,5 @@ FLUX = FluxParams(
 CAPTION_DROPOUT = 0.1
 TIME_SHIFT = 1.0
 EMA_DECAY = 0.999
-PAIRS = 6000  # pictures of two subjects among the latents
+PAIRS = 3000  # pictures of two subjects among the latents
 CROPS_UNTIL = 0.6  # of the autoencoder's steps
