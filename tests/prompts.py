@@ -93,12 +93,16 @@ def characters(first: int, last: int, keep=lambda letter: True) -> list[str]:
     return [
         letter
         for letter in letters
-        if unicodedata.category(letter) not in unassigned and not unicodedata.combining(letter) and keep(letter)
+        if unicodedata.category(letter) not in unassigned
+        and not unicodedata.combining(letter)
+        and keep(letter)
     ]
 
 
 ACCENTS = [chr(code) for code in (*range(0x300, 0x370), 0x5B4, 0x5BC, 0x64E, 0x651, 0x93C, 0x3099, 0x309A)]
-LATIN_ACCENTS = [chr(code) for code in (0x300, 0x301, 0x302, 0x303, 0x306, 0x308, 0x309, 0x31B, 0x323, 0x327, 0x328)]
+LATIN_ACCENTS = [
+    chr(code) for code in (0x300, 0x301, 0x302, 0x303, 0x306, 0x308, 0x309, 0x31B, 0x323, 0x327, 0x328)
+]
 SPECIAL = ["<|endoftext|>", "<|startoftext|>", "<|EndOfText|>", "</s>", "<pad>", "<unk>", "<extra_id_0>"]
 
 ALPHABETS = {
@@ -109,7 +113,8 @@ ALPHABETS = {
     "capitals": characters(0, 0x1FFFF, lambda letter: letter.lower() != letter) + list("ΣσςİIı ab"),
     "vietnamese": [*"aeiouyAEIOUYdn ", *LATIN_ACCENTS],
     "accents": [*"aeiou kst", *ACCENTS],
-    "ligatures": characters(0xA0, 0xFFFF, lambda c: unicodedata.normalize("NFKC", c) != c) + LATIN_ACCENTS * 30,
+    "ligatures": characters(0xA0, 0xFFFF, lambda letter: unicodedata.normalize("NFKC", letter) != letter)
+    + LATIN_ACCENTS * 30,
     "semitic and indic": characters(0x590, 0x10FF),
     "east asian": characters(0x2E80, 0xABFF),
     "hangul": [chr(code) for code in (*range(0x1100, 0x1200), *range(0xAC00, 0xAD00))],

@@ -24,7 +24,9 @@ def t5_rows(reference, texts, max_length, pad=True):
 def assert_same(texts, ours, reference):
     """Each text's ids alike; the message shows the first texts that differ."""
     different = [text for text, a, b in zip(texts, ours, reference, strict=True) if a != b]
-    assert not different, f"{len(different)} of {len(texts)} differ: {[ascii(text) for text in different[:5]]}"
+    assert not different, (
+        f"{len(different)} of {len(texts)} differ: {[ascii(text) for text in different[:5]]}"
+    )
 
 
 # --- the real vocabularies ---
@@ -100,7 +102,7 @@ def protobuf_fields(message: bytes):
 
 @pytest.fixture(scope="module")
 def small_t5(tmp_path_factory):
-    """A folder with a spiece.model of some hundred pieces, and transformers' tokenizer with the same table."""
+    """A folder with a spiece.model of 900 pieces, and transformers' tokenizer with the same table."""
     folder = tmp_path_factory.mktemp("t5")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(prompts()), model_prefix=str(folder / "spiece"), vocab_size=900,
