@@ -115,7 +115,8 @@ def test_the_same_seed_gives_the_same_folder(tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         emoji.write_folder(tmp_path / name, 5, seed)
     contents = {
-        name: [(file.name, file.read_bytes()) for file in sorted((tmp_path / name).iterdir())] for name in "abc"
+        name: [(file.name, file.read_bytes()) for file in sorted((tmp_path / name).iterdir())]
+        for name in "abc"
     }
     assert contents["a"] == contents["b"]
     assert contents["a"] != contents["c"]
@@ -126,7 +127,7 @@ def test_the_same_seed_gives_the_same_folder(tmp_path):
 
 
 def test_bad_input_is_named(tmp_path):
-    with pytest.raises(FluxError, match="nowhere.ttf is missing"):
+    with pytest.raises(FluxError, match=r"nowhere\.ttf is missing"):
         emoji.Renderer(tmp_path / "nowhere.ttf")
     with pytest.raises(FluxError, match="--count 0"):
         emoji.write_folder(tmp_path, 0, 0)

@@ -1,4 +1,4 @@
-"""An exponential moving average of a model's parameters: smoother than the last step's, and better to draw with."""
+"""An exponential moving average of a model's parameters: smoother than those of the last step."""
 
 import mlx.core as mx
 import mlx.nn as nn

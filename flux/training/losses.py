@@ -27,7 +27,7 @@ def psnr(mse: mx.array) -> mx.array:
 def flow_times(count: int, shift: float, key: mx.array) -> mx.array:
     """(count,) logit-normal times in 0..1, moved towards the noise: t -> s t / (1 + (s - 1) t).
 
-    Esser et al., "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (2024), 3.1, 5.3.2.
+    Esser et al. 2024, "Scaling Rectified Flow Transformers", 3.1 and 5.3.2 (arXiv:2403.03206).
     """
     t = mx.sigmoid(mx.random.normal((count,), key=key))
     return shift * t / (1 + (shift - 1) * t)

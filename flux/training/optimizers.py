@@ -9,7 +9,7 @@ Schedule = Callable[[mx.array], mx.array]  # step -> learning rate
 
 
 def warmup_decay(peak: float, steps: int, warmup: int, hold: float = 0.0) -> Schedule:
-    """Linear from 0 to `peak` in `warmup` steps, then constant for the share `hold` of the rest, then linear to 0."""
+    """Linear from 0 to `peak` in `warmup` steps, constant for the share `hold` of the rest, linear to 0."""
     start = warmup + hold * (steps - warmup)
 
     def rate(step: mx.array) -> mx.array:
@@ -25,8 +25,8 @@ def muon(
 ) -> optim.Optimizer:
     """Muon for matrices and convolutions, AdamW for vectors and for whatever `is_other(name, array)` names.
 
-    Muon (Jordan, 2024, https://kellerjordan.github.io/posts/muon) makes every step a matrix with singular values
-    near one; embeddings and the layers next to the pixels are no good for it.
+    Muon (Jordan, 2024, https://kellerjordan.github.io/posts/muon) makes every step a matrix with singular
+    values near one; embeddings and the layers next to the pixels are no good for it.
     """
     adam = optim.AdamW(adam_rate, betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
     rest = optim.Muon(rate, momentum=0.95, weight_decay=0.0)

@@ -1,7 +1,7 @@
 """The training loop: a model, a loss, batches and an optimizer in; a trained model out.
 
-It knows no network and no task. Everything random comes from (seed, step): a batch is a function of the step and a
-loss is handed a key made from it, so a run that was stopped and resumed is the straight run, to the bit.
+It knows no network and no task. Everything random comes from (seed, step): a batch is a function of the
+step and a loss is handed a key made from it, so a stopped and resumed run is the straight run, to the bit.
 """
 
 import json
@@ -81,8 +81,6 @@ class Trainer:
     def _state(self) -> list:
         return [self.model.state, self.optimizer.state, self.ema.state if self.ema else {}]
 
-    # --- files ---------------------------------------------------------------------------------------------------
-
     def save(self, path: Path) -> None:
         """One safetensors file, complete or not there at all: a kill while writing leaves the file before."""
         trees = {"model": self.model.parameters(), "optimizer": self.optimizer.state}
@@ -116,7 +114,7 @@ class Trainer:
 
 
 def average_gradients(group: mx.distributed.Group) -> Callable[[dict], dict]:
-    """Mean of the gradients of all processes, in one message: for many small tensors the latency is what counts."""
+    """Mean of the gradients of all processes, in one message: many small ones would cost latency."""
 
     def average(gradients: dict) -> dict:
         flat = [array for _, array in tree_flatten(gradients)]

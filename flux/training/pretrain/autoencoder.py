@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from PIL import Image
 
@@ -38,11 +37,11 @@ CROP = 32
 
 
 def picture_batches(count: int, steps: int, seed: int, rank: int) -> Callable[[int], mx.array]:
-    """step -> (count, 64, 64, 3) uint8 pictures that are not held out, or (4 * count, 32, 32, 3) crops of such.
+    """step -> (count, 64, 64, 3) uint8 pictures, not held out, or (4 * count, 32, 32, 3) crops of such.
 
-    Most of a picture is flat: crops show the network four times as many drawings in the same time. It sees whole
-    pictures in a quarter of the steps, and alone at the end, since its norms and its attention go over all of a
-    picture.
+    Most of a picture is flat: crops show the network four times as many drawings in the same time. It sees
+    whole pictures in a quarter of the steps, and alone at the end, since its norms and its attention go over
+    all of a picture.
     """
     render, names = Renderer(), list(subjects())[: tiny.SUBJECTS]
 
@@ -59,12 +58,15 @@ def crop(picture: np.ndarray, composition: Composition, rng: np.random.Generator
     """A random (32, 32, 3) part of the picture, on the grid of the latent, that shows some of a subject."""
     places = corners(composition)
     x, y = places[rng.integers(len(places))]
-    reach = (SIZES[composition.size] - CROP) // GRID  # how far the box reaches beyond a crop, in steps of the grid
-    x, y = (int(np.clip(i + GRID * rng.integers(min(reach, -1), max(reach, 1) + 1), 0, SIDE - CROP)) for i in (x, y))
+    beyond = (SIZES[composition.size] - CROP) // GRID  # steps of the grid that the box has more than a crop
+    x, y = (i + GRID * int(rng.integers(-1, max(beyond, 1) + 1)) for i in (x, y))
+    x, y = (min(max(i, 0), SIDE - CROP) for i in (x, y))
     return picture[y : y + CROP, x : x + CROP]
 
 
-def autoencoder_loss(model: AutoEncoder, pictures: mx.array, key: mx.array, mse_weight: float, kl_weight: float):
+def autoencoder_loss(
+    model: AutoEncoder, pictures: mx.array, key: mx.array, mse_weight: float, kl_weight: float
+):
     """L1 + MSE + KL of pictures (B, H, W, 3) uint8, decoded from a sample of the raw latent."""
     x = pictures.astype(mx.float32) / 127.5 - 1
     mean, logvar = model.moments(x)
@@ -72,15 +74,6 @@ def autoencoder_loss(model: AutoEncoder, pictures: mx.array, key: mx.array, mse_
     error, mse = losses.reconstruction(model.decoder(z), x, mse_weight)
     divergence = losses.kl(mean, logvar)
     return error + kl_weight * divergence, {"mse": mse, "kl": divergence}
-
-
-def decoder_loss(model: AutoEncoder, pictures: mx.array, key: mx.array, mse_weight: float):
-    """L1 + MSE of pictures decoded from the frozen encoder's latent, with the noise that it was trained with."""
-    x = pictures.astype(mx.float32) / 127.5 - 1
-    mean, logvar = model.moments(x)
-    z = mx.stop_gradient(mean + mx.exp(0.5 * logvar) * mx.random.normal(mean.shape, key=key))
-    error, mse = losses.reconstruction(model.decoder(z), x, mse_weight)
-    return error, {"mse": mse}
 
 
 def held_out_pictures(count: int, seed: int = 0) -> np.ndarray:
@@ -118,7 +111,9 @@ def make_trainer(batch: int, steps: int, rate: float, seed: int, mse_weight: flo
     mx.random.seed(seed)
     model = AutoEncoder(tiny.AUTOENCODER)
     warmup = min(100, steps)
-    optimizer = muon(warmup_decay(rate, steps, warmup, 0.3), warmup_decay(rate / 8, steps, warmup, 0.3), is_edge)
+    optimizer = muon(
+        warmup_decay(rate, steps, warmup, 0.3), warmup_decay(rate / 8, steps, warmup, 0.3), is_edge
+    )
     return Trainer(
         model,
         partial(autoencoder_loss, mse_weight=mse_weight, kl_weight=tiny.KL_WEIGHT),
@@ -133,13 +128,17 @@ def save_grid(model: AutoEncoder, file: Path, count: int = 24) -> float:
     """A PNG of held-out pictures above their reconstructions; returns the mean PSNR of 200 of them, dB."""
     pictures = held_out_pictures(200)
     decoded = reconstruct(model, pictures)
-    rows = [np.concatenate(list(p[i : i + 12]), axis=1) for i in range(0, count, 12) for p in (pictures, decoded)]
+    rows = [
+        np.concatenate(list(p[i : i + 12]), axis=1) for i in range(0, count, 12) for p in (pictures, decoded)
+    ]
     Image.fromarray(np.concatenate(rows)).save(file)
     return float(psnr(pictures, decoded).mean())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: state, log, pictures")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=16, help="pictures a step and process")
@@ -154,7 +153,10 @@ def main() -> None:
     if state.exists():
         trainer.load(state)
     first = mx.distributed.init().rank() == 0
-    trainer.run(arguments.steps, (Log(arguments.run / "autoencoder.jsonl", tiny.LOG_STEPS), Save(state)) if first else ())
+    trainer.run(
+        arguments.steps,
+        (Log(arguments.run / "autoencoder.jsonl", tiny.LOG_STEPS), Save(state)) if first else (),
+    )
     if first:
         trainer.save(state)
         print("PSNR", save_grid(trainer.model, arguments.run / "autoencoder.png"))

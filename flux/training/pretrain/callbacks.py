@@ -8,7 +8,7 @@ from flux.training.trainer import Metrics, Trainer
 
 
 class Log:
-    """One JSON line every `interval` steps: the step, each metric's mean since the last line, steps a second."""
+    """One JSON line every `interval` steps: the step, each metric's mean since the last, steps a second."""
 
     def __init__(self, file: Path, interval: int):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -26,7 +26,11 @@ class Log:
             return
         now = time.monotonic()
         means = {name: round(total / self._count, 6) for name, total in self._sums.items()}
-        line = {"step": trainer.step, **means, "steps_per_second": round(self._count / (now - self._start), 3)}
+        line = {
+            "step": trainer.step,
+            **means,
+            "steps_per_second": round(self._count / (now - self._start), 3),
+        }
         text = json.dumps(line)
         with self._file.open("a", encoding="utf-8") as file:
             file.write(text + "\n")

@@ -2,8 +2,8 @@
 
     python -m flux.training.pretrain.emoji --output DIR --count 1000 --seed 0
 
-A picture is one subject (or two side by side) on a flat background, 64x64. Every glyph's box stands on a grid of
-8 pixels, the stride of the latent: a subject of one size then has one phase relative to that grid, and the
+A picture is one subject (or two side by side) on a flat background, 64x64. Every glyph's box stands on a grid
+of 8 pixels, the stride of the latent: a subject of one size then has one phase relative to that grid, and the
 autoencoder has one thing to learn about it instead of 64.
 
 The drawings are those of Noto Color Emoji (Google), licensed under the SIL Open Font License 1.1, which lets
@@ -43,12 +43,18 @@ SIZES = {"small": 32, "large": 48}  # side of the glyph's box, pixels
 PLACES = ("left", "right", "top", "bottom", "centre")
 PAIR = "pair"  # the place of two subjects, each small: the first left, the second right
 PAIR_SHARE = 0.2  # of the training pictures
-_STEPS = {"left": (0, 1), "right": (2, 1), "top": (1, 0), "bottom": (1, 2), "centre": (1, 1)}  # of half the rest
+_STEPS = {
+    "left": (0, 1),
+    "right": (2, 1),
+    "top": (1, 0),
+    "bottom": (1, 2),
+    "centre": (1, 1),
+}  # of half the rest
 
 
 @cache
 def subjects() -> dict[str, tuple[str, str]]:
-    """Name -> (character, name with its article), e.g. "red apple" -> ("🍎", "a red apple"), in a fixed order."""
+    """Name -> (character, name with article), as "red apple" -> ("🍎", "a red apple"), in a fixed order."""
     table = {}
     for line in Path(__file__).with_name("subjects.tsv").read_text(encoding="utf-8").splitlines():
         character, phrase = line.split("\t")
@@ -74,7 +80,7 @@ class Composition:
 
 
 def compositions(held_out: bool, names: list[str] | None = None) -> list[Composition]:
-    """All compositions of one subject that are, or are not, held out; of the subjects `names` (default: all)."""
+    """All compositions of one subject that are, or are not, held out; of `names` (default: all subjects)."""
     every = (
         Composition((name,), colour, size, place)
         for name in (names or subjects())
@@ -99,9 +105,6 @@ def draw_composition(rng: np.random.Generator, names: list[str] | None = None) -
             composition = Composition((name,), colour, size, place)
         if not composition.held_out:
             return composition
-
-
-# --- captions ---------------------------------------------------------------------------------------------------
 
 
 def _article(words: str) -> str:
@@ -136,9 +139,6 @@ def captions(composition: Composition) -> list[str]:
             texts.append(f"{noun} on {ground}")
         texts += [f"{noun} {at} of {ground}", f"{ground} with {noun} {at}"]
     return texts
-
-
-# --- pictures ---------------------------------------------------------------------------------------------------
 
 
 class Renderer:
@@ -188,8 +188,12 @@ def corners(composition: Composition) -> list[tuple[int, int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw a folder of emoji pictures with captions (font: OFL 1.1).")
-    parser.add_argument("--output", type=Path, required=True, help="folder; gets pictures, captions.tsv, LICENCE")
+    parser = argparse.ArgumentParser(
+        description="Draw a folder of emoji pictures with captions (font: OFL 1.1)."
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder; gets pictures, captions.tsv, LICENCE"
+    )
     parser.add_argument("--count", type=int, default=1000, help="how many pictures (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -201,7 +205,7 @@ def main() -> None:
 
 
 def write_folder(output: Path, count: int, seed: int) -> None:
-    """`count` PNGs, `captions.tsv` (name<TAB>caption) and the font's licence; the same seed, the same bytes."""
+    """`count` PNGs, captions.tsv (name<TAB>caption) and the font's licence; same seed, same bytes."""
     if count < 1:
         raise FluxError(f"--count {count}: at least 1 picture")
     render, rng, lines = Renderer(), np.random.default_rng(seed), []

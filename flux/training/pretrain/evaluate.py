@@ -1,4 +1,4 @@
-"""Does the built-in model draw what the prompt says? Pictures for held-out prompts, judged against renderings.
+"""Does the built-in model draw what the prompt says? Pictures of held-out prompts, judged by renderings.
 
     python -m flux.training.pretrain.evaluate [--model tiny] [--count 400]
 
@@ -11,15 +11,20 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from PIL import Image
+from tqdm import tqdm
 
 from flux.errors import FluxError
 from flux.pipeline import FluxPipeline
+from flux.training.pretrain import tiny
+from flux.training.pretrain.autoencoder import psnr, reconstruct
 from flux.training.pretrain.emoji import (
     COLOURS,
     PLACES,
@@ -30,9 +35,6 @@ from flux.training.pretrain.emoji import (
     compositions,
     subjects,
 )
-
-BATCH = 20
-Generate = Callable[[list[str], list[int]], np.ndarray]  # prompts, seeds -> (B, 64, 64, 3) uint8
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class Share:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{self.right / self.total:.1%} ({self.right} of {self.total}; 95 % interval {low:.1%} to {high:.1%})"
+        share = f"{self.right / self.total:.1%} ({self.right} of {self.total}"
+        return f"{share}; 95 % interval {low:.1%} to {high:.1%})"
 
 
 class Judge:
@@ -87,8 +90,11 @@ class Judge:
 
 
 def held_out_prompts(count: int, seed: int = 0) -> list[tuple[Composition, str]]:
-    """The first `count` of a fixed order of the held-out compositions, each with one of its captions."""
-    every = compositions(held_out=True)
+    """The first `count` of a fixed order of the held-out compositions, each with one of its captions.
+
+    They are of the subjects that the model was trained on.
+    """
+    every = compositions(True, list(subjects())[: tiny.SUBJECTS])
     if not 1 <= count <= len(every):
         raise FluxError(f"--count {count}: there are {len(every)} held-out compositions")
     rng = np.random.default_rng(seed)
@@ -108,13 +114,60 @@ def judge(pictures: np.ndarray, shown: Sequence[Composition]) -> dict[str, Share
     return {name: Share(count, len(shown)) for name, count in right.items()}
 
 
-def judge_autoencoder(pipeline: FluxPipeline, shown: Sequence[Composition]) -> np.ndarray:
-    """PSNR of each composition's picture after encoding and decoding, dB."""
+def draw(pipeline: FluxPipeline, prompts: Sequence[str]) -> tuple[np.ndarray, float]:
+    """A picture of each prompt, (B, 64, 64, 3) uint8, and the seconds that one took."""
+    size = pipeline.latent_size((SIDE, SIDE))
+    start, pictures = time.perf_counter(), []
+    for seed, prompt in enumerate(tqdm(prompts, disable=None)):
+        *_, x = pipeline.generate_latents(prompt, latent_size=size, seed=seed)
+        picture = mx.round(255 * pipeline.decode(x, size)[0])  # (64, 64, 3)
+        pictures.append(np.array(picture.astype(mx.uint8)))
+    return np.stack(pictures), (time.perf_counter() - start) / len(prompts)
+
+
+def evaluate(pipeline: FluxPipeline, count: int) -> tuple[dict[str, Any], np.ndarray]:
+    """All figures of a model, by name, and its pictures of the first `count` held-out prompts."""
+    shown, prompts = zip(*held_out_prompts(count), strict=True)
+    pictures, seconds = draw(pipeline, prompts)
     render = Renderer()
-    values = []
-    for start in range(0, len(shown), BATCH):
-        pictures = np.stack([render(c) for c in shown[start : start + BATCH]])
-        x = mx.array(pictures).astype(mx.float32) / 127.5 - 1
-        decoded = np.array(to_uint8(pipeline.ae.decode(pipeline.ae.encode(x)) / 2 + 0.5))
-        values.append(psnr(pictures, decoded))
-    return np.concatenate(values)
+    true = np.stack([render(composition) for composition in shown])
+    decoded = reconstruct(pipeline.ae, true)
+    values = psnr(true, decoded)
+    reach = 1.96 * values.std() / math.sqrt(count)
+    figures = {f"{name} right": str(share) for name, share in judge(pictures, shown).items()}
+    low = 10 * math.log10(255**2 / np.square(true.astype(np.float32) - decoded).mean())
+    figures["autoencoder PSNR"] = (
+        f"{values.mean():.2f} dB (95 % interval +-{reach:.2f}; of the mean error {low:.2f} dB)"
+    )
+    figures["seconds a picture"] = f"{seconds:.2f}"
+    return figures, pictures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny", help="name or folder (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=400, help="held-out prompts (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, help="folder for figures.json and a grid of the first pictures"
+    )
+    arguments = parser.parse_args()
+    try:
+        figures, pictures = evaluate(FluxPipeline(arguments.model), arguments.count)
+    except FluxError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"{arguments.model}: {arguments.count} held-out prompts, {tiny.SUBJECTS} subjects")
+    for name, value in figures.items():
+        print(f"  {name:20} {value}")
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        whole = pictures[: len(pictures) // 20 * 20][:200].reshape(-1, 20, SIDE, SIDE, 3)  # rows of 20
+        grid = whole.transpose(0, 2, 1, 3, 4).reshape(-1, 20 * SIDE, 3)
+        Image.fromarray(grid).save(arguments.output / "pictures.png")
+        print(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

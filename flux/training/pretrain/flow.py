@@ -7,6 +7,8 @@ last state in DIR.
 """
 
 import argparse
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -49,7 +51,9 @@ class TextToLatent(nn.Module):
         return self.flow(x, positions[0], text, positions[1], times, pooled, guidance)
 
 
-def flow_loss(model: TextToLatent, batch: dict[str, mx.array], key: mx.array):
+def flow_loss(
+    model: TextToLatent, batch: dict[str, mx.array], key: mx.array
+) -> tuple[mx.array, dict[str, mx.array]]:
     """Mean squared error of the velocity, at logit-normal times.
 
     The guidance is random and means nothing, so that every value of it gives the same picture. Half of the
@@ -67,8 +71,10 @@ def flow_loss(model: TextToLatent, batch: dict[str, mx.array], key: mx.array):
     return mx.square(velocity - (noise - x0)).mean(), {}
 
 
-def flow_batches(latents: Latents, clip_ids: np.ndarray, t5_ids: np.ndarray, count: int, seed: int):
-    """step -> latents (count, 8, 8, 16) and token ids, with some captions dropped for classifier-free guidance.
+def flow_batches(
+    latents: Latents, clip_ids: np.ndarray, t5_ids: np.ndarray, count: int, seed: int
+) -> Callable[[int], dict[str, mx.array]]:
+    """step -> latents (count, 8, 8, 16) and token ids; some captions are dropped, for true guidance.
 
     clip_ids, t5_ids (P, K, L): up to K captions of each of P pictures, the rows after them repeated; the very
     last row of all, [-1, -1], is the empty caption's.
@@ -121,18 +127,21 @@ def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
     )
 
 
-def make_model(clip: CLIPTokenizer, t5: T5Tokenizer) -> TextToLatent:
-    return TextToLatent(len(clip.vocab), tiny.T5_VOCABULARY, clip.eos_token_id)
+def make_model(run: Path, clip: CLIPTokenizer) -> TextToLatent:
+    vocabulary = json.loads((run / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    return TextToLatent(len(vocabulary), tiny.T5_VOCABULARY, clip.eos_token_id)
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:
-    """Embeddings, and the layers that stand next to the latent, the features of time and the text."""
-    edges = ("embedding", "shared", "relative_attention_bias", "img_in", "final_layer", "in_layer", "txt_in")
-    return any(edge in name for edge in edges)
+    """What Muon is no good for (embeddings, layers at the latent, the text, the time) or too slow (modulation)."""
+    edges = ("embedding", "shared", "relative_attention_bias", "img_in", "txt_in", "in_layer", "final_layer")
+    return any(edge in name for edge in (*edges, "img_mod", "txt_mod", "modulation"))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: latents, state, log")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=64)
@@ -143,14 +152,16 @@ def main() -> None:
     clip, t5 = load_tokenizers(run)
     latents = read(run / "latents.safetensors")
     mx.random.seed(arguments.seed)
-    model = make_model(clip, t5)
+    model = make_model(run, clip)
     warmup = min(100, steps)
     optimizer = muon(
         warmup_decay(arguments.rate, steps, warmup, 0.4),
         warmup_decay(arguments.rate / 10, steps, warmup, 0.4),
         is_edge,
     )
-    batches = flow_batches(latents, *tokenize(latents.compositions, clip, t5), arguments.batch, arguments.seed)
+    batches = flow_batches(
+        latents, *tokenize(latents.compositions, clip, t5), arguments.batch, arguments.seed
+    )
     trainer = Trainer(model, flow_loss, batches, optimizer, arguments.seed, EMA(model, tiny.EMA_DECAY))
     state = run / "flow.safetensors"
     if state.exists():

@@ -1,6 +1,6 @@
 """Between the stages: the latents of all training pictures, made once with the trained encoder.
 
-    python -m flux.training.pretrain.latents --run DIR
+python -m flux.training.pretrain.latents --run DIR
 """
 
 import argparse
@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 
 from flux.models.autoencoder import AutoEncoder
 from flux.training.pretrain import tiny
@@ -79,15 +81,26 @@ def read(file: Path) -> Latents:
     return Latents(training_compositions(tiny.PAIRS), mean, logvar, float(1 / mean.std()), float(mean.mean()))
 
 
+def load_state(model: nn.Module, file: Path, tree: str = "model") -> None:
+    """Puts what a trainer saved into a model: the parameters ("model") or their average ("ema.average")."""
+    state = mx.load(str(file))
+    own = [(n.removeprefix(f"{tree}."), a) for n, a in state.items() if n.startswith(f"{tree}.")]
+    model.update(tree_unflatten(own))
+    mx.eval(model.parameters())
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True, help="folder with the trained autoencoder's state")
     run = parser.parse_args().run
     model = AutoEncoder(tiny.AUTOENCODER)
-    state = mx.load(str(run / "autoencoder.safetensors"))
-    model.load_weights([(n.removeprefix("model."), a) for n, a in state.items() if n.startswith("model.")])
+    load_state(model, run / "autoencoder.safetensors")
     mean, logvar = encode(model, training_compositions(tiny.PAIRS))
-    mx.save_safetensors(str(run / "latents.safetensors"), {"mean": mx.array(mean), "logvar": mx.array(logvar)})
+    mx.save_safetensors(
+        str(run / "latents.safetensors"), {"mean": mx.array(mean), "logvar": mx.array(logvar)}
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,13 @@ from flux.models.t5 import T5Params
 from flux.models.transformer import FluxParams
 
 AUTOENCODER = AutoEncoderParams(
-    ch=16, ch_mult=(1, 2, 4, 6), num_res_blocks=1, z_channels=16, norm_groups=4, scale_factor=1.0, shift_factor=0.0
+    ch=16,
+    ch_mult=(1, 2, 4, 6),
+    num_res_blocks=1,
+    z_channels=16,
+    norm_groups=4,
+    scale_factor=1.0,
+    shift_factor=0.0,
 )
 SUBJECTS = 48  # the first so many of the table are trained on
 KL_WEIGHT = 1e-4
@@ -15,7 +21,7 @@ LOG_STEPS = 50
 WIDTH = 128  # of both text encoders
 CLIP_MERGES = 800  # enough for every word of the captions to be one token
 T5_VOCABULARY = 320
-T5_LENGTH = 24
+T5_LENGTH = 20  # the longest caption has 17 tokens
 
 
 def clip_params(vocab_size: int) -> CLIPTextParams:
@@ -29,9 +35,7 @@ def clip_params(vocab_size: int) -> CLIPTextParams:
 
 
 def t5_params(vocab_size: int) -> T5Params:
-    return T5Params(
-        vocab_size=vocab_size, d_model=WIDTH, d_kv=64, d_ff=2 * WIDTH, num_layers=2, num_heads=2
-    )
+    return T5Params(vocab_size=vocab_size, d_model=WIDTH, d_kv=64, d_ff=2 * WIDTH, num_layers=2, num_heads=2)
 
 
 FLUX = FluxParams(
@@ -51,3 +55,4 @@ TIME_SHIFT = 1.0
 EMA_DECAY = 0.999
 PAIRS = 3000  # pictures of two subjects among the latents
 CROPS_UNTIL = 0.6  # of the autoencoder's steps
+DECODER_EMA_DECAY = 0.995

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
+import regex
 import sentencepiece
 
 from flux.tokenizers import CLIPTokenizer, byte_letters
@@ -15,11 +16,11 @@ from flux.tokenizers import CLIPTokenizer, byte_letters
 def train_clip(captions: Iterable[str], merges: int) -> tuple[dict[str, int], list[str]]:
     """Merges the most frequent pair of pieces, again and again (Sennrich et al., 2016), up to `merges` times.
 
-    Returns the vocabulary, piece -> id, and the merges in order of priority, as `CLIPTokenizer` takes them. All
-    256 bytes are in the vocabulary, so that any text can be encoded.
+    Returns the vocabulary, piece -> id, and the merges in order of priority, as `CLIPTokenizer` takes them.
+    All 256 bytes are in the vocabulary, so that any text can be encoded.
     """
     letters = byte_letters()
-    counts = Counter(word for text in captions for word in CLIPTokenizer.WORDS.findall(text.lower()))
+    counts = Counter(word for text in captions for word in regex.findall(CLIPTokenizer.WORD, text.lower()))
     words = {word: _bytes(word, letters) for word in counts}
     learned: list[tuple[str, str]] = []
     while len(learned) < merges:
@@ -33,7 +34,9 @@ def train_clip(captions: Iterable[str], merges: int) -> tuple[dict[str, int], li
         learned.append(best)
         words = {word: _merge(pieces, best) for word, pieces in words.items()}
     pieces = sorted(letters) + [letter + "</w>" for letter in sorted(letters)] + ["".join(m) for m in learned]
-    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, CLIPTokenizer.BOS, CLIPTokenizer.EOS]))}
+    vocab = {
+        piece: i for i, piece in enumerate(dict.fromkeys([*pieces, CLIPTokenizer.BOS, CLIPTokenizer.EOS]))
+    }
     return vocab, [" ".join(merge) for merge in learned]
 
 
