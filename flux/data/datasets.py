@@ -54,8 +54,8 @@ def over_white(picture: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
 def open_folder(folder: str | Path, captions_file: str | Path | None = None) -> Files:
     """A folder's pictures, with the captions of the first that is there:
 
-    `captions_file`, lines of `name<TAB>caption` (relative to the folder, or a path of its own); `train.jsonl`,
-    lines of {"image": name, "prompt": caption}; a text file beside each picture, `name.txt`.
+    `captions_file`, lines of `name<TAB>caption` (relative to the folder, or a path of its own);
+    `train.jsonl`, lines of {"image": name, "prompt": caption}; a text file beside each picture, `name.txt`.
     FluxError names the file and line, or the pictures, that are wrong.
     """
     folder = Path(folder).expanduser()
@@ -144,9 +144,7 @@ class Rows:
         return over_white(rgba[..., :3], rgba[..., 3])
 
 
-def open_hugging_face(
-    path: str, name: str | None, split: str, image_key: str, caption_key: str
-) -> Rows:
+def open_hugging_face(path: str, name: str | None, split: str, image_key: str, caption_key: str) -> Rows:
     """A data set of the Hub, downloaded first; or a folder that `Dataset.save_to_disk` wrote.
 
     FluxError for one that cannot be had, or lacks a split or a column.
@@ -165,5 +163,6 @@ def open_hugging_face(
         raise FluxError(f"the data set {path}, split {split!r}, cannot be had: {reason}") from None
     for key in (image_key, caption_key):
         if key not in table.column_names:
-            raise FluxError(f"the data set {path} has no column {key!r}; it has {', '.join(table.column_names)}")
+            columns = ", ".join(table.column_names)
+            raise FluxError(f"the data set {path} has no column {key!r}; it has {columns}")
     return Rows(table, image_key, caption_key)

@@ -23,8 +23,10 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", type=Path, help="a YAML, TOML or JSON file")
-    parser.add_argument("--validate-pipeline", action="store_true", help="check the config, name its faults, end")
-    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint, if there is one")
+    parser.add_argument(
+        "--validate-pipeline", action="store_true", help="check the config and name its faults"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
     arguments = parser.parse_args()
     try:
         config = load(arguments.config)
@@ -32,7 +34,10 @@ def main() -> int:
             for number, step in enumerate(config.steps, 1):
                 print(f"{number}. {step.name}: trains {', '.join(sorted(step.trained))}")
             return 0
-        print(Run(config, arguments.resume).execute())
+        run = Run(config, arguments.resume)
+        result = run.execute()
+        if run.first:
+            print(result)
     except ConfigError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)

@@ -18,7 +18,7 @@ class DiscriminatorParams:
 
 
 class Discriminator(nn.Module):
-    """Judges overlapping patches: a picture (B, H, W, 3) in -1..1 -> scores (B, H / 2^layers, W / 2^layers, 1).
+    """Judges overlapping patches: pictures (B, H, W, 3) in -1..1 -> scores (B, H/2^layers, W/2^layers, 1).
 
     Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks" (2017), with group norms,
     so that a picture's score depends on that picture alone.
@@ -49,10 +49,10 @@ def hinge(real: mx.array, fake: mx.array) -> mx.array:
 
 
 def r1(discriminator: Callable[[mx.array], mx.array], real: mx.array) -> mx.array:
-    """Squared length of the gradient of each picture's score by its pixels, mean over the pictures (B, H, W, 3).
+    """Squared length of the gradient of each picture's score by its pixels, mean over pictures (B, H, W, 3).
 
     A patch network has many scores a picture: the sum of them is derived. Mescheder et al., "Which Training
     Methods for GANs do actually Converge?" (2018), eq. 9, there weighted by gamma / 2.
     """
-    gradient = mx.grad(lambda x: discriminator(x).sum())(real)
+    gradient = mx.grad(lambda x: discriminator(x).sum())(real).astype(mx.float32)
     return mx.square(gradient).sum(axis=(1, 2, 3)).mean()

@@ -1,4 +1,4 @@
-"""Batches of a step: a pure function of the step's number, so that a resumed run sees what it would have seen."""
+"""Batches of a step: a function of the step's number, so that a resumed run sees what it would have seen."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Share:
 
 
 class Batches:
-    """step -> a batch for `Objective`. Every epoch is a permutation of the data without its incomplete end."""
+    """step -> a batch for `Objective`. An epoch is a permutation of the data without its incomplete end."""
 
     def __init__(
         self,

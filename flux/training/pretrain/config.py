@@ -1,15 +1,15 @@
 """The config of a training from scratch: what may stand in the file, and the file read into it.
 
-Sections: `model` (sizes), `data` (pictures, captions), `datasets` by name and `default_dataset`, `training` and
-in it `pipeline` (`steps`, `defaults`), `output`. Without `pipeline` the keys of a step stand in `training`
-itself, and without `datasets` the data are `data.data_path`. A step looks a key up in its own table, then in
-`pipeline.defaults`, then in `training`, then here.
+Sections: `model` (sizes), `data` (pictures, captions), `datasets` by name and `default_dataset`, `training`
+and in it `pipeline` (`steps`, `defaults`), `output`. Without `pipeline` the keys of a step stand in
+`training` itself, and without `datasets` the data are `data.data_path`. A step looks a key up in its own
+table, then in `pipeline.defaults`, then in `training`, then here.
 """
 
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from flux.models.t5 import T5Params
 from flux.models.transformer import FluxParams
 from flux.training.pretrain.adversary import DiscriminatorParams
 from flux.training.pretrain.schedules import DEFAULT_RATE, OPTIMIZERS, SCHEDULERS
-from flux.training.pretrain.tables import Faults, nearest, option, read
+from flux.training.pretrain.tables import Faults, limits, nearest, option, read
 
 # What a step can train, and the groups that have an optimizer each.
 GROUPS = {
@@ -31,6 +31,7 @@ GROUPS = {
 }
 COMPONENTS = tuple(component for group in GROUPS.values() for component in group)
 FREEZABLE = tuple(dict.fromkeys([*COMPONENTS, *GROUPS]))
+UNSCALED = {"scale_factor": 1.0, "shift_factor": 0.0}  # of the latents, before they have been measured
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ class LpipsFiles:
 class Model:
     """Sizes. Channels that two networks share follow from one of them and are no keys."""
 
-    autoencoder: AutoEncoderParams = AutoEncoderParams(scale_factor=1.0, shift_factor=0.0)
-    discriminator: DiscriminatorParams = DiscriminatorParams()
-    transformer: FluxParams = FluxParams()
-    clip: CLIPTextParams = CLIPTextParams()
-    t5: T5Params = T5Params()
+    autoencoder: AutoEncoderParams = field(default_factory=lambda: AutoEncoderParams(**UNSCALED))
+    discriminator: DiscriminatorParams = field(default_factory=DiscriminatorParams)
+    transformer: FluxParams = field(default_factory=FluxParams)
+    clip: CLIPTextParams = field(default_factory=CLIPTextParams)
+    t5: T5Params = field(default_factory=T5Params)
     t5_length: int = option(256, least=1)
     clip_merges: int = option(8000, least=0)  # of the vocabulary trained on the captions
     t5_vocabulary: int = option(8000, least=8)
@@ -128,8 +129,12 @@ class Output:
 
 @dataclass(frozen=True)
 class Optimization:
-    optimizers: dict[str, Any] = option(dict, choices=tuple(GROUPS), kinds=OPTIMIZERS)
-    schedulers: dict[str, Any] = option(dict, choices=tuple(GROUPS), kinds=SCHEDULERS)
+    optimizers: dict[str, Any] = field(
+        default_factory=dict, metadata=limits(choices=tuple(GROUPS), kinds=OPTIMIZERS)
+    )
+    schedulers: dict[str, Any] = field(
+        default_factory=dict, metadata=limits(choices=tuple(GROUPS), kinds=SCHEDULERS)
+    )
 
 
 @dataclass(frozen=True)
@@ -229,7 +234,8 @@ class ConfigError(FluxError):
 
 def expand(names: tuple[str, ...]) -> set[str]:
     """Components and groups -> components. `spade` comes by its own name only, being off by default."""
-    return {part for name in names for part in GROUPS.get(name, (name,)) if part != "spade" or name == "spade"}
+    parts = {part for name in names for part in GROUPS.get(name, (name,))}
+    return parts - {"spade"} | {"spade"} & set(names)
 
 
 def parse(path: Path) -> dict[str, Any]:
@@ -306,7 +312,8 @@ def _split_training(training: Mapping, faults: Faults) -> tuple[dict, list]:
         return own, []
     for name in pipeline:
         if name not in ("steps", "defaults"):
-            faults.add("training.pipeline", f"unknown key {name!r}{nearest(str(name), ('steps', 'defaults'))}")
+            text = f"unknown key {name!r}{nearest(str(name), ('steps', 'defaults'))}"
+            faults.add("training.pipeline", text)
     if not pipeline["steps"]:
         faults.add("training.pipeline", "'steps' is empty")
     defaults = {**shared, **(pipeline.get("defaults") or {})}
@@ -320,9 +327,9 @@ def _step(table: Any, index: int, faults: Faults) -> Step | None:
 
 def _model(table: Mapping, faults: Faults) -> Model | None:
     """Reads each network's table apart, because some of its fields are derived."""
-    networks = {}
+    networks, defaults = {}, Model()
     for name, derived in DERIVED.items():
-        default = Model.__dataclass_fields__[name].default
+        default = getattr(defaults, name)
         given = read(type(default), table.get(name) or {}, f"model.{name}", faults, derived)
         if given is not None:
             networks[name] = dataclasses.replace(given, **{k: getattr(default, k) for k in derived})
@@ -342,4 +349,4 @@ def _datasets(table: Mapping, data: Mapping, faults: Faults) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Datasets:
-    datasets: dict[str, Any] = option(dict, kinds=DATASETS)
+    datasets: dict[str, Any] = field(default_factory=dict, metadata=limits(kinds=DATASETS))

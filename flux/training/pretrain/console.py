@@ -18,7 +18,7 @@ SHOWN = {
 
 
 class Console:
-    """On a terminal one line that is written over, with a bar; elsewhere a line whenever metrics are logged."""
+    """On a terminal one line, written over, with a bar; elsewhere a line whenever metrics are logged."""
 
     def __init__(self, step: str, number: int, steps: int, total: int, done: int, quiet: bool):
         self._title = f"Step {step} ({number}/{steps})"
@@ -36,7 +36,7 @@ class Console:
     def update(
         self, place: dict[str, int], of: dict[str, int | None], means: dict[str, float] | None, seconds: float
     ) -> None:
-        """place, of: epoch and batch, and how many there are. means: of the metrics, where they are logged."""
+        """place, of: epoch and batch, and how many there are. means: of the metrics, when they are logged."""
         if means is not None:
             self._metrics = means
         text = self.line(place, of, getattr(self, "_metrics", {}), seconds)
@@ -48,7 +48,7 @@ class Console:
     def line(
         self, place: dict[str, int], of: dict[str, int | None], metrics: dict[str, float], seconds: float
     ) -> str:
-        """Such as `[00:15:23] Step vae_gan (2/3) | Epoch 5/20 | Batch 127/500 | VAE 0.1 | ... | 3.2s/batch`."""
+        """Such as `[00:15:23] Step vae_gan (2/3) | Epoch 5/20 | Batch 127/500 | VAE 0.1 | 3.2s/batch`."""
         elapsed = int(time.monotonic() - self._start)
         clock = f"[{elapsed // 3600:02d}:{elapsed // 60 % 60:02d}:{elapsed % 60:02d}]"
         places = [f"{name.title()} {place[name]}" + (f"/{of[name]}" if of[name] else "") for name in of]

@@ -1,10 +1,11 @@
 """LPIPS: how different two pictures look, by the features of VGG16 and learned weights of their channels.
 
-Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (2018), version 0.1 as the
-authors' package `lpips` computes it. VGG16 is Simonyan & Zisserman's, under torchvision's names.
+Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric" (2018), version 0.1 as
+the authors' package `lpips` computes it. VGG16 is Simonyan & Zisserman's, under torchvision's names.
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,8 +16,8 @@ from flux.errors import FluxError
 from flux.training.pretrain.torch_files import read_torch
 from flux.weights import checkpoints
 
-# torchvision's `features`: the number of each convolution and its channels, a tuple a resolution. The features
-# compared are those after each tuple's last.
+# torchvision's `features`: the number of each convolution and its channels, a tuple a resolution. What is
+# compared are the features after each tuple's last.
 VGG16 = (
     ((0, 64), (2, 64)),
     ((5, 128), (7, 128)),
@@ -30,16 +31,12 @@ SCALE = (0.458, 0.448, 0.450)
 
 
 class LPIPS(nn.Module):
-    """Distance of pictures. Its parameters are never trained: give it `load`'s and leave it out of the model."""
+    """Distance of pictures. Its parameters are those of `load`; they are never trained."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = {}
-        channels = 3
-        for level in VGG16:
-            for number, width in level:
-                self.features[str(number)] = nn.Conv2d(channels, width, 3, padding=1)
-                channels = width
+        widths = [3, *(width for level in VGG16 for _, width in level)]
+        self.convs = [nn.Conv2d(i, o, 3, padding=1) for i, o in pairwise(widths)]
         self.linear = [mx.zeros(level[-1][1]) for level in VGG16]
         self.freeze()
 
@@ -54,11 +51,11 @@ class LPIPS(nn.Module):
 
     def _levels(self, x: mx.array) -> list[mx.array]:
         """VGG16's features at five resolutions, (B, H / 2^i, W / 2^i, C)."""
-        h, levels = (x - mx.array(SHIFT)) / mx.array(SCALE), []
+        h, levels, convs = (x - mx.array(SHIFT)) / mx.array(SCALE), [], iter(self.convs)
         for i, level in enumerate(VGG16):
             h = h if i == 0 else _half(h)
-            for number, _ in level:
-                h = mx.maximum(self.features[str(number)](h), 0)
+            for _ in level:
+                h = mx.maximum(next(convs)(h), 0)
             levels.append(h)
         return levels
 
@@ -77,23 +74,27 @@ def _unit(x: mx.array) -> mx.array:
 
 
 def load(vgg: str, linear: str) -> LPIPS:
-    """The network with the weights of two files: see `config.LpipsFiles`. FluxError for files that do not fit."""
-    vgg_file, linear_file = _local(vgg), _local(linear)
-    found = _read(vgg_file)
-    weights: dict[str, mx.array] = {}
-    for name, array in found.items():
-        if name.startswith("features."):
-            weights[name] = array.transpose(0, 2, 3, 1) if array.ndim == 4 else array  # OIHW -> OHWI
-    for name, array in _read(linear_file).items():
-        parts = name.split(".")  # lin0.model.1.weight, (1, C, 1, 1)
-        if parts[0].startswith("lin") and parts[0][3:].isdigit() and parts[-1] == "weight":
-            weights[f"linear.{parts[0][3:]}"] = array.reshape(-1)
+    """The network with the weights of two files, see `config.LpipsFiles`. FluxError if they do not fit."""
+    found = {**_read(_local(vgg)), **_read(_local(linear))}
     model = LPIPS()
-    expected = dict(tree_flatten(model.parameters()))
-    wrong = [n for n in expected if n not in weights or weights[n].shape != expected[n].shape]
+    numbers = [number for level in VGG16 for number, _ in level]
+    wrong, weights = [], []
+    for name, own in tree_flatten(model.parameters()):
+        part, index, *kind = name.split(".")
+        named = (
+            f"lin{index}.model.1.weight" if part == "linear" else f"features.{numbers[int(index)]}.{kind[0]}"
+        )
+        array = found.get(named, mx.zeros(0))
+        if array.ndim == 4:
+            array = array.transpose(0, 2, 3, 1)  # OIHW -> OHWI
+        if part == "linear":
+            array = array.reshape(-1)  # from (1, 1, 1, C)
+        if array.shape != own.shape:
+            wrong.append(named)
+        weights.append((name, array.astype(mx.float32)))
     if wrong:
         raise FluxError(f"LPIPS: {vgg} and {linear} lack, or have in other shapes: {', '.join(wrong)}")
-    model.load_weights([(name, weights[name].astype(mx.float32)) for name in expected])
+    model.load_weights(weights)
     return model
 
 

@@ -18,11 +18,16 @@ from flux.training.pretrain.adversary import Discriminator
 from flux.training.pretrain.config import COMPONENTS, GROUPS, Config
 from flux.training.pretrain.spade import SpadeDecoder
 
-ATTRIBUTES = {"vae": "ae.", "discriminator": "discriminator.", "flow": "flow.", "text_encoder": ("clip.", "t5.")}
+ATTRIBUTES = {
+    "vae": ("ae.",),
+    "discriminator": ("discriminator.",),
+    "flow": ("flow.",),
+    "text_encoder": ("clip.", "t5."),
+}
 
 
 class Networks(nn.Module):
-    """All networks that a config's steps need, as one module: `ae`, and by need `discriminator`, `flow`, ..."""
+    """All networks that a config's steps need: `ae`, and by need `discriminator`, `flow`, `clip`, `t5`."""
 
     def __init__(self, config: Config, tokenizers: "Tokenizers | None"):
         super().__init__()
@@ -45,6 +50,11 @@ class Networks(nn.Module):
             )
             self.clip = CLIPTextModel(replace(model.clip, vocab_size=tokenizers.clip_size))
             self.t5 = T5Encoder(replace(model.t5, vocab_size=tokenizers.t5_size))
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type that the networks compute in: that of their weights."""
+        return self.ae.encoder.conv_in.weight.dtype
 
     def component(self, name: str) -> nn.Module | None:
         """The module of a component's name; None where no step needs it."""
@@ -72,8 +82,8 @@ def group_of(parameter: str) -> str:
 def mapped(module: nn.Module, function: Callable[[mx.array], mx.array]) -> Iterator[None]:
     """Within the block the module computes with function(parameter) in the place of each parameter.
 
-    In a loss this gives a network that lets gradients through but takes none (`mx.stop_gradient`), or one that
-    computes in another type and takes its gradients in its own.
+    In a loss this gives a network that lets gradients through but takes none (`mx.stop_gradient`), or one
+    that computes in another type and takes its gradients in its own.
     """
     own = module.parameters()
     module.update(tree_map(function, own))
@@ -90,7 +100,7 @@ class Tokenizers:
         self.folders = (clip_folder, t5_folder)
         self.clip = CLIPTokenizer.from_folder(clip_folder)
         self.t5 = T5Tokenizer.from_folder(t5_folder, t5_length)
-        self.clip_size = self.clip.eos_token_id + 1  # the end token is the last, in CLIP's vocabulary and ours
+        self.clip_size = self.clip.eos_token_id + 1  # the end token is the last, in CLIP's and ours
         spiece = t5_folder / "spiece.model"
         read = read_spiece if spiece.is_file() else read_unigram_json
         self.t5_size = len(read(spiece if spiece.is_file() else t5_folder / "tokenizer.json").pieces)

@@ -61,9 +61,9 @@ class Objective:
     ) -> tuple[mx.array, Metrics]:
         step = self._step
         latent_key, noise_key = mx.random.split(key)
-        mean, logvar = (moment.astype(mx.float32) for moment in model.ae.moments(x))
+        mean, logvar = moments(model, x)
         z = mean + mx.exp(0.5 * logvar) * mx.random.normal(mean.shape, key=latent_key)
-        y = model.ae.decoder(z).astype(mx.float32)
+        y = model.ae.decoder(z.astype(model.dtype)).astype(mx.float32)
         error, mse = losses.reconstruction(y, x, step.mse_weight)
         kl = losses.kl(mean, logvar, step.kl_free_bits)
         total = batch["beta"] * kl
@@ -85,15 +85,16 @@ class Objective:
 def adversarial_loss(
     model: Networks, real: mx.array, fake: mx.array, noise: mx.array | float, step: Step, with_r1: bool
 ) -> tuple[mx.array, Metrics]:
-    """Both sides of the game on pictures (B, H, W, 3). noise (2, B, H, W, 3) is added to what is judged, or 0.
+    """Both sides of the game on pictures (B, H, W, 3). noise (2, B, H, W, 3) or 0 is added to what is judged.
 
     The generator's -lambda_adv D(fake) moves the autoencoder alone; hinge and (gamma / 2) R1, in batches
     `with_r1`, move the discriminator alone.
     """
     if not isinstance(noise, float):
         real, fake = real + noise[0], fake + noise[1]
+    real, fake = real.astype(model.dtype), fake.astype(model.dtype)
     with mapped(model.discriminator, mx.stop_gradient):
-        generator = -model.discriminator(fake).mean()
+        generator = -model.discriminator(fake).astype(mx.float32).mean()
     scores = model.discriminator(mx.concatenate([real, mx.stop_gradient(fake)])).astype(mx.float32)
     discriminator = hinge(*mx.split(scores, 2))
     total = step.lambda_adv * generator + discriminator
@@ -112,7 +113,7 @@ def flow_loss(
     The guidance is random and means nothing, so that every value of it gives the same picture.
     """
     latent_key, noise_key, time_key, guidance_key = mx.random.split(key, 4)
-    mean, logvar = (moment.astype(mx.float32) for moment in model.ae.moments(x))
+    mean, logvar = moments(model, x)
     z = mean + mx.exp(0.5 * logvar) * mx.random.normal(mean.shape, key=latent_key)
     params = model.ae.params
     latent = mx.stop_gradient(params.scale_factor * (z - params.shift_factor))  # (B, h, w, z)
@@ -130,6 +131,12 @@ def flow_loss(
         losses.noised(x0, noise, times), positions[0], text, positions[1], times, pooled, guidance
     )
     return mx.square(velocity.astype(mx.float32) - (noise - x0)).mean()
+
+
+def moments(model: Networks, x: mx.array) -> tuple[mx.array, mx.array]:
+    """Mean and log variance (B, h, w, z), float32, of pictures x (B, H, W, 3)."""
+    mean, logvar = model.ae.moments(x.astype(model.dtype))
+    return mean.astype(mx.float32), logvar.astype(mx.float32)
 
 
 def _to_bfloat16(parameter: mx.array) -> mx.array:

@@ -37,7 +37,7 @@ def figure(title: str, curves: Sequence[Curve], marks: Sequence[float] = ()) -> 
         across = _Axis(xs, LEFT, WIDTH - RIGHT, False)
         up = _Axis(ys, HEIGHT - BOTTOM, TOP, is_log)
         _frame(pen, font, across, up)
-        for mark in marks:
+        for mark in [mark for mark in marks if xs.min() < mark < xs.max()]:
             pen.line([(across(mark), TOP), (across(mark), HEIGHT - BOTTOM)], "#999999")
         for i, curve in enumerate(curves):
             _line(pen, font, curve, across, up, i)
@@ -51,7 +51,8 @@ class _Axis:
         self._is_log = is_log
         low, high = float(values.min()), float(values.max())
         if low == high:  # a flat line stands in the middle
-            low, high = (low / 2, high * 2) if is_log else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
+            half = abs(low) / 2 or 0.5
+            low, high = (low - half, high + half)
         self._low, self._high = self._scaled(low), self._scaled(high)
         self._start, self._end = start, end
 

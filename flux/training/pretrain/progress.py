@@ -39,11 +39,13 @@ class Means:
 class Progress:
     """What moves, besides the arrays in the trainer's own file.
 
-    index: of the pipeline's step. global_step: optimizer steps done in all. session: how often the run was
-    started. scale, shift: of the latents; `measured` says that they fit the autoencoder as it is.
+    index: of the pipeline's step; `begun`: the file of arrays is of this step, not of the one before.
+    global_step: optimizer steps done in all. session: how often the run was started. scale, shift: of the
+    latents; `measured` says that they fit the autoencoder as it is.
     """
 
     index: int = 0
+    begun: bool = False
     global_step: int = 0
     session: int = 1
     scale: float = 1.0
@@ -94,10 +96,11 @@ class Checkpoints:
     def read(self, path: Path) -> Progress:
         """The progress of a checkpoint. FluxError if it is of another config."""
         table = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
-        own = json.loads(json.dumps(self._identity))
-        if other := [name for name in own if table["identity"].get(name) != own[name]]:
+        own, found = self._identity, table["identity"]
+        if other := [name for name in own if found.get(name) != own[name]]:
+            names = ", ".join(other)
             raise FluxError(
-                f"{path} is of a run with another {', '.join(other)}: give it the config that it was begun with"
+                f"{path} is of a run with another {names}: give the config that it was begun with"
             )
         return Progress.from_json(table["progress"])
 
@@ -111,12 +114,12 @@ class Checkpoints:
 def identity(config: Config, processes: int) -> dict[str, Any]:
     """What must be the same when a run is resumed: all that its result depends on."""
     return {
-        "model": asdict(config.model),
-        "data": asdict(config.data),
-        "datasets": [[name, type(d).__name__, asdict(d)] for name, d in config.datasets.items()],
+        "model": repr(config.model),
+        "data": repr(config.data),
+        "datasets": repr(config.datasets),
         "default_dataset": config.default_dataset,
         "seed": config.training.seed,
         "use_fp16": config.training.use_fp16,
-        "steps": [asdict(step) for step in config.steps],
+        "steps": [repr(step) for step in config.steps],
         "number of processes": processes,
     }

@@ -111,7 +111,8 @@ def summary(lines: dict[str, list[dict]]) -> str:
             continue
         seconds = float(np.mean([line["batch_time"] for line in found]))
         last = found[-1]
-        parts.append(f"{step}: to epoch {last['epoch']}, global step {last['global_step']}, {seconds:.3f} s a batch\n")
+        place = f"epoch {last['epoch']}, global step {last['global_step']}"
+        parts.append(f"{step}: to {place}, {seconds:.3f} s a batch\n")
         parts.append(f"  {'metric':<16}{'first':>12}{'last':>12}{'least':>12}{'greatest':>12}\n")
         for curve in _metric_curves(found, tuple(sorted({n for line in found for n in line["metrics"]}))):
             y = curve.y

@@ -35,20 +35,24 @@ class Run:
     """A training from scratch. `resume` goes on from the latest checkpoint, if there is one."""
 
     def __init__(self, config: Config, resume: bool = False, quiet: bool = False, hook: Hook | None = None):
-        self._config = config
-        self._folder = Path(config.output.output_path).expanduser()
+        self.config = config
+        self.folder = Path(config.output.output_path).expanduser()
         self._group = mx.distributed.init()
-        self._first = self._group.rank() == 0
-        self._quiet = quiet or not self._first
+        self.first = self._group.rank() == 0
+        self.quiet = quiet
         self._hook = hook
         self._checkpoints = Checkpoints(
-            self._folder / "checkpoints",
+            self.folder / "checkpoints",
             config.output.keep_checkpoints,
             identity(config, self._group.size()),
         )
         self._latest = self._checkpoints.latest()
         if self._latest is not None and not resume:
-            raise FluxError(f"{self._folder} holds a run: go on with --resume, or give another output_path")
+            raise FluxError(f"{self.folder} holds a run: go on with --resume, or give another output_path")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FluxError(f"output.output_path: {self.folder} cannot be made: {error.strerror}") from None
         self._sources = {name: open_dataset(config.datasets[name]) for name in self._used_datasets()}
         self._tokenizers = self._open_tokenizers()
         mx.random.seed(config.training.seed)
@@ -60,18 +64,18 @@ class Run:
             self.progress.session += 1
 
     def _used_datasets(self) -> list[str]:
-        return list(dict.fromkeys(self._config.dataset_of(step) for step in self._config.steps))
+        return list(dict.fromkeys(self.config.dataset_of(step) for step in self.config.steps))
 
     def _load_lpips(self) -> lpips.LPIPS | None:
-        if not any(step.use_lpips for step in self._config.steps):
+        if not any(step.use_lpips for step in self.config.steps):
             return None
-        return lpips.load(self._config.model.lpips.vgg, self._config.model.lpips.linear)
+        return lpips.load(self.config.model.lpips.vgg, self.config.model.lpips.linear)
 
-    # --- vocabularies ---------------------------------------------------------------------------------------------
+    # --- vocabularies ---
 
     def _open_tokenizers(self) -> Tokenizers | None:
         """The config's, or ones that are trained on the captions; None where no step trains the flow."""
-        config = self._config
+        config = self.config
         texts = {
             config.data.fixed_prompt_prefix + caption
             for step in config.steps
@@ -80,8 +84,8 @@ class Run:
         }
         if not texts:
             return None
-        folders = [self._folder / "vocabularies" / name for name in ("tokenizer", "tokenizer_2")]
-        if self._first:
+        folders = [self.folder / "vocabularies" / name for name in ("tokenizer", "tokenizer_2")]
+        if self.first:
             if config.model.tokenizer is None and not folders[0].is_dir():
                 vocab, merges = train_clip(sorted(texts), config.model.clip_merges)
                 _whole(folders[0], lambda new: save_clip(vocab, merges, new))
@@ -93,25 +97,25 @@ class Run:
         chosen = [Path(g).expanduser() if g else own for g, own in zip(given, folders, strict=True)]
         return Tokenizers(*chosen, config.model.t5_length)
 
-    # --- the steps ------------------------------------------------------------------------------------------------
+    # --- the steps ---
 
     def execute(self) -> Path:
         """Runs all steps that are left; the path of the trained model."""
         resumed = self._latest is not None
-        if resumed and self.progress.index == len(self._config.steps):
+        if resumed and self.progress.index == len(self.config.steps):
             self._load_networks(self._latest / STATE)
-        while self.progress.index < len(self._config.steps):
+        while self.progress.index < len(self.config.steps):
             stage = self._begin(resumed)
             resumed = False
             self._run(stage)
             self._end(stage)
-        if self._first:
-            return export(self._config, self.networks, self._tokenizers)
-        return self._folder
+        if self.first:
+            return export(self.config, self.networks, self._tokenizers)
+        return self.folder
 
     def _begin(self, resumed: bool) -> Stage:
         """The next step, ready to run: from the checkpoint that the run resumes with, or from its start."""
-        config, index = self._config, self.progress.index
+        config, index = self.config, self.progress.index
         step = config.steps[index]
         share = Share(self._group.rank(), self._group.size())
         source = self._sources[config.dataset_of(step)]
@@ -124,7 +128,7 @@ class Run:
         end = self._tokenizers.clip.eos_token_id if self._tokenizers else 0
         objective = Objective(step, self._perceptual, config.training.use_fp16, end)
         stage = Stage(config, index, self.networks, batches, objective, self._group)
-        if resumed:
+        if resumed and self.progress.begun:
             stage.trainer.load(self._latest / STATE)
         return stage
 
@@ -135,82 +139,67 @@ class Run:
         self._scale_latents()
 
     def _run(self, stage: Stage) -> None:
-        config, progress = self._config, self.progress
-        metrics_file = None
-        if self._first:
-            metrics_file = report.MetricsFile(self._folder / "graph", stage.step.name, progress.global_step)
-        console = Console(
-            stage.step.name,
-            progress.index + 1,
-            len(config.steps),
-            stage.total,
-            stage.trainer.step,
-            self._quiet,
-        )
-        every_steps, every_seconds = save_interval(config.output.checkpoint_save_interval)
+        """Takes the optimizer steps that a stage has left, up to its length or its threshold."""
+        progress, output = self.progress, self.config.output
+        log = _Log(self, stage)
+        every_steps, every_seconds = save_interval(output.checkpoint_save_interval)
         last_save, reached = time.monotonic(), False
         while stage.trainer.step < stage.total and not reached:
             start = time.monotonic()
             rates = stage.rates(progress)
             metrics = stage.advance(rates)
+            progress.begun = True
             progress.global_step += 1
             progress.epoch.add(metrics)
             progress.window.add(metrics)
-            done, length = stage.trainer.step, stage.batches.epoch_length
-            seconds = time.monotonic() - start
-            place = {"epoch": (done - 1) // length + 1, "batch": (done - 1) % length + 1}
-            means = None
-            if done % config.output.log_interval == 0 or done == stage.total:
-                means = progress.window.take()
-                if metrics_file is not None:
-                    numbers = {"session": progress.session, **place, "global_step": progress.global_step}
-                    metrics_file.write(numbers, means, rates, seconds)
-            console.update(place, {"epoch": stage.epochs, "batch": length}, means, seconds)
-            if done % length == 0:
+            done = stage.trainer.step
+            if done % stage.batches.epoch_length == 0:
                 reached = stage.after_epoch(progress)
+            is_last = reached or done == stage.total
+            log(rates, time.monotonic() - start, is_last)
             due = done % every_steps == 0 or time.monotonic() - last_save >= every_seconds
-            if due and not reached and done < stage.total:
-                self._save(stage, sample=True)
+            if due and not is_last:  # the end of a step has a checkpoint of its own
+                self._save(stage)
+                self._sample(stage)
                 last_save = time.monotonic()
             if self._hook is not None:
                 self._hook(stage, progress)
-        console.close()
+        log.close()
 
     def _end(self, stage: Stage) -> None:
-        """Closes a step: its average becomes the networks, and the next step begins with nothing else of it."""
-        if self._first:
-            self._sample(stage)
+        """Closes a step: its average becomes the networks, and nothing else of it reaches the next step."""
+        self._sample(stage)
         if stage.trainer.ema is not None:
             stage.trainer.ema.copy_to(self.networks)
         progress = self.progress
         if "encoder" in stage.step.trained:
             progress.measured = False
         progress.index += 1
+        progress.begun = False
         progress.epoch.take()
         progress.window.take()
         progress.plateaus = {}
         stage.batches.close()
-        self._save(stage, sample=False)
+        self._save(stage)
 
-    def _save(self, stage: Stage, sample: bool) -> None:
-        if not self._first:
-            return
-        self._checkpoints.save(self.progress, stage.trainer.save)
-        if sample:
-            self._sample(stage)
-        report.draw(self._folder / "graph", [step.name for step in self._config.steps])
+    def _save(self, stage: Stage) -> None:
+        if self.first:
+            self._checkpoints.save(self.progress, stage.trainer.save)
+            report.draw(self.folder / "graph", [step.name for step in self.config.steps])
 
     def _sample(self, stage: Stage) -> None:
-        done, length = stage.trainer.step, stage.batches.epoch_length
-        name = f"{stage.step.name}_e{(done - 1) // length + 1:04d}_b{(done - 1) % length + 1:05d}"
+        if not self.first:
+            return
+        place = stage.place()
+        name = f"{stage.step.name}_e{place['epoch']:04d}_b{place['batch']:05d}"
         with averaged(self.networks, stage.trainer.ema):
-            write_samples(self._config, stage.step, self.networks, self._tokenizers, stage.batches, name)
+            write_samples(self.config, stage.step, self.networks, self._tokenizers, stage.batches, name)
 
-    # --- latents --------------------------------------------------------------------------------------------------
+    # --- latents ---
 
     def _measure_latents(self, batches: Batches) -> None:
         """Mean and deviation of the autoencoder's latents, for which the flow sees them scaled to 0 and 1."""
-        side = self._config.data.img_size
+        side = self.config.data.img_size
         pictures = batches.first(MEASURED_PICTURES, (side, side))
         means, variances = [], []
         for start in range(0, len(pictures), 16):
@@ -227,6 +216,36 @@ class Run:
         self.networks.ae.params = dataclasses.replace(
             self.networks.ae.params, scale_factor=self.progress.scale, shift_factor=self.progress.shift
         )
+
+
+class _Log:
+    """The console's line and the metrics file of a stage."""
+
+    def __init__(self, run: Run, stage: Stage):
+        self._progress, self._stage, self._interval = run.progress, stage, run.config.output.log_interval
+        self._file = None
+        if run.first:
+            global_step = run.progress.global_step
+            self._file = report.MetricsFile(run.folder / "graph", stage.step.name, global_step)
+        number, total = run.progress.index + 1, len(run.config.steps)
+        self._console = Console(
+            stage.step.name, number, total, stage.total, stage.trainer.step, run.quiet or not run.first
+        )
+
+    def __call__(self, rates: dict[str, float], seconds: float, is_last: bool) -> None:
+        """After an optimizer step that took `seconds` at these learning rates."""
+        progress, place = self._progress, self._stage.place()
+        means = None
+        if is_last or self._stage.trainer.step % self._interval == 0:
+            means = progress.window.take()
+            if self._file is not None:
+                numbers = {"session": progress.session, **place, "global_step": progress.global_step}
+                self._file.write(numbers, means, rates, seconds)
+        of = {"epoch": self._stage.epochs, "batch": self._stage.batches.epoch_length}
+        self._console.update(place, of, means, seconds)
+
+    def close(self) -> None:
+        self._console.close()
 
 
 def _whole(folder: Path, write: Callable[[Path], None]) -> None:

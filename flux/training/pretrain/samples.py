@@ -40,7 +40,7 @@ def write_samples(
     batches: Batches,
     name: str,
 ) -> None:
-    """PNGs in `samples/`, called `name` and the size: reconstructions under their originals, and drawn captions."""
+    """PNGs in `samples/`, called `name` and the size: pictures over their reconstructions, drawn captions."""
     folder = Path(config.output.output_path) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     count = config.output.samples_per_checkpoint

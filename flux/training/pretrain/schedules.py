@@ -1,4 +1,4 @@
-"""Optimizers and learning rates by their names in a config. Each class holds its keys and builds from them."""
+"""Optimizers and learning rates by their names in a config: each class has its keys and builds from them."""
 
 import math
 from dataclasses import dataclass
@@ -102,7 +102,7 @@ class Exponential:
 
 @dataclass(frozen=True)
 class ReduceOnPlateau:
-    """Times `gamma` whenever an epoch's mean of `metric` has not fallen below the best for `patience` epochs."""
+    """Times `gamma` when the epochs' means of `metric` have not fallen for more than `patience` epochs."""
 
     metric: str = "loss"
     gamma: float = option(0.5, above=0, most=1)

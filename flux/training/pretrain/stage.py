@@ -77,6 +77,11 @@ class Stage:
             values = mx.distributed.all_sum(values, group=self._group) / self._group.size()
         self._metrics = dict(zip(names, values.tolist(), strict=True))
 
+    def place(self) -> dict[str, int]:
+        """The epoch and the batch in it, from 1, of the step taken last."""
+        epoch, batch = divmod(self.trainer.step - 1, self.batches.epoch_length)
+        return {"epoch": epoch + 1, "batch": batch + 1}
+
     def after_epoch(self, progress: Progress) -> bool:
         """Feeds an epoch's means to the schedulers; whether the step's threshold has been reached."""
         means = progress.epoch.take()

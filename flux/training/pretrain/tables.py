@@ -53,8 +53,12 @@ class Bounds:
 
 def option(default: Any = MISSING, **bounds: Any) -> Any:
     """A field with bounds; without a default it must be given."""
-    made = {"default_factory": default} if callable(default) else {"default": default}
-    return field(**made, metadata={"bounds": Bounds(**bounds)})
+    return field(default=default, metadata=limits(**bounds))
+
+
+def limits(**bounds: Any) -> dict[str, Any]:
+    """The metadata of a field with bounds, where `option` cannot serve."""
+    return {"bounds": Bounds(**bounds)}
 
 
 def read(cls: type, table: Any, where: str, faults: Faults, derived: tuple[str, ...] = ()) -> Any:
@@ -112,7 +116,10 @@ def _value(hint: Any, value: Any, bounds: Bounds, where: str, faults: Faults) ->
 
 
 def _fits(hint: Any, value: Any) -> bool:
-    return isinstance(value, (list, tuple)) == (typing.get_origin(hint) is tuple)
+    """Whether a value is of this kind, of the several that a field may have."""
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple))
+    return isinstance(value, str) == (hint is str) and not isinstance(value, (list, tuple))
 
 
 def _table(hint: Any, value: Any, bounds: Bounds, where: str, faults: Faults) -> Any:

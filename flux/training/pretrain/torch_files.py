@@ -70,7 +70,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _read_zip(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
-        name = [n for n in archive.namelist() if n.endswith("/data.pkl")][0]
+        name = next((n for n in archive.namelist() if n.endswith("/data.pkl")), "data.pkl")
 
         def storage(saved: tuple) -> _Storage:
             _, dtype, key, _, count = saved

@@ -5,6 +5,9 @@ import math
 import re
 from pathlib import Path
 
+from flux.data.datasets import open_folder
+from flux.data.webdataset import shards
+from flux.errors import FluxError
 from flux.models.clip import ACTIVATIONS
 from flux.training.pretrain.config import (
     Config,
@@ -21,6 +24,7 @@ from flux.training.pretrain.schedules import ReduceOnPlateau
 from flux.training.pretrain.tables import Faults, nearest
 
 CLIP_LENGTH = 77  # what CLIPTokenizer pads to
+LPIPS_SIDE = 16  # VGG16 halves a picture four times
 
 
 def load(path: Path) -> Config:
@@ -148,10 +152,13 @@ def _datasets(config: Config, faults: Faults) -> None:
         if step.dataset is not None and step.dataset not in config.datasets:
             faults.add(f'step "{step.name}"', f"dataset {step.dataset!r} is not among the datasets")
     for name, dataset in config.datasets.items():
-        if isinstance(dataset, Local) and not Path(dataset.path).expanduser().is_dir():
-            faults.add(f"datasets.{name}", f"no folder {dataset.path}")
-        if isinstance(dataset, WebDataset) and not dataset.path:
-            faults.add(f"datasets.{name}", "no shards")
+        try:
+            if isinstance(dataset, Local):
+                open_folder(dataset.path, dataset.captions_file)
+            elif isinstance(dataset, WebDataset):
+                shards([dataset.path] if isinstance(dataset.path, str) else dataset.path)
+        except FluxError as error:
+            faults.add(f"datasets.{name}", str(error))
 
 
 def _sizes(config: Config, faults: Faults) -> None:
@@ -171,6 +178,7 @@ def _sizes(config: Config, faults: Faults) -> None:
     for width in sorted({vae.ch, *(vae.ch * mult for mult in vae.ch_mult)}):
         if width % vae.norm_groups:
             faults.add("model.autoencoder", f"{width} channels are no {vae.norm_groups} equal groups")
+    _judge(config, faults)
     clip = config.model.clip
     if clip.hidden_size % clip.num_attention_heads:
         heads = clip.num_attention_heads
@@ -178,10 +186,25 @@ def _sizes(config: Config, faults: Faults) -> None:
     if clip.hidden_act not in ACTIVATIONS:
         faults.add("model.clip.hidden_act", f"{clip.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
     if clip.max_position_embeddings < CLIP_LENGTH:
-        faults.add("model.clip.max_position_embeddings", f"must be at least {CLIP_LENGTH}, the tokens of a text")
+        faults.add("model.clip.max_position_embeddings", f"must be at least {CLIP_LENGTH}, a text's tokens")
     for name in ("clip", "t5", "autoencoder", "transformer"):
         params = getattr(config.model, name)
         for field in dataclasses.fields(params):
             value = getattr(params, field.name)
             if type(value) is int and value < 1 and field.name != "depth_single_blocks":
                 faults.add(f"model.{name}.{field.name}", f"{value} must be at least 1")
+
+
+def _judge(config: Config, faults: Faults) -> None:
+    """What looks at pictures needs some size of them."""
+    smallest = min((config.data.img_size, *config.data.reduced_min_sizes))
+    params = config.model.discriminator
+    for step in config.steps:
+        if step.use_lpips and smallest < LPIPS_SIDE:
+            faults.add(f'step "{step.name}"', f"use_lpips needs pictures of at least {LPIPS_SIDE} pixels")
+        if step.gan_training and smallest < 2**params.layers:
+            text = f"{params.layers} layers of the discriminator need pictures of {2**params.layers} pixels"
+            faults.add(f'step "{step.name}"', text)
+    if any(step.gan_training for step in config.steps) and params.channels % params.norm_groups:
+        text = f"{params.channels} channels are no {params.norm_groups} equal groups"
+        faults.add("model.discriminator", text)
