@@ -5,6 +5,7 @@ import re
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
 from flux.models.autoencoder import AutoEncoder, AutoEncoderParams
 
@@ -77,15 +78,28 @@ SHALLOW = AutoEncoderParams(ch=8, ch_mult=(1, 3), num_res_blocks=1, z_channels=6
 
 @pytest.mark.parametrize("params", [TINY, SHALLOW], ids=["tiny", "shallow"])
 @pytest.mark.parametrize("size", [(1, 64, 64), (2, 32, 56), (1, 104, 24)])
-@torch.no_grad()
 def test_encode_and_decode_equal_diffusers(params, size):
     ours, reference = pair(params)
-    x = np.random.default_rng(0).uniform(-1, 1, (*size, 3)).astype(np.float32)
+    check(ours, reference, np.random.default_rng(0).uniform(-1, 1, (*size, 3)).astype(np.float32))
+
+
+def test_full_size_network_equals_diffusers_on_a_photo(shared):
+    ours, reference = pair(AutoEncoderParams())
+    photo = Image.open(shared / "data" / "dog6" / "00.jpg").convert("RGB")
+    for size in [(256, 256), (96, 64)]:
+        pixels = np.asarray(ImageOps.fit(photo, size), np.float32)[None] / 127.5 - 1  # (1, H, W, 3)
+        check(ours, reference, pixels)
+
+
+@torch.no_grad()
+def check(ours: AutoEncoder, reference: "diffusers.AutoencoderKL", x: np.ndarray) -> None:
+    """Moments of x (B, H, W, 3), and the picture of a random latent of its size."""
     expected = reference.encode(torch.from_numpy(x.transpose(0, 3, 1, 2))).latent_dist
     mean, logvar = ours.moments(mx.array(x))
     assert relative_error(mean, expected.mean) <= TOLERANCE
     assert relative_error(logvar, expected.logvar) <= TOLERANCE
 
+    params = ours.params
     z = np.random.default_rng(1).standard_normal(mean.shape).astype(np.float32)
     unscaled = torch.from_numpy(z.transpose(0, 3, 1, 2)) / params.scale_factor + params.shift_factor
     assert relative_error(ours.decode(mx.array(z)), reference.decode(unscaled).sample) <= TOLERANCE
