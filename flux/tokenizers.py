@@ -203,10 +203,7 @@ class T5Tokenizer:
             if part in self._special:
                 pieces.append(part)
             else:
-                # "▁" begins a word; one that stands in the text begins a word of its own.
-                words = [
-                    w for word in self._normalize(part).split() for w in word.removeprefix("▁").split("▁")
-                ]
+                words = self._normalize(part).replace("▁", " ").split()
                 pieces += [piece for word in words for piece in self._split_word("▁" + word)]
         return pieces
 

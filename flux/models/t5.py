@@ -104,7 +104,9 @@ class T5DenseGatedActDense(nn.Module):
         self.wo = nn.Linear(params.d_ff, params.d_model, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.wo(clip_float16(gelu(self.wi_0(x)) * self.wi_1(x)))
+        # Bounded before the product too: a closed gate times infinity would be NaN.
+        gate, value = clip_float16(self.wi_0(x)), clip_float16(self.wi_1(x))
+        return self.wo(clip_float16(gelu(gate) * value))
 
 
 class T5LayerFF(nn.Module):

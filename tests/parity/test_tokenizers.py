@@ -172,5 +172,15 @@ def test_t5_of_no_vocabulary(tmp_path):
     reference = transformers.T5Tokenizer()
     reference.save_pretrained(tmp_path)
     ours = T5Tokenizer.from_folder(tmp_path, 12)
-    texts = ["", "a b", "ﬁ <extra_id_3> é", "▁▁"]
+    texts = ["", "a b", "ﬁ <extra_id_3> é", "a▁b"]
     assert_same(texts, ours(texts).tolist(), t5_rows(reference, texts, 12))
+
+
+def test_t5_unknown_characters_cost(tmp_path):
+    """An unknown character costs 10 more than the rarest piece: "abc" is "ab" "c", "defg" has "d" unknown."""
+    pieces = {"<pad>": 0, "</s>": 0, "<unk>": 0, "▁": -2, "ab": -10, "c": -10, "bc": -1, "de": -10, "f": -10}
+    pieces |= {"g": -10, "efg": -5}
+    reference = transformers.T5Tokenizer(vocab=list(pieces.items()))
+    reference.save_pretrained(tmp_path)
+    ids = T5Tokenizer.from_folder(tmp_path, 8).encode("abc defg", pad=False)
+    assert ids == reference("abc defg").input_ids == [3, 4, 5, 3, 2, 10, 1]
