@@ -122,18 +122,26 @@ class CLIPTokenizer:
         return [word for chunk in chunks for word in regex.findall(self.WORD, chunk)]
 
     def _merge(self, word: str) -> list[str]:
-        """The pieces of one word: its bytes' letters, joined by the earliest merge that fits, repeatedly."""
         pieces = [self._letters[byte] for byte in word.encode("utf-8")]
         pieces[-1] += self.END_OF_WORD
-        while len(pieces) > 1:
-            left, right = min(pairwise(pieces), key=self._rank)
-            if self._rank((left, right)) == math.inf:
-                break
-            pieces = join_pair(pieces, left, right)
-        return pieces
+        return merge(pieces, self._ranks)
 
-    def _rank(self, pair: tuple[str, str]) -> float:
-        return self._ranks.get(" ".join(pair), math.inf)
+
+def merge(pieces: list[str], ranks: dict[str, int]) -> list[str]:
+    """The pieces of one word, its letters at first, joined by the earliest merge that fits, repeatedly.
+
+    ranks: "left right" -> the merge's place in their order.
+    """
+
+    def rank(pair: tuple[str, str]) -> float:
+        return ranks.get(" ".join(pair), math.inf)
+
+    while len(pieces) > 1:
+        left, right = min(pairwise(pieces), key=rank)
+        if rank((left, right)) == math.inf:
+            break
+        pieces = join_pair(pieces, left, right)
+    return pieces
 
 
 def join_pair(pieces: list[str], left: str, right: str) -> list[str]:

@@ -10,12 +10,12 @@ import huggingface_hub
 import mlx.core as mx
 import numpy as np
 import pytest
-import tiny
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from flux.errors import FluxError
 from flux.models.transformer import Flux
 from flux.weights import checkpoints, keymaps, layouts, registry, save, tensors
+from tests import tiny
 
 LOADERS = {"transformer": "load_flux", "ae": "load_ae", "clip": "load_clip", "t5": "load_t5"}
 

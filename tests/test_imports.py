@@ -20,6 +20,7 @@ LEVELS = {
     "flux.weights": 2,
     "flux.adapters": 2,
     "flux.distributed": 2,
+    "flux.captioning": 3,
     "flux.data": 3,
     "flux.pipeline": 4,
     "flux.training": 5,

@@ -5,12 +5,12 @@ from dataclasses import replace
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-import tiny
 
 from flux.errors import FluxError
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
 from flux.weights import checkpoints, quantize, save
+from tests import tiny
 
 T5 = replace(tiny.T5, d_model=64, d_ff=96)
 

@@ -8,10 +8,11 @@ checkpoint's convolutions (O, I, H, W) are transposed to (O, H, W, I) at load, a
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from flux.models.layers import fused, silu
 
 Layer = Callable[[mx.array], mx.array]
 
@@ -70,12 +71,12 @@ def _mean_of_rows(x: mx.array) -> mx.array:
     return x.mean(axis=1)
 
 
-@partial(mx.compile, shapeless=True)
+@fused
 def _squared_distance(x: mx.array, mean: mx.array) -> mx.array:
     return mx.square(x.astype(mx.float32) - mean)
 
 
-@partial(mx.compile, shapeless=True)
+@fused
 def _scale_and_shift(x: mx.array, mean: mx.array, scale: mx.array, shift: mx.array) -> mx.array:
     # Compiled, as the above, so that no float32 copy of a 16-bit picture comes to exist.
     return ((x.astype(mx.float32) - mean) * scale + shift).astype(x.dtype)
@@ -94,8 +95,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        h = self.conv1(nn.silu(self.norm1(x)))
-        h = self.conv2(nn.silu(self.norm2(h)))
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h)))
         if "nin_shortcut" in self:
             x = self.nin_shortcut(x)
         return x + h
@@ -215,7 +216,7 @@ class Encoder(nn.Module):
 
     def finish(self, h: mx.array) -> mx.array:
         """(B, H/8, W/8, widest) -> (B, H/8, W/8, 2 z)."""
-        return self.conv_out(nn.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -248,7 +249,7 @@ class Decoder(nn.Module):
         """(B, H/8, W/8, widest) -> (B, H, W, out): the part that needs memory, and sees near pixels only."""
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(nn.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))
 
 
 class AutoEncoder(nn.Module):

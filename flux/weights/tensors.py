@@ -56,7 +56,7 @@ def read_header(path: Path) -> Header:
         raise FluxError(f"{path}: not a safetensors file, or cut short within its header ({size} bytes)")
     try:
         entries = json.loads(text)
-        metadata = entries.pop("__metadata__", {})
+        metadata = entries.pop("__metadata__", None) or {}  # MLX writes null for none
         tensors = {name: _entry(entry, 8 + length) for name, entry in entries.items()}
         ends = [8 + length + entry["data_offsets"][1] for entry in entries.values()]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
@@ -134,15 +134,16 @@ def _scaled(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
 
 def save(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a safetensors file whole or not at all: under another name beside it first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         mx.save_safetensors(str(temporary), dict(tensors), {"format": "pt", **(metadata or {})})
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         raise FluxError(f"{path}: cannot be written: {error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def check(label: str, found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:

@@ -7,9 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import sentencepiece
-import tiny
 
 from flux.weights import checkpoints, save
+from tests import tiny
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -1,0 +1,23 @@
+"""Adapters: LoRA, DoRA and LoKr of every file format, beside or in the weights, loaded or trained."""
+
+from flux.adapters.adapter import Adapter, Delta, Dense, Kronecker, LowRank
+from flux.adapters.formats import load
+from flux.adapters.lora import Adapters, mismatches
+from flux.adapters.training import TARGETS, new_adapter, targets
+from flux.adapters.writers import read_facts, save
+
+__all__ = [
+    "TARGETS",
+    "Adapter",
+    "Adapters",
+    "Delta",
+    "Dense",
+    "Kronecker",
+    "LowRank",
+    "load",
+    "mismatches",
+    "new_adapter",
+    "read_facts",
+    "save",
+    "targets",
+]

@@ -1,0 +1,374 @@
+"""Adapters beside the weights of a network: add, weigh, train, fuse, remove.
+
+Every changed Linear (quantized or not) is wrapped; each adapter has its own share in the wrapper, so that
+several change the same layer at once. The network knows nothing of it.
+"""
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from flux.adapters.adapter import Adapter, Delta, Dense, Kronecker, LowRank
+from flux.errors import FluxError
+
+
+class LoRA(nn.Module):
+    """x (..., in) -> (alpha / r) up (down x), (..., out)."""
+
+    def __init__(self, change: LowRank):
+        super().__init__()
+        self.down, self.up, self.alpha = change.down, change.up, change.alpha
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # The weights go to x's type, not x to theirs: 16-bit activations stay small beside float32 weights.
+        down, up = self.down.astype(x.dtype), self.up.astype(x.dtype)
+        return (self.alpha / down.shape[0]) * ((x @ down.T) @ up.T)
+
+    def change(self) -> LowRank:
+        return LowRank(self.down, self.up, self.alpha)
+
+
+class LoKr(nn.Module):
+    """x (..., b*d) -> scale kron(w1, w2) x, (..., a*c), without making the product."""
+
+    def __init__(self, change: Kronecker):
+        super().__init__()
+        self.w1, self.w2, self.scale = change.w1, change.w2, change.scale
+
+    def __call__(self, x: mx.array) -> mx.array:
+        w1, w2 = self.w1.astype(x.dtype), self.w2.astype(x.dtype)
+        x = x.reshape(*x.shape[:-1], w1.shape[1], w2.shape[1])  # (..., b*d) -> (..., b, d)
+        return self.scale * (w1 @ (x @ w2.T)).flatten(-2)  # (..., a, c) -> (..., a*c)
+
+    def change(self) -> Kronecker:
+        return Kronecker(self.w1, self.w2, self.scale)
+
+
+class DenseChange(nn.Module):
+    """x (..., in) -> dW x, (..., out)."""
+
+    def __init__(self, change: Dense):
+        super().__init__()
+        self.weight = change.weight
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return x @ self.weight.astype(x.dtype).T
+
+    def change(self) -> Dense:
+        return Dense(self.weight)
+
+
+LAYERS = {LowRank: LoRA, Kronecker: LoKr, Dense: DenseChange}
+
+
+class Share(nn.Module):
+    """What one adapter adds to one layer: strength (W' - W) x.
+
+    dropout works on the share's own input while it is trained. learns: the weights are being trained, and a
+    DoRA's norms follow them, as constants of the gradient (section 4.3 of the paper).
+    """
+
+    def __init__(self, name: str, delta: Delta, strength: float, dropout: float = 0.0, learns: bool = False):
+        super().__init__()
+        self.name, self.strength, self.learns = name, strength, learns
+        self.dropout = nn.Dropout(dropout)
+        self.layer = None if delta.change is None else LAYERS[type(delta.change)](delta.change)
+        self.bias, self.magnitude = delta.bias, delta.magnitude
+        self._norms: mx.array | None = None  # of (W + dW), for a DoRA that is not trained
+
+    def prepare(self, base: nn.Module) -> None:
+        """Computes once what depends on the base layer alone."""
+        if self.magnitude is not None and not self.learns:
+            self._norms = self._row_norms(base)
+            mx.eval(self._norms)  # now: the dense weight behind it is large
+
+    def __call__(self, x: mx.array, plain: mx.array, base: nn.Module) -> mx.array:
+        """x (..., in), plain (..., out): what the base layer makes of x, without its bias."""
+        out = mx.zeros_like(plain) if self.layer is None else self.layer(self.dropout(x))
+        if self.magnitude is not None:
+            norms = mx.stop_gradient(self._row_norms(base)) if self.learns else self._norms
+            ratio = self._over(norms)  # float32, so that ratio - 1 keeps its digits
+            out = (ratio - 1).astype(x.dtype) * plain + ratio.astype(x.dtype) * out
+        if self.bias is not None:
+            out = out + self.bias.astype(x.dtype)
+        return self.strength * out
+
+    def delta(self) -> Delta:
+        change = None if self.layer is None else self.layer.change()
+        return Delta(change, self.bias, self.magnitude)
+
+    def weight_change(self, weight: mx.array) -> mx.array:
+        """strength (W' - W) for W (out, in), in float32."""
+        weight = weight.astype(mx.float32)
+        change = mx.zeros_like(weight) if self.layer is None else self.layer.change().dense()
+        if self.magnitude is not None:
+            new = weight + change
+            change = self._over(row_norms(new))[:, None] * new - weight
+        return self.strength * change
+
+    def _row_norms(self, base: nn.Module) -> mx.array:
+        return row_norms(dense_weight(base) + self.layer.change().dense())
+
+    def _over(self, norms: mx.array) -> mx.array:
+        """magnitude / norms, and 1 in rows that are no DoRA."""
+        magnitude = self.magnitude.astype(mx.float32)
+        return mx.where(mx.isnan(magnitude), 1.0, magnitude / norms)
+
+
+class AdaptedLinear(nn.Module):
+    """A Linear or QuantizedLinear with any number of adapters beside it."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.shares: list[Share] = []
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out = self.base(x)
+        plain = out - self.base.bias if "bias" in self.base else out
+        for share in self.shares:
+            out = out + share(x, plain, self.base)
+        return out
+
+
+def row_norms(weight: mx.array) -> mx.array:
+    """(out, in) -> (out,) in float32."""
+    return mx.linalg.norm(weight.astype(mx.float32), axis=1)
+
+
+def dense_weight(layer: nn.Module) -> mx.array:
+    """The weight (out, in) in float32 of a Linear or QuantizedLinear; of a wrapped one, without adapters."""
+    layer = layer.base if isinstance(layer, AdaptedLinear) else layer
+    if not isinstance(layer, nn.QuantizedLinear):
+        return layer.weight.astype(mx.float32)
+    return mx.dequantize(
+        layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits, layer.mode, dtype=mx.float32
+    )
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a Linear or QuantizedLinear, wrapped or not."""
+    layer = layer.base if isinstance(layer, AdaptedLinear) else layer
+    rows, columns = layer.weight.shape
+    return (rows, columns * 32 // layer.bits) if isinstance(layer, nn.QuantizedLinear) else (rows, columns)
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Every Linear and QuantizedLinear by the checkpoint's name, wrapped ones as their wrappers."""
+    kinds = AdaptedLinear | nn.Linear | nn.QuantizedLinear
+    modules = dict(reversed(model.named_modules()))  # MLX lists them from the output to the input
+    return {n: m for n, m in modules.items() if isinstance(m, kinds) and not n.endswith(".base")}
+
+
+def mismatches(model: nn.Module, adapter: Adapter, widen: bool = False) -> dict[str, str]:
+    """What of an adapter does not fit a network: name -> why. widen: see `Adapters.add`."""
+    layers = linears(model)
+    out: dict[str, str] = {}
+    for name, delta in adapter.modules.items():
+        if name not in layers:
+            out[name] = "the model has no such layer"
+            continue
+        layer = layers[name]
+        rows, columns = linear_shape(layer)
+        own_rows, own_columns = delta.shape
+        wide = widen and name == "img_in" and type(layer) is nn.Linear and (own_columns or 0) > columns
+        if own_rows not in (None, rows) or (own_columns not in (None, columns) and not wide):
+            control = name == "img_in" and (own_columns or 0) > columns
+            hint = "; a control adapter, which takes a structure picture" if control else ""
+            out[name] = (
+                f"the adapter is for {own_columns} -> {own_rows}, the layer is {columns} -> {rows}{hint}"
+            )
+    for name, value in {**adapter.replaced, **adapter.added}.items():
+        current = _parameter(model, name)
+        if current is None or current.shape != value.shape:
+            shape = "no such parameter" if current is None else f"shape {tuple(current.shape)}"
+            out[name] = f"the adapter has shape {tuple(value.shape)}, the model has {shape}"
+    return out
+
+
+class Adapters:
+    """The adapters of one network, by name. A network has at most one such object at a time.
+
+    A function compiled before a change of these keeps the old state: compile it anew.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.strengths: dict[str, float] = {}
+        self._norms: dict[str, Adapter] = {}  # name -> the adapter, of those that change norms
+        self._originals: dict[str, mx.array] = {}  # parameters changed in place, as they were
+        self._narrow: mx.array | None = None  # img_in's weight before it was widened
+
+    def add(
+        self,
+        adapter: Adapter,
+        strength: float = 1.0,
+        name: str | None = None,
+        *,
+        strict: bool = False,
+        widen: bool = False,
+        dropout: float = 0.0,
+        learns: bool = False,
+    ) -> dict[str, str]:
+        """Puts an adapter beside the weights: W x + sum of strength (W' - W) x over all adapters.
+
+        Returns what of it does not fit the network and was left out, name -> why; strict: FluxError instead.
+        FluxError too where nothing fits. widen: an adapter whose `img_in` takes more channels than the
+        network's makes it wider with zeros; only a caller that feeds those channels may ask for it.
+        learns, dropout: for training, see `flux.adapters.training`.
+        """
+        name = name or f"adapter {len(self.strengths) + 1}"
+        if name in self.strengths:
+            raise FluxError(f"the model already has an adapter named {name!r}")
+        wrong = mismatches(self.model, adapter, widen)
+        fitting = [module for module in adapter.modules if module not in wrong]
+        if wrong and (strict or not fitting):
+            lines = "; ".join(f"{module}: {why}" for module, why in list(wrong.items())[:8])
+            more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+            raise FluxError(
+                f"{name}: {len(wrong)} of {len(adapter.modules)} layers do not fit: {lines}{more}"
+            )
+        layers = linears(self.model)
+        for module in fitting:
+            layer = layers[module]
+            if not isinstance(layer, AdaptedLinear):
+                layer = AdaptedLinear(layer)
+                _set_module(self.model, module, layer)
+            delta = adapter.modules[module]
+            if delta.shape[1] is not None and delta.shape[1] > linear_shape(layer.base)[1]:
+                self._widen(layer.base, delta.shape[1])
+            layer.shares.append(Share(name, delta, strength, dropout, learns))
+            layer.shares[-1].prepare(layer.base)
+        self.strengths[name] = strength
+        replaced, added = (
+            {path: value for path, value in norms.items() if path not in wrong}
+            for norms in (adapter.replaced, adapter.added)
+        )
+        if replaced or added:
+            self._norms[name] = Adapter({}, replaced, added)
+            self._apply_norms()
+        return wrong
+
+    def set_strength(self, name: str, strength: float) -> None:
+        """Weighs an adapter anew; 0 gives the base model."""
+        for _, share in self._shares(name):
+            share.strength = strength
+        self.strengths[name] = strength
+        self._apply_norms()
+
+    def remove(self, name: str) -> None:
+        """Takes an adapter away; without adapters the network is as it was."""
+        for layer, _ in list(self._shares(name)):
+            layer.shares = [share for share in layer.shares if share.name != name]
+        del self.strengths[name]
+        self._norms.pop(name, None)
+        self._apply_norms()
+        self._unwrap([path for path, layer in self._wrapped() if not layer.shares])
+        if self._narrow is not None and not isinstance(self.model.img_in, AdaptedLinear):
+            self.model.img_in.weight, self._narrow = self._narrow, None
+
+    def fuse(self) -> list[str]:
+        """Bakes all adapters into the weights that are not quantized, in float32, and lets go of them.
+
+        Returns the layers whose adapters stay beside them because their weights are quantized: rounding to a
+        few bits would swallow the change. To fuse them all, fuse before quantizing.
+        """
+        kept, done = [], []
+        for path, layer in self._wrapped():
+            if isinstance(layer.base, nn.QuantizedLinear):
+                kept.append(path)
+                continue
+            weight, dtype = layer.base.weight, layer.base.weight.dtype
+            change = sum(share.weight_change(weight) for share in layer.shares)
+            layer.base.weight = (weight.astype(mx.float32) + change).astype(dtype)
+            biases = [share.strength * share.bias for share in layer.shares if share.bias is not None]
+            if biases:
+                bias = layer.base.bias if "bias" in layer.base else mx.zeros((weight.shape[0],))
+                layer.base.bias = sum(biases, start=bias.astype(mx.float32)).astype(dtype)
+            mx.eval(layer.base.parameters())  # one layer at a time: dW is as large as the layer, in float32
+            done.append(path)
+        self._unwrap(done)
+        left = {share.name for _, layer in self._wrapped() for share in layer.shares}
+        self.strengths = {name: s for name, s in self.strengths.items() if name in left}
+        self._norms, self._originals, self._narrow = {}, {}, None
+        return kept
+
+    def extract(self, name: str) -> Adapter:
+        """The adapter's weights as they are now, for saving: those of an adapter that is trained."""
+        norms = self._norms.get(name, Adapter({}))
+        deltas = {p: s.delta() for p, layer in self._wrapped() for s in layer.shares if s.name == name}
+        return Adapter(deltas, norms.replaced, norms.added)
+
+    def freeze_all_but(self, name: str) -> None:
+        """Leaves the weights of one adapter as the network's only trainable parameters."""
+        self.model.freeze()
+        for _, share in self._shares(name):
+            share.unfreeze()
+
+    def _wrapped(self) -> list[tuple[str, AdaptedLinear]]:
+        return [(path, m) for path, m in linears(self.model).items() if isinstance(m, AdaptedLinear)]
+
+    def _shares(self, name: str) -> Iterator[tuple[AdaptedLinear, Share]]:
+        if name not in self.strengths:
+            known = ", ".join(self.strengths) or "none"
+            raise FluxError(f"the model has no adapter named {name!r}: it has {known}")
+        for _, layer in self._wrapped():
+            yield from ((layer, share) for share in layer.shares if share.name == name)
+
+    def _unwrap(self, paths: list[str]) -> None:
+        layers = linears(self.model)
+        for path in paths:
+            _set_module(self.model, path, layers[path].base)
+
+    def _widen(self, base: nn.Linear, columns: int) -> None:
+        """New columns of zeros: the network's answer does not change until the adapter fills them."""
+        self._narrow = base.weight
+        base.weight = mx.pad(base.weight, [(0, 0), (0, columns - base.weight.shape[1])])
+
+    def _apply_norms(self) -> None:
+        """Norms have no wrapper: their parameters are set anew from the originals."""
+        for path in {p for a in self._norms.values() for p in (*a.replaced, *a.added)}:
+            self._originals.setdefault(path, _parameter(self.model, path))
+        for path, original in self._originals.items():
+            value = original.astype(mx.float32)
+            for name, adapter in self._norms.items():
+                if path in adapter.replaced:
+                    value = value + self.strengths[name] * (adapter.replaced[path] - original)
+                if path in adapter.added:
+                    value = value + self.strengths[name] * adapter.added[path]
+            _set_parameter(self.model, path, value.astype(original.dtype))
+
+
+# --- Paths such as `double_blocks.0.img_mlp.2` ---
+
+
+def _child(parent: nn.Module | list, key: str) -> object:
+    if isinstance(parent, list):
+        return parent[int(key)] if key.isdigit() and int(key) < len(parent) else None
+    return getattr(parent, key, None)
+
+
+def _parent(model: nn.Module, path: str) -> tuple[object, str]:
+    *parents, last = path.split(".")
+    for key in parents:
+        model = _child(model, key)
+    return model, last
+
+
+def _parameter(model: nn.Module, path: str) -> mx.array | None:
+    value = _child(*_parent(model, path))
+    return value if isinstance(value, mx.array) else None
+
+
+def _set_parameter(model: nn.Module, path: str, value: mx.array) -> None:
+    parent, last = _parent(model, path)
+    setattr(parent, last, value)
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, last = _parent(model, path)
+    if isinstance(parent, list):
+        parent[int(last)] = module
+    else:
+        setattr(parent, last, module)

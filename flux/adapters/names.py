@@ -1,0 +1,162 @@
+"""Where a key of an adapter file belongs: the names that trainers give to our modules, as tables.
+
+A key is a prefix (which program, which network), a stem (which module) and a suffix (which tensor). Programs
+differ in all three, and mix. kohya writes `lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight` where
+diffusers writes `transformer.transformer_blocks.0.attn.to_q.lora_A.weight`. Dots and underscores are taken as
+the same, so that one table of stems serves all of them.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from flux.weights.keymaps import TRANSFORMER
+
+PREFIX = re.compile(
+    r"base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\."
+    r"|lora_unet_|lora_transformer_|lycoris_|lora_te\d?_"
+    r"|text_encoders\.(clip_l|t5xxl)\.transformer\.|text_encoder(_2)?\.|text_model[._]"
+)
+
+# What a key's last part says. The first that fits counts, so longer ones stand before their own endings.
+SUFFIXES: tuple[tuple[str, str], ...] = (
+    (".lora_linear_layer.down.weight", "down"),
+    (".lora_linear_layer.up.weight", "up"),
+    (".lora_A.default.weight", "down"),
+    (".lora_B.default.weight", "up"),
+    (".lora_A.weight", "down"),
+    (".lora_B.weight", "up"),
+    (".lora_down.weight", "down"),
+    (".lora_up.weight", "up"),
+    (".lora.down.weight", "down"),
+    (".lora.up.weight", "up"),
+    ("_lora.down.weight", "down"),
+    ("_lora.up.weight", "up"),
+    (".down.weight", "down"),  # XLabs, whose stems end with _lora1 or _lora2
+    (".up.weight", "up"),
+    (".lora_A", "down or transposed"),  # old mflux
+    (".lora_B", "up or transposed"),
+    (".lora_a", "down transposed"),  # mlx-examples
+    (".lora_b", "up transposed"),
+    (".lora_B.bias", "up bias"),
+    (".lora_B.default.bias", "up bias"),
+    (".alpha", "alpha"),
+    (".dora_scale", "magnitude"),
+    (".lora_magnitude_vector.default.weight", "magnitude"),
+    (".lora_magnitude_vector.weight", "magnitude"),
+    (".lora_magnitude_vector", "magnitude"),
+    *((f".lokr_{name}", f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+    (".diff_b", "bias"),
+    (".scale.diff", "diff"),  # ComfyUI, of a norm
+    (".diff", "diff"),
+    (".scale", "replacement"),  # of a norm, under BFL's name
+    (".weight", "replacement"),  # and under diffusers'
+)
+
+# Stems beside BFL's and diffusers' own, and our module.
+XLABS: tuple[tuple[str, str], ...] = (
+    ("double_blocks.{}.processor.qkv_lora1", "double_blocks.{}.img_attn.qkv"),
+    ("double_blocks.{}.processor.qkv_lora2", "double_blocks.{}.txt_attn.qkv"),
+    ("double_blocks.{}.processor.proj_lora1", "double_blocks.{}.img_attn.proj"),
+    ("double_blocks.{}.processor.proj_lora2", "double_blocks.{}.txt_attn.proj"),
+    ("single_blocks.{}.processor.qkv", "single_blocks.{}.linear1"),  # `_lora` is of the suffix
+    ("single_blocks.{}.processor.proj", "single_blocks.{}.linear2"),
+)
+MLX_EXAMPLES: tuple[tuple[str, str], ...] = tuple(
+    (f"double_blocks.{{}}.{mlp}.layers.{i}", f"double_blocks.{{}}.{mlp}.{i}")
+    for mlp in ("img_mlp", "txt_mlp")
+    for i in (0, 2)
+)
+MFLUX: tuple[tuple[str, str], ...] = (
+    ("transformer_blocks.{}.ff.linear1", "double_blocks.{}.img_mlp.0"),
+    ("transformer_blocks.{}.ff.linear2", "double_blocks.{}.img_mlp.2"),
+    ("transformer_blocks.{}.ff_context.linear1", "double_blocks.{}.txt_mlp.0"),
+    ("transformer_blocks.{}.ff_context.linear2", "double_blocks.{}.txt_mlp.2"),
+)
+ALIASES = XLABS + MLX_EXAMPLES + MFLUX
+
+CLIP = tuple(
+    f"text_model.encoder.layers.{{}}.{name}"
+    for name in (*(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+)
+T5 = tuple(
+    f"encoder.block.{{}}.layer.{name}"
+    for name in (
+        *(f"0.SelfAttention.{x}" for x in "qkvo"),
+        *(f"1.DenseReluDense.{x}" for x in ("wi_0", "wi_1", "wo")),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Home:
+    """Our module, and which of the parts of a fused layer: all of them, from `first` to before `end`.
+
+    theirs: the module's name in the layout that the key follows, without prefix. swapped: that layout has the
+    halves of the rows in the other order. norm: the module is a norm, its parameter is `scale`.
+    """
+
+    module: str
+    theirs: str
+    first: int = 0
+    end: int = 1
+    parts: int = 1
+    swapped: bool = False
+    norm: bool = False
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a file, understood: where it belongs and which tensor of a change it is."""
+
+    home: Home
+    role: str
+
+
+def _flat(stem: str) -> str:
+    """A stem or template as the table has it: the block's number (the first one) open, no dots."""
+    flat = stem.replace(".", "_")
+    return flat.replace("{}", "*") if "{}" in flat else re.sub(r"_(\d+)_", "_*_", flat, count=1)
+
+
+@lru_cache
+def _homes() -> dict[str, Home]:
+    """Flat stem -> Home, with `{}` in the names where the block's number goes."""
+    homes: dict[str, Home] = {}
+    for row in TRANSFORMER:
+        parts, norm = len(row.theirs), row.parameters == (("scale", "weight"),)
+        homes[_flat(row.ours)] = Home(row.ours, row.ours, 0, parts, parts, norm=norm)
+        for i, theirs in enumerate(row.theirs):
+            homes[_flat(theirs)] = Home(row.ours, theirs, i, i + 1, parts, row.swapped, norm)
+    for stem, ours in ALIASES:
+        whole = homes[_flat(ours)]
+        end = 3 if stem.endswith("processor.qkv") else whole.end  # XLabs leaves the MLP of linear1 alone
+        homes[_flat(stem)] = Home(ours, stem, 0, end, whole.parts)
+    for name in (*CLIP, *T5):
+        homes[_flat(name.removeprefix("text_model."))] = Home(name, name)
+    return homes
+
+
+def find(key: str) -> Key | None:
+    """What a key of a file means, or None where its name says nothing here."""
+    for suffix, role in SUFFIXES:
+        home = find_module(key.removesuffix(suffix)) if key.endswith(suffix) else None
+        if home and (role == "diff" or home.norm == (role == "replacement")):
+            return Key(home, role)
+    return None
+
+
+def find_module(name: str) -> Home | None:
+    """The home of a module's name under any program's prefix, or None."""
+    while match := PREFIX.match(name):
+        name = name[match.end() :]
+    home = _homes().get(_flat(name))
+    if home is None or "{}" not in home.module:
+        return home
+    number = re.search(r"[._](\d+)[._]", name)[1]
+    return replace(home, module=home.module.format(number), theirs=home.theirs.format(number))
+
+
+def template(module: str) -> str:
+    """A module's name with `*` for the block's number."""
+    return re.sub(r"\.\d+\.", ".*.", module, count=1)

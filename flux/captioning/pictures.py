@@ -1,0 +1,34 @@
+"""From a Pillow picture to the captioner's input, with the values of the reference's image processor."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class PictureParams:
+    """The size that pictures are brought to, and each colour's mean and deviation, of values 0..1.
+
+    The defaults are Florence-2's; its mean and deviation are ImageNet's.
+    """
+
+    height: int = 768
+    width: int = 768
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    deviation: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+def prepare(images: list[Image.Image], params: PictureParams | None = None) -> mx.array:
+    """B pictures of any size and mode -> (B, height, width, 3) float32, normalised.
+
+    Proportions are given up: Florence-2 was trained on pictures stretched to a square, and its places are
+    parts of the width and of the height, so they still fit the picture as it was.
+    """
+    params = params or PictureParams()
+    size = (params.width, params.height)
+    resized = [image.convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in images]
+    # Through float64, as the reference does: the same float32 to the last bit.
+    pixels = (np.stack([np.asarray(image) for image in resized]) * np.float64(1 / 255)).astype(np.float32)
+    return mx.array((pixels - np.float32(params.mean)) / np.float32(params.deviation))
