@@ -235,8 +235,8 @@ def test_spade_begins_as_the_plain_decoder_and_then_differs(world):
 def test_training_never_goes_in_pieces(world):
     """Pieces are evaluated one by one, which is impossible inside a gradient."""
     networks = world.networks
-    assert networks.ae.encoder.mid.attn_1.scores_memory >= 2**60
-    assert networks.ae.decoder.mid.attn_1.scores_memory >= 2**60
+    assert networks.ae.encoder.mid.attn_1.scores_memory >= 2**32
+    assert networks.ae.decoder.mid.attn_1.scores_memory >= 2**32
     x = mx.zeros((1, 16, 16, 3))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

@@ -24,7 +24,9 @@ ATTRIBUTES = {
     "flow": ("flow.",),
     "text_encoder": ("clip.", "t5."),
 }
-WHOLE = 2**62  # bytes: nothing goes in pieces, which neither gradients nor `mx.compile` would take
+# Bytes below which the autoencoder does not go in pieces, which `mx.compile` would not take.
+WHOLE = 2**62
+WHOLE_ATTENTION = 2**32  # what its slices can index: 16 pictures of 700x700
 
 
 class Networks(nn.Module):
@@ -37,7 +39,7 @@ class Networks(nn.Module):
         if any(step.train_spade for step in steps):
             self.ae.decoder = SpadeDecoder(model.autoencoder)
         for half in (self.ae.encoder, self.ae.decoder):
-            half.mid.attn_1.scores_memory = WHOLE
+            half.mid.attn_1.scores_memory = WHOLE_ATTENTION
         if any(step.gan_training for step in steps):
             self.discriminator = Discriminator(model.discriminator)
         if tokenizers is not None:
