@@ -332,7 +332,7 @@ def hub(monkeypatch, tmp_path):
     types = {"image": package.Image(), "prompt": package.Value("string")}
     table = package.Dataset.from_dict(columns, features=package.Features(types))
     monkeypatch.setattr(
-        package, "load_dataset", lambda repo, split: {("me/set", "train"): table}[repo, split]
+        package, "load_dataset", lambda repo, name, split: {("me/set", "train"): table}[repo, split]
     )
     return content
 
@@ -347,7 +347,7 @@ def test_hugging_face(hub):
 def test_hugging_face_refuses_other_columns(monkeypatch):
     package = pytest.importorskip("datasets")
     table = package.Dataset.from_dict({"image": ["a.png"], "prompt": ["x"]})
-    monkeypatch.setattr(package, "load_dataset", lambda repo, split: table)
+    monkeypatch.setattr(package, "load_dataset", lambda repo, name, split: table)
     with pytest.raises(
         FluxError, match=r"me/set: no column `image` that holds pictures; it has image, prompt"
     ):
@@ -357,7 +357,7 @@ def test_hugging_face_refuses_other_columns(monkeypatch):
 def test_hugging_face_out_of_reach(monkeypatch):
     package = pytest.importorskip("datasets")
 
-    def refuse(repo, split):
+    def refuse(repo, name, split):
         raise package.exceptions.DatasetNotFoundError(f"Dataset '{repo}' doesn't exist")
 
     monkeypatch.setattr(package, "load_dataset", refuse)

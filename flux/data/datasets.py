@@ -50,7 +50,8 @@ def read_list(path: Path) -> list[Row]:
             rows.append(Row(str(path.parent / image), path.parent / image, caption))
     if faults:
         raise FluxError(
-            f'{path}: {some(faults)} should be {{"image": "file", "prompt": "caption"}}, both texts'
+            f"{path}, {some(faults)}: should be an object with {' or '.join(IMAGE_KEYS)} and "
+            f"{' or '.join(CAPTION_KEYS)}, both texts"
         )
     if not rows:
         raise FluxError(f"{path}: lists no pictures")
@@ -135,6 +136,26 @@ def _caption(picture: Path, extensions: Iterable[str]) -> str | None:
     return None
 
 
+def load_table(path: str, name: str | None, split: str) -> Any:
+    """A table of the `datasets` package: of the Hub, downloaded, or a folder of `Dataset.save_to_disk`.
+
+    FluxError, with the reason, for one that cannot be had.
+    """
+    import datasets  # it takes seconds to import
+
+    folder = Path(path).expanduser()
+    try:
+        if folder.is_dir() and any((folder / n).is_file() for n in ("state.json", "dataset_dict.json")):
+            table = datasets.load_from_disk(str(folder))
+            return table[split] if isinstance(table, Mapping) else table
+        return datasets.load_dataset(path, name, split=split)
+    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FluxError(
+            f"the data set {path}, split {split!r}, cannot be had: no folder here, and from the Hub: {reason}"
+        ) from None
+
+
 def read_hugging_face(repo: str, split: str = "train") -> list[Row]:
     """The rows of a data set of the Hub (downloaded into its cache) with the columns image and prompt.
 
@@ -143,13 +164,7 @@ def read_hugging_face(repo: str, split: str = "train") -> list[Row]:
     """
     import datasets  # it takes seconds to import
 
-    try:
-        table = datasets.load_dataset(repo, split=split)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FluxError(
-            f"the data set {repo!r} is no folder here and cannot be had from the Hub: {reason}"
-        ) from None
+    table = load_table(repo, None, split)
     columns = table.features
     image = next((key for key in IMAGE_KEYS if isinstance(columns.get(key), datasets.Image)), None)
     caption = next((key for key in CAPTION_KEYS if key in columns), None)

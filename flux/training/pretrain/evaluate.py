@@ -1,0 +1,173 @@
+"""Does the built-in model draw what the prompt says? Pictures of held-out prompts, judged by renderings.
+
+    python -m flux.training.pretrain.evaluate [--model tiny] [--count 400]
+
+A picture's background is the colour nearest to the median of its outermost pixels. Its subject and place are
+those of the rendering, among all subjects and places at the prompt's size on that background, with the least
+squared distance in RGB over all pixels. Intervals are Wilson's, 95 %.
+"""
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from flux.errors import FluxError
+from flux.pipeline import FluxPipeline
+from flux.training.pretrain import tiny
+from flux.training.pretrain.autoencoder import psnr, reconstruct
+from flux.training.pretrain.emoji import (
+    COLOURS,
+    PLACES,
+    SIDE,
+    Composition,
+    Renderer,
+    captions,
+    compositions,
+    subjects,
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """`right` of `total`, with Wilson's 95 % interval."""
+
+    right: int
+    total: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        z, n, p = 1.96, self.total, self.right / self.total
+        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
+        reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, middle - reach), min(1.0, middle + reach)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        share = f"{self.right / self.total:.1%} ({self.right} of {self.total}"
+        return f"{share}; 95 % interval {low:.1%} to {high:.1%})"
+
+
+class Judge:
+    """Says what a picture shows. Renderings are made once for each size and background."""
+
+    def __init__(self) -> None:
+        self._render = Renderer()
+        self._known: dict[tuple[str, str], np.ndarray] = {}
+
+    def background(self, picture: np.ndarray) -> str:
+        """The colour of the picture's (64, 64, 3) outermost pixels."""
+        frame = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
+        distances = np.square(np.array(list(COLOURS.values())) - np.median(frame, axis=0)).sum(axis=1)
+        return list(COLOURS)[int(distances.argmin())]
+
+    def subject_and_place(self, picture: np.ndarray, size: str, colour: str) -> tuple[str, str]:
+        """Of the nearest rendering at this size, on this background."""
+        known = self._renderings(size, colour)  # (subjects * places, 64 * 64 * 3)
+        flat = picture.astype(np.float32).reshape(-1)
+        nearest = int((np.square(known).sum(axis=1) - 2 * known @ flat).argmin())
+        return list(subjects())[nearest // len(PLACES)], PLACES[nearest % len(PLACES)]
+
+    def _renderings(self, size: str, colour: str) -> np.ndarray:
+        if (size, colour) not in self._known:
+            self._known.clear()  # 50 MB each, and asked for one after the other
+            pictures = [
+                self._render(Composition((name,), colour, size, place))
+                for name in subjects()
+                for place in PLACES
+            ]
+            self._known[size, colour] = np.stack(pictures).reshape(len(pictures), -1).astype(np.float32)
+        return self._known[size, colour]
+
+
+def held_out_prompts(count: int, seed: int = 0) -> list[tuple[Composition, str]]:
+    """The first `count` of a fixed order of the held-out compositions, each with one of its captions.
+
+    They are of the subjects that the model was trained on.
+    """
+    every = compositions(True, list(subjects())[: tiny.SUBJECTS])
+    if not 1 <= count <= len(every):
+        raise FluxError(f"--count {count}: there are {len(every)} held-out compositions")
+    rng = np.random.default_rng(seed)
+    chosen = [every[i] for i in rng.permutation(len(every))[:count]]
+    return [(c, str(rng.choice(captions(c)))) for c in chosen]
+
+
+def judge(pictures: np.ndarray, shown: Sequence[Composition]) -> dict[str, Share]:
+    """How many pictures (B, 64, 64, 3) uint8 show what their compositions say."""
+    judge, right = Judge(), {"subject": 0, "background": 0, "place": 0, "all three": 0}
+    found = [judge.background(picture) for picture in pictures]
+    for i in sorted(range(len(shown)), key=lambda i: (shown[i].size, found[i])):
+        subject, place = judge.subject_and_place(pictures[i], shown[i].size, found[i])
+        verdicts = (subject == shown[i].subjects[0], found[i] == shown[i].colour, place == shown[i].place)
+        for name, verdict in zip(right, (*verdicts, all(verdicts)), strict=True):
+            right[name] += verdict
+    return {name: Share(count, len(shown)) for name, count in right.items()}
+
+
+def draw(pipeline: FluxPipeline, prompts: Sequence[str]) -> tuple[np.ndarray, float]:
+    """A picture of each prompt, (B, 64, 64, 3) uint8, and the seconds that one took."""
+    size = pipeline.latent_size((SIDE, SIDE))
+    start, pictures = time.perf_counter(), []
+    for seed, prompt in enumerate(tqdm(prompts, disable=None)):
+        *_, x = pipeline.generate_latents(prompt, latent_size=size, seed=seed)
+        picture = mx.round(255 * pipeline.decode(x, size)[0])  # (64, 64, 3)
+        pictures.append(np.array(picture.astype(mx.uint8)))
+    return np.stack(pictures), (time.perf_counter() - start) / len(prompts)
+
+
+def evaluate(pipeline: FluxPipeline, count: int) -> tuple[dict[str, Any], np.ndarray]:
+    """All figures of a model, by name, and its pictures of the first `count` held-out prompts."""
+    shown, prompts = zip(*held_out_prompts(count), strict=True)
+    pictures, seconds = draw(pipeline, prompts)
+    render = Renderer()
+    true = np.stack([render(composition) for composition in shown])
+    decoded = reconstruct(pipeline.ae, true)
+    values = psnr(true, decoded)
+    reach = 1.96 * values.std() / math.sqrt(count)
+    figures = {f"{name} right": str(share) for name, share in judge(pictures, shown).items()}
+    low = 10 * math.log10(255**2 / np.square(true.astype(np.float32) - decoded).mean())
+    figures["autoencoder PSNR"] = (
+        f"{values.mean():.2f} dB (95 % interval +-{reach:.2f}; of the mean error {low:.2f} dB)"
+    )
+    figures["seconds a picture"] = f"{seconds:.2f}"
+    return figures, pictures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="tiny", help="name or folder (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=400, help="held-out prompts (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, help="folder for figures.json and a grid of the first pictures"
+    )
+    arguments = parser.parse_args()
+    try:
+        figures, pictures = evaluate(FluxPipeline(arguments.model), arguments.count)
+    except FluxError as error:
+        parser.exit(2, f"error: {error}\n")
+    print(f"{arguments.model}: {arguments.count} held-out prompts, {tiny.SUBJECTS} subjects")
+    for name, value in figures.items():
+        print(f"  {name:20} {value}")
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+        whole = pictures[: len(pictures) // 20 * 20][:200].reshape(-1, 20, SIDE, SIDE, 3)  # rows of 20
+        grid = whole.transpose(0, 2, 1, 3, 4).reshape(-1, 20 * SIDE, 3)
+        Image.fromarray(grid).save(arguments.output / "pictures.png")
+        print(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

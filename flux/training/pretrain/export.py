@@ -1,0 +1,44 @@
+"""The trained parts as a model's folder, in diffusers' layout.
+
+python -m flux.training.pretrain.export --run DIR --output flux/assets/tiny
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from flux.models.autoencoder import AutoEncoder
+from flux.training.pretrain import tiny
+from flux.training.pretrain.flow import load_tokenizers, make_model
+from flux.training.pretrain.latents import load_state, read
+from flux.weights import registry
+from flux.weights.save import Model, save_diffusers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--output", type=Path, required=True)
+    arguments = parser.parse_args()
+    run = arguments.run
+    latents = read(run / "latents.safetensors")
+    autoencoder = AutoEncoder(
+        replace(tiny.AUTOENCODER, scale_factor=latents.scale, shift_factor=latents.shift)
+    )
+    load_state(autoencoder, run / "autoencoder.safetensors")
+    if (run / "decoder.safetensors").exists():
+        load_state(autoencoder.decoder, run / "decoder.safetensors", "ema.average")
+    clip, _ = load_tokenizers(run)
+    parts = make_model(run, clip)
+    load_state(parts, run / "flow.safetensors", "ema.average")
+    spec = replace(registry.get("tiny"), t5_length=tiny.T5_LENGTH)
+    tokenizers = (run / "tokenizer", run / "tokenizer_2")
+    model = Model(parts.flow, autoencoder, parts.clip, parts.t5, *tokenizers, spec)
+    save_diffusers(arguments.output, model)
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

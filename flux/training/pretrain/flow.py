@@ -1,0 +1,174 @@
+"""Stage 2 of the built-in model: the flow transformer and both text encoders, on latents made once.
+
+    python -m flux.training.pretrain.flow --run DIR --steps N
+
+DIR holds the latents (`python -m flux.training.pretrain.latents`). Stopped at any moment it goes on from the
+last state in DIR.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from flux import sampler
+from flux.models.clip import CLIPTextModel
+from flux.models.t5 import T5Encoder
+from flux.models.transformer import Flux
+from flux.tokenizers import CLIPTokenizer, T5Tokenizer
+from flux.training import losses
+from flux.training.ema import EMA
+from flux.training.optimizers import muon, warmup_decay
+from flux.training.pretrain import tiny
+from flux.training.pretrain.callbacks import Log, Save
+from flux.training.pretrain.emoji import Composition, captions
+from flux.training.pretrain.latents import Latents, read, training_compositions
+from flux.training.pretrain.vocabularies import save_clip, train_clip, train_t5
+from flux.training.trainer import Trainer
+
+
+class TextToLatent(nn.Module):
+    """The networks that are trained together: token ids and a noisy latent in, velocity out."""
+
+    def __init__(self, clip_vocabulary: int, t5_vocabulary: int, end: int):
+        super().__init__()
+        self.flow = Flux(tiny.FLUX)
+        self.clip = CLIPTextModel(tiny.clip_params(clip_vocabulary))
+        self.t5 = T5Encoder(tiny.t5_params(t5_vocabulary))
+        self._end = end
+
+    def __call__(
+        self, x: mx.array, clip_ids: mx.array, t5_ids: mx.array, times: mx.array, guidance: mx.array
+    ) -> mx.array:
+        """x (B, 16, 64) packed; clip_ids (B, Lc); t5_ids (B, Lt); times, guidance (B,) -> (B, 16, 64)."""
+        text = self.t5(t5_ids)
+        pooled = self.clip(clip_ids, self._end).pooled_output
+        positions = sampler.image_positions((8, 8)), sampler.text_positions(text.shape[1])
+        return self.flow(x, positions[0], text, positions[1], times, pooled, guidance)
+
+
+def flow_loss(
+    model: TextToLatent, batch: dict[str, mx.array], key: mx.array
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """Mean squared error of the velocity, at logit-normal times.
+
+    The guidance is random and means nothing, so that every value of it gives the same picture. Half of the
+    times are rounded as the network rounds them in 16-bit types, so that it knows both.
+    """
+    noise_key, time_key, guidance_key = mx.random.split(key, 3)
+    x0 = sampler.pack(batch["latents"])
+    noise = mx.random.normal(x0.shape, key=noise_key)
+    times = losses.flow_times(len(x0), tiny.TIME_SHIFT, time_key)
+    half = len(x0) // 2
+    rounded = (1000 * times[:half]).astype(mx.bfloat16).astype(mx.float32) / 1000
+    times = mx.concatenate([rounded, times[half:]])
+    guidance = mx.random.uniform(0, 5, (len(x0),), key=guidance_key)
+    velocity = model(losses.noised(x0, noise, times), batch["clip"], batch["t5"], times, guidance)
+    return mx.square(velocity - (noise - x0)).mean(), {}
+
+
+def flow_batches(
+    latents: Latents, clip_ids: np.ndarray, t5_ids: np.ndarray, count: int, seed: int
+) -> Callable[[int], dict[str, mx.array]]:
+    """step -> latents (count, 8, 8, 16) and token ids; some captions are dropped, for true guidance.
+
+    clip_ids, t5_ids (P, K, L): up to K captions of each of P pictures, the rows after them repeated; the very
+    last row of all, [-1, -1], is the empty caption's.
+    """
+
+    def batch(step: int) -> dict[str, mx.array]:
+        rng = np.random.default_rng((seed, step))
+        pictures = latents.draw(rng, count)
+        captions = rng.integers(clip_ids.shape[1], size=count)
+        empty = rng.random(count) < tiny.CAPTION_DROPOUT
+        rows = np.where(empty, -1, pictures), np.where(empty, -1, captions)
+        return {
+            "latents": mx.array(latents.scaled[pictures]),
+            "clip": mx.array(clip_ids[rows]),
+            "t5": mx.array(t5_ids[rows]),
+        }
+
+    return batch
+
+
+def tokenize(
+    chosen: list[Composition], clip: CLIPTokenizer, t5: T5Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids (P + 1, K, L) of every caption of P compositions and of the empty caption, twice.
+
+    CLIP is causal and its vector is read at the first end token, so the padding after it may be cut off.
+    """
+    texts = [captions(composition) for composition in chosen] + [[""]]
+    most = max(map(len, texts))
+    rows = [[text[i % len(text)] for i in range(most)] for text in texts]  # the shorter lists start again
+    flat = sorted({text for row in rows for text in row})
+    index = {text: i for i, text in enumerate(flat)}
+    places = np.array([[index[text] for text in row] for row in rows])
+    clip_ids = np.array([clip.encode(text) for text in flat], np.int32)
+    longest = 1 + (clip_ids == clip.eos_token_id).argmax(axis=1).max()
+    t5_ids = np.array([t5.encode(text) for text in flat], np.int32)
+    return clip_ids[:, :longest][places], t5_ids[places]
+
+
+def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
+    """The vocabularies of a run, trained on all captions if they are not there yet."""
+    if not (run / "tokenizer_2" / "spiece.model").exists():
+        texts = [text for c in training_compositions(tiny.PAIRS) for text in captions(c)]
+        vocab, merges = train_clip(texts, tiny.CLIP_MERGES)
+        save_clip(vocab, merges, run / "tokenizer")
+        train_t5(texts, tiny.T5_VOCABULARY, run / "tokenizer_2" / "spiece.model")
+    return (
+        CLIPTokenizer.from_folder(run / "tokenizer"),
+        T5Tokenizer.from_folder(run / "tokenizer_2", tiny.T5_LENGTH),
+    )
+
+
+def make_model(run: Path, clip: CLIPTokenizer) -> TextToLatent:
+    vocabulary = json.loads((run / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    return TextToLatent(len(vocabulary), tiny.T5_VOCABULARY, clip.eos_token_id)
+
+
+def is_edge(name: str, parameter: mx.array) -> bool:
+    """What Muon is no good for (embeddings, layers at the latent, the text, the time) or too slow (modulation)."""
+    edges = ("embedding", "shared", "relative_attention_bias", "img_in", "txt_in", "in_layer", "final_layer")
+    return any(edge in name for edge in (*edges, "img_mod", "txt_mod", "modulation"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run: latents, state, log")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate; AdamW's is a tenth")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    run, steps = arguments.run, arguments.steps
+    clip, t5 = load_tokenizers(run)
+    latents = read(run / "latents.safetensors")
+    mx.random.seed(arguments.seed)
+    model = make_model(run, clip)
+    warmup = min(100, steps)
+    optimizer = muon(
+        warmup_decay(arguments.rate, steps, warmup, 0.4),
+        warmup_decay(arguments.rate / 10, steps, warmup, 0.4),
+        is_edge,
+    )
+    batches = flow_batches(
+        latents, *tokenize(latents.compositions, clip, t5), arguments.batch, arguments.seed
+    )
+    trainer = Trainer(model, flow_loss, batches, optimizer, arguments.seed, EMA(model, tiny.EMA_DECAY))
+    state = run / "flow.safetensors"
+    if state.exists():
+        trainer.load(state)
+    trainer.run(steps, (Log(run / "flow.jsonl", tiny.LOG_STEPS), Save(state)))
+    trainer.save(state)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Between the stages: the latents of all training pictures, made once with the trained encoder.
+
+python -m flux.training.pretrain.latents --run DIR
+"""
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from flux.models.autoencoder import AutoEncoder
+from flux.training.pretrain import tiny
+from flux.training.pretrain.emoji import (
+    PAIR,
+    PAIR_SHARE,
+    Composition,
+    Renderer,
+    compositions,
+    draw_composition,
+    subjects,
+)
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Training pictures: what they show and their latents.
+
+    mean, logvar (P, 8, 8, 16) float32, raw; scale, shift: 1 / deviation and mean of all of `mean`.
+    """
+
+    compositions: list[Composition]
+    mean: np.ndarray
+    logvar: np.ndarray
+    scale: float
+    shift: float
+
+    @property
+    def scaled(self) -> np.ndarray:
+        """Means with mean 0 and deviation 1: what the flow learns to make."""
+        return (self.mean - self.shift) * self.scale
+
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        """Random rows, (count,): a pair with its share, else a single subject."""
+        pairs = rng.random(count) < PAIR_SHARE
+        singles = sum(c.place != PAIR for c in self.compositions)  # they come first
+        return np.where(
+            pairs, rng.integers(singles, len(self.compositions), count), rng.integers(singles, size=count)
+        )
+
+
+def training_compositions(pairs: int, seed: int = 0) -> list[Composition]:
+    """All single subjects that are not held out, then `pairs` random pairs."""
+    rng, names = np.random.default_rng(seed), list(subjects())[: tiny.SUBJECTS]
+    chosen: list[Composition] = []
+    while len(chosen) < pairs:
+        composition = draw_composition(rng, names)
+        if composition.place == PAIR:
+            chosen.append(composition)
+    return compositions(False, names) + chosen
+
+
+def encode(model: AutoEncoder, chosen: list[Composition], batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """Raw mean and log variance of each picture, (P, 8, 8, 16) each."""
+    render, means, logvars = Renderer(), [], []
+    for start in range(0, len(chosen), batch):
+        pictures = np.stack([render(c) for c in chosen[start : start + batch]])
+        mean, logvar = model.moments(mx.array(pictures).astype(mx.float32) / 127.5 - 1)
+        means.append(np.array(mean))
+        logvars.append(np.array(logvar))
+    return np.concatenate(means), np.concatenate(logvars)
+
+
+def read(file: Path) -> Latents:
+    """The file of `main`."""
+    arrays = mx.load(str(file))
+    mean, logvar = np.array(arrays["mean"]), np.array(arrays["logvar"])
+    return Latents(training_compositions(tiny.PAIRS), mean, logvar, float(1 / mean.std()), float(mean.mean()))
+
+
+def load_state(model: nn.Module, file: Path, tree: str = "model") -> None:
+    """Puts what a trainer saved into a model: the parameters ("model") or their average ("ema.average")."""
+    state = mx.load(str(file))
+    own = [(n.removeprefix(f"{tree}."), a) for n, a in state.items() if n.startswith(f"{tree}.")]
+    model.update(tree_unflatten(own))
+    mx.eval(model.parameters())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", type=Path, required=True, help="folder with the trained autoencoder's state")
+    run = parser.parse_args().run
+    model = AutoEncoder(tiny.AUTOENCODER)
+    load_state(model, run / "autoencoder.safetensors")
+    mean, logvar = encode(model, training_compositions(tiny.PAIRS))
+    mx.save_safetensors(
+        str(run / "latents.safetensors"), {"mean": mx.array(mean), "logvar": mx.array(logvar)}
+    )
+
+
+if __name__ == "__main__":
+    main()
