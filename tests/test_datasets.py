@@ -361,7 +361,7 @@ def test_hugging_face_out_of_reach(monkeypatch):
         raise package.exceptions.DatasetNotFoundError(f"Dataset '{repo}' doesn't exist")
 
     monkeypatch.setattr(package, "load_dataset", refuse)
-    with pytest.raises(FluxError, match="'me/none' is no folder here and cannot be had"):
+    with pytest.raises(FluxError, match="me/none, split 'train', cannot be had: no folder here"):
         samples.load("me/none", OPTIONS)
 
 
