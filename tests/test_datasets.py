@@ -3,13 +3,12 @@
 import json
 import sys
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from flux.data import check, datasets, epochs, pictures, samples, schema
+from flux.data import check, datasets, epochs, samples, schema
 from flux.errors import FluxError
-from tests.datasets import OPTIONS, random_picture, two_concepts, write_pictures, write_toml
+from tests.datasets import OPTIONS, two_concepts, write_pictures, write_toml
 
 
 def texts(dataset):
@@ -344,6 +343,15 @@ def test_hugging_face(hub):
     assert [placed.size for placed in epochs.Plan(dataset, 0).placed] == [(64, 80), (32, 32)]
 
 
+def test_a_table_that_was_saved(hub, tmp_path):
+    import datasets as package
+
+    package.load_dataset("me/set", None, split="train").save_to_disk(tmp_path / "saved")
+    dataset = samples.load(tmp_path / "saved", OPTIONS)
+    assert [sample.text for sample in dataset.samples] == ["one", ""]
+    assert [sample.picture for sample in dataset.samples] == hub
+
+
 def test_hugging_face_refuses_other_columns(monkeypatch):
     package = pytest.importorskip("datasets")
     table = package.Dataset.from_dict({"image": ["a.png"], "prompt": ["x"]})
@@ -361,181 +369,8 @@ def test_hugging_face_out_of_reach(monkeypatch):
         raise package.exceptions.DatasetNotFoundError(f"Dataset '{repo}' doesn't exist")
 
     monkeypatch.setattr(package, "load_dataset", refuse)
-    with pytest.raises(FluxError, match="me/none, split 'train', cannot be had: no folder here"):
+    with pytest.raises(FluxError, match="me/none, split 'train', cannot be had: Dataset"):
         samples.load("me/none", OPTIONS)
-
-
-# --- Pictures ---
-
-
-def placed(path, **options):
-    dataset = samples.load(path, {**OPTIONS, "class_tokens": "x", **options})
-    return pictures.place(dataset.samples, dataset.groups)
-
-
-def test_pictures_of_all_kinds(tmp_path):
-    picture = random_picture(64, 64)
-    Image.fromarray(picture).save(tmp_path / "a_rgb.png")
-    grey = Image.fromarray(picture[..., 0])
-    grey.save(tmp_path / "b_grey.png")
-    Image.fromarray(picture[..., 0].astype(np.uint16) * 257).save(tmp_path / "c_grey16.png")
-    frames = [Image.fromarray(np.full((64, 64), value, np.uint8)) for value in (50, 200)]
-    frames[0].save(tmp_path / "d_animated.gif", save_all=True, append_images=frames[1:])
-    rgb, grey8, grey16, animated = (pictures.prepare(p, 0, 0)[0] for p in placed(tmp_path))
-    assert np.array_equal(rgb, picture)
-    assert np.array_equal(grey8, np.repeat(picture[..., :1], 3, axis=2))
-    assert np.array_equal(grey16, grey8)
-    assert np.all(animated == 50)
-
-
-def test_turned_pictures_are_placed_as_they_are_seen(tmp_path):
-    exif = Image.Exif()
-    exif[0x112] = 6  # turn by a quarter to the right
-    Image.fromarray(random_picture(64, 128)).save(tmp_path / "a.png", exif=exif)
-    (turned,) = placed(tmp_path)
-    assert turned.size == (128, 64)
-    stored = random_picture(64, 128)
-    whole = placed(tmp_path, resolution=(128, 64))[0]
-    assert np.array_equal(pictures.prepare(whole, 0, 0)[0], np.rot90(stored, -1))
-
-
-def test_alpha_is_a_mask_or_lies_over_white(tmp_path):
-    rgba = random_picture(64, 64, channels=4)
-    rgba[:8, :, 3], rgba[8:, :, 3] = 0, 255
-    Image.fromarray(rgba).save(tmp_path / "a.png")
-    over_white, no_mask = pictures.prepare(placed(tmp_path)[0], 0, 0)
-    assert no_mask is None
-    assert np.all(over_white[:8] == 255)
-    assert np.array_equal(over_white[8:], rgba[8:, :, :3])
-    picture, mask = pictures.prepare(placed(tmp_path, alpha_mask=True)[0], 0, 0)
-    assert np.array_equal(picture, rgba[..., :3])
-    assert np.array_equal(mask, rgba[..., 3])
-    half = pictures.over_white(np.zeros((1, 1, 3), np.uint8), np.full((1, 1), 51, np.uint8))
-    assert np.all(half == 204)
-
-
-def test_random_crops_are_those_of_seed_content_and_repeat(tmp_path):
-    rgba = random_picture(64, 256, channels=4)
-    rgba[..., 3] = rgba[..., 0]  # shows whether picture and mask are cut alike
-    Image.fromarray(rgba).save(tmp_path / "b.png")
-    (one,) = placed(tmp_path, random_crop=True, alpha_mask=True)
-    crops = [pictures.prepare(one, seed, repeat) for seed, repeat in ((0, 0), (0, 1), (1, 0), (0, 0))]
-    assert all(np.array_equal(picture[..., 0], mask) for picture, mask in crops)
-    first, other_repeat, other_seed, again = (picture for picture, _ in crops)
-    assert np.array_equal(first, again)
-    assert not np.array_equal(first, other_repeat)
-    assert not np.array_equal(first, other_seed)
-    write_pictures(tmp_path, {"a.png": (32, 32)})  # comes before it now
-    _, moved = placed(tmp_path, random_crop=True, alpha_mask=True)
-    assert np.array_equal(pictures.prepare(moved, 0, 0)[0], first)
-
-
-def test_colours_vary_a_little(tmp_path):
-    Image.fromarray(np.full((64, 64, 3), (180, 90, 60), np.uint8)).save(tmp_path / "a.png")
-    (one,) = placed(tmp_path, color_aug=True)
-    colours = [pictures.prepare(one, 0, repeat)[0][0, 0].astype(int) for repeat in range(8)]
-    assert len({tuple(colour) for colour in colours}) == 8
-    assert np.abs(np.array(colours) - (180, 90, 60)).max() < 40
-    assert np.array_equal(pictures.prepare(one, 0, 3)[0][0, 0], colours[3])
-
-
-def test_damaged_pictures_are_refused_by_name(tmp_path):
-    write_pictures(tmp_path, {"good.png": (64, 64), "cut.jpg": (64, 64)})
-    content = (tmp_path / "cut.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
-    cut, good = placed(tmp_path)
-    with pytest.raises(FluxError, match=r"cut\.jpg: image file is truncated"):
-        pictures.prepare(cut, 0, 0)
-    Image.fromarray(random_picture(seed=9)).save(tmp_path / "good.png")
-    with pytest.raises(FluxError, match=r"good\.png has changed"):
-        pictures.prepare(good, 0, 0)
-    (tmp_path / "none.png").write_bytes(b"nothing")
-    (tmp_path / "train.jsonl").write_text(
-        '{"image": "none.png", "prompt": "x"}\n{"image": "absent.png", "prompt": "x"}'
-    )
-    with pytest.raises(FluxError, match=r"2 picture.*none\.png is not a picture.*absent\.png: No such file"):
-        placed(tmp_path)
-
-
-# --- The check ---
-
-
-def test_check_names_everything_that_is_wrong(tmp_path):
-    sizes = {"a.png": (64, 64), "copy.bmp": (64, 64), "tiny.png": (20, 20), "wide.png": (64, 256)}
-    write_pictures(tmp_path, sizes)
-    Image.open(tmp_path / "a.png").save(tmp_path / "copy.bmp")
-    (tmp_path / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0")
-    Image.fromarray(random_picture(64, 64, 7, channels=4)).save(tmp_path / "clear.png")
-    rows = [{"image": name, "prompt": "x"} for name in (*sizes, "cut.jpg", "clear.png", "absent.png")]
-    rows[0]["prompt"] = ""
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    report = check.check(samples.load(tmp_path, OPTIONS))
-    assert len(report.errors) == 2
-    assert "cut.jpg" in report.errors[0]
-    assert "absent.png" in report.errors[1]
-    warnings = "\n".join(report.warnings)
-    for words in (
-        "1 without a caption",
-        f"the same picture more than once: {tmp_path}/a.png = {tmp_path}/copy.bmp",
-        f"tiny: {tmp_path}/tiny.png (20x20) is enlarged 3.20 times to 64x64",
-        "wide.png (64x256) loses 75% of its area to the crop; enable_bucket",
-        f"laid over white (alpha_mask masks the loss): {tmp_path}/clear.png",
-    ):
-        assert words in warnings
-    assert len(report.warnings) == 5
-    assert json.loads(json.dumps(report.as_dict()))["errors"] == report.errors
-    text = check.render(report)
-    assert all(f"error: {error}" in text for error in report.errors)
-    assert all(f"warning: {warning}" in text for warning in report.warnings)
-
-
-def test_check_of_a_mixed_set(tmp_path):
-    write_pictures(tmp_path / "a", {f"{i}.png": (64, 64) for i in range(6)})
-    write_pictures(tmp_path / "b", {"b.png": (32, 96)})
-    write_pictures(tmp_path / "r", {f"r{i}.png": (70 + i, 70) for i in range(9)})
-    text = """[general]
-batch_size = 2
-validation_split = 0.34
-[[datasets]]
-resolution = 64
-[[datasets.subsets]]
-image_dir = "a"
-class_tokens = "sks toy"
-num_repeats = 2
-alpha_mask = true
-[[datasets.subsets]]
-image_dir = "r"
-class_tokens = "toy"
-is_reg = true
-[[datasets]]
-resolution = [96, 32]
-batch_size = 1
-[[datasets.subsets]]
-image_dir = "b"
-class_tokens = "wide"
-"""
-    report = check.check(samples.load(write_toml(tmp_path, text), {}))
-    assert not report.errors
-    assert (report.pictures, report.regularisation, report.validation) == (5, 9, 2)
-    assert (report.samples_per_epoch, report.steps_per_epoch) == (8 + 8 + 1, 8 + 1)
-    assert [(r.group, r.height, r.width, r.pictures, r.samples, r.batches) for r in report.buckets] == [
-        (1, 64, 64, 13, 16, 8),
-        (2, 32, 96, 1, 1, 1),
-    ]
-    assert report.captions == {"sks toy": 8, "toy": 8, "wide": 1}
-    assert any("unused" in warning and "r8.png" in warning for warning in report.warnings)
-    assert any("nothing is transparent" in warning for warning in report.warnings)
-    text = check.render(report)
-    assert "9 steps an epoch" in text
-    assert "1         32 x 96" not in text
-    assert "2         32 x 96" in text
-
-
-def test_check_says_what_is_animated(tmp_path):
-    frames = [Image.fromarray(random_picture(seed=i)) for i in range(2)]
-    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:])
-    report = check.check(samples.load(tmp_path, {**OPTIONS, "class_tokens": "x"}))
-    assert report.warnings == [f"animated, the first frame is taken: {tmp_path}/a.webp"]
 
 
 # --- The two-concept set ---

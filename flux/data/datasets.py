@@ -136,6 +136,11 @@ def _caption(picture: Path, extensions: Iterable[str]) -> str | None:
     return None
 
 
+def is_saved_table(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote this folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
 def load_table(path: str, name: str | None, split: str) -> Any:
     """A table of the `datasets` package: of the Hub, downloaded, or a folder of `Dataset.save_to_disk`.
 
@@ -145,19 +150,17 @@ def load_table(path: str, name: str | None, split: str) -> Any:
 
     folder = Path(path).expanduser()
     try:
-        if folder.is_dir() and any((folder / n).is_file() for n in ("state.json", "dataset_dict.json")):
+        if is_saved_table(folder):
             table = datasets.load_from_disk(str(folder))
             return table[split] if isinstance(table, Mapping) else table
         return datasets.load_dataset(path, name, split=split)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FluxError(
-            f"the data set {path}, split {split!r}, cannot be had: no folder here, and from the Hub: {reason}"
-        ) from None
+        raise FluxError(f"the data set {path}, split {split!r}, cannot be had: {reason}") from None
 
 
 def read_hugging_face(repo: str, split: str = "train") -> list[Row]:
-    """The rows of a data set of the Hub (downloaded into its cache) with the columns image and prompt.
+    """The rows of a table, as `load_table` finds it, with the columns image and prompt.
 
     All encoded pictures come into memory. FluxError, with advice, for one that cannot be had or has other
     columns.

@@ -38,10 +38,11 @@ class Dataset:
 def load(source: str | os.PathLike, options: Mapping[str, Any]) -> Dataset:
     """A data set from a data.toml, a train.jsonl, an index.json, a folder, or a repository of the Hub.
 
-    A folder is read by the first that it has of train.jsonl, index.json, data.toml; else its pictures are
-    taken, with a caption file each. options: of the command line, named as in the schema, `resolution` as
-    (height, width); a data.toml goes before them. Pictures are not opened here and may be absent.
-    FluxError in one line for a source that is not there and for every fault of its text.
+    A folder is read by the first that it has of train.jsonl, index.json, data.toml, a table saved by the
+    `datasets` package; else its pictures are taken, with a caption file each. options: of the command line,
+    named as in the schema, `resolution` as (height, width); a data.toml goes before them.
+    Pictures are not opened here and may be absent. FluxError in one line for a source that is not there and
+    for every fault of its text.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -93,6 +94,8 @@ def find_folder(image_dir: str, toml: Path) -> Path:
 
 
 def _rows(source: str, path: Path, subset: Subset) -> tuple[list[Row], Path | None]:
+    if datasets.is_saved_table(path):
+        return datasets.read_hugging_face(str(path)), None
     if path.is_dir():
         return datasets.read_folder(path, subset.caption_extension), path
     if path.suffix in (".jsonl", ".json") and path.is_file():

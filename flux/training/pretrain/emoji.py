@@ -148,16 +148,19 @@ class Renderer:
         if not font.is_file():
             raise FluxError(f"the font {font} is missing: install the Debian package fonts-noto-color-emoji")
         self._font = ImageFont.truetype(str(font), 109)  # the one bitmap size that the font has
+        self._glyphs: dict[tuple[str, int], np.ndarray] = {}
         self._boxes: dict[tuple[str, int, str], np.ndarray] = {}
 
     def glyph(self, name: str, side: int) -> np.ndarray:
         """One subject alone: (side, side, 4) uint8, RGBA."""
-        character = subjects()[name][0]
-        left, top, right, bottom = self._font.getbbox(character)
-        canvas = Image.new("RGBA", (136, 136))  # the font's cells are 136 x 128
-        offset = ((136 - (right - left)) // 2 - left, (136 - (bottom - top)) // 2 - top)
-        ImageDraw.Draw(canvas).text(offset, character, font=self._font, embedded_color=True)
-        return np.asarray(canvas.resize((side, side), Image.Resampling.BOX if side > 136 else Image.LANCZOS))
+        if (name, side) not in self._glyphs:
+            character = subjects()[name][0]
+            left, top, right, bottom = self._font.getbbox(character)
+            canvas = Image.new("RGBA", (136, 136))  # the font's cells are 136 x 128
+            offset = ((136 - (right - left)) // 2 - left, (136 - (bottom - top)) // 2 - top)
+            ImageDraw.Draw(canvas).text(offset, character, font=self._font, embedded_color=True)
+            self._glyphs[name, side] = np.asarray(canvas.resize((side, side), Image.Resampling.LANCZOS))
+        return self._glyphs[name, side]
 
     def _box(self, name: str, side: int, colour: str) -> np.ndarray:
         key = (name, side, colour)

@@ -58,11 +58,10 @@ class Share:
 
 
 class Judge:
-    """Says what a picture shows. Renderings are made once for each size and background."""
+    """Says what a picture shows."""
 
     def __init__(self) -> None:
         self._render = Renderer()
-        self._known: dict[tuple[str, str], np.ndarray] = {}
 
     def background(self, picture: np.ndarray) -> str:
         """The colour of the picture's (64, 64, 3) outermost pixels."""
@@ -70,23 +69,13 @@ class Judge:
         distances = np.square(np.array(list(COLOURS.values())) - np.median(frame, axis=0)).sum(axis=1)
         return list(COLOURS)[int(distances.argmin())]
 
-    def subject_and_place(self, picture: np.ndarray, size: str, colour: str) -> tuple[str, str]:
-        """Of the nearest rendering at this size, on this background."""
-        known = self._renderings(size, colour)  # (subjects * places, 64 * 64 * 3)
-        flat = picture.astype(np.float32).reshape(-1)
-        nearest = int((np.square(known).sum(axis=1) - 2 * known @ flat).argmin())
-        return list(subjects())[nearest // len(PLACES)], PLACES[nearest % len(PLACES)]
-
-    def _renderings(self, size: str, colour: str) -> np.ndarray:
-        if (size, colour) not in self._known:
-            self._known.clear()  # 50 MB each, and asked for one after the other
-            pictures = [
-                self._render(Composition((name,), colour, size, place))
-                for name in subjects()
-                for place in PLACES
-            ]
-            self._known[size, colour] = np.stack(pictures).reshape(len(pictures), -1).astype(np.float32)
-        return self._known[size, colour]
+    def subjects_and_places(self, pictures: np.ndarray, size: str, colour: str) -> list[tuple[str, str]]:
+        """Of the nearest rendering at this size, on this background; pictures (B, 64, 64, 3)."""
+        composed = [Composition((name,), colour, size, place) for name in subjects() for place in PLACES]
+        known = np.stack([self._render(c) for c in composed]).reshape(len(composed), -1).astype(np.float32)
+        flat = pictures.reshape(len(pictures), -1).astype(np.float32)
+        distances = np.square(known).sum(axis=1) - 2 * flat @ known.T  # and |picture|^2, the same for all
+        return [(composed[i].subjects[0], composed[i].place) for i in distances.argmin(axis=1)]
 
 
 def held_out_prompts(count: int, seed: int = 0) -> list[tuple[Composition, str]]:
@@ -105,12 +94,16 @@ def held_out_prompts(count: int, seed: int = 0) -> list[tuple[Composition, str]]
 def judge(pictures: np.ndarray, shown: Sequence[Composition]) -> dict[str, Share]:
     """How many pictures (B, 64, 64, 3) uint8 show what their compositions say."""
     judge, right = Judge(), {"subject": 0, "background": 0, "place": 0, "all three": 0}
-    found = [judge.background(picture) for picture in pictures]
-    for i in sorted(range(len(shown)), key=lambda i: (shown[i].size, found[i])):
-        subject, place = judge.subject_and_place(pictures[i], shown[i].size, found[i])
-        verdicts = (subject == shown[i].subjects[0], found[i] == shown[i].colour, place == shown[i].place)
-        for name, verdict in zip(right, (*verdicts, all(verdicts)), strict=True):
-            right[name] += verdict
+    groups: dict[tuple[str, str], list[int]] = {}  # of one size and background, to compare at once
+    for i, composition in enumerate(shown):
+        groups.setdefault((composition.size, judge.background(pictures[i])), []).append(i)
+    for (size, colour), rows in groups.items():
+        found = judge.subjects_and_places(pictures[rows], size, colour)
+        for i, (subject, place) in zip(rows, found, strict=True):
+            asked = shown[i]
+            verdicts = [subject == asked.subjects[0], colour == asked.colour, place == asked.place]
+            for name, verdict in zip(right, (*verdicts, all(verdicts)), strict=True):
+                right[name] += verdict
     return {name: Share(count, len(shown)) for name, count in right.items()}
 
 

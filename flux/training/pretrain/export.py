@@ -28,8 +28,6 @@ def main() -> None:
         replace(tiny.AUTOENCODER, scale_factor=latents.scale, shift_factor=latents.shift)
     )
     load_state(autoencoder, run / "autoencoder.safetensors")
-    if (run / "decoder.safetensors").exists():
-        load_state(autoencoder.decoder, run / "decoder.safetensors", "ema.average")
     clip, _ = load_tokenizers(run)
     parts = make_model(run, clip)
     load_state(parts, run / "flow.safetensors", "ema.average")

@@ -1,6 +1,7 @@
 """Stage 2 of the built-in model: the flow transformer and both text encoders, on latents made once.
 
     python -m flux.training.pretrain.flow --run DIR --steps N
+    mlx.launch -n 2 --backend ring -- python -m flux.training.pretrain.flow ...
 
 DIR holds the latents (`python -m flux.training.pretrain.latents`). Stopped at any moment it goes on from the
 last state in DIR.
@@ -28,7 +29,7 @@ from flux.training.pretrain.callbacks import Log, Save
 from flux.training.pretrain.emoji import Composition, captions
 from flux.training.pretrain.latents import Latents, read, training_compositions
 from flux.training.pretrain.vocabularies import save_clip, train_clip, train_t5
-from flux.training.trainer import Trainer
+from flux.training.trainer import Trainer, average_gradients
 
 
 class TextToLatent(nn.Module):
@@ -72,7 +73,7 @@ def flow_loss(
 
 
 def flow_batches(
-    latents: Latents, clip_ids: np.ndarray, t5_ids: np.ndarray, count: int, seed: int
+    latents: Latents, clip_ids: np.ndarray, t5_ids: np.ndarray, count: int, seed: int, rank: int
 ) -> Callable[[int], dict[str, mx.array]]:
     """step -> latents (count, 8, 8, 16) and token ids; some captions are dropped, for true guidance.
 
@@ -81,13 +82,13 @@ def flow_batches(
     """
 
     def batch(step: int) -> dict[str, mx.array]:
-        rng = np.random.default_rng((seed, step))
+        rng = np.random.default_rng((seed, rank, step))
         pictures = latents.draw(rng, count)
         captions = rng.integers(clip_ids.shape[1], size=count)
         empty = rng.random(count) < tiny.CAPTION_DROPOUT
         rows = np.where(empty, -1, pictures), np.where(empty, -1, captions)
         return {
-            "latents": mx.array(latents.scaled[pictures]),
+            "latents": mx.array(latents.scaled(pictures)),
             "clip": mx.array(clip_ids[rows]),
             "t5": mx.array(t5_ids[rows]),
         }
@@ -114,6 +115,20 @@ def tokenize(
     return clip_ids[:, :longest][places], t5_ids[places]
 
 
+def load_tokens(
+    run: Path, chosen: list[Composition], clip: CLIPTokenizer, t5: T5Tokenizer
+) -> list[np.ndarray]:
+    """`tokenize`, kept in the run's folder: it takes half a minute."""
+    file = run / "tokens.npz"
+    if not file.exists():
+        clip_ids, t5_ids = tokenize(chosen, clip, t5)
+        partial = run / f"tokens.{mx.distributed.init().rank()}.npz"
+        np.savez(partial, clip=clip_ids, t5=t5_ids)
+        partial.replace(file)
+    with np.load(file) as arrays:
+        return [arrays["clip"], arrays["t5"]]
+
+
 def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
     """The vocabularies of a run, trained on all captions if they are not there yet."""
     if not (run / "tokenizer_2" / "spiece.model").exists():
@@ -133,7 +148,7 @@ def make_model(run: Path, clip: CLIPTokenizer) -> TextToLatent:
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:
-    """What Muon is no good for (embeddings, layers at the latent, the text, the time) or too slow (modulation)."""
+    """What Muon is no good for (embeddings, layers at latent, text and time) or too slow for (modulation)."""
     edges = ("embedding", "shared", "relative_attention_bias", "img_in", "txt_in", "in_layer", "final_layer")
     return any(edge in name for edge in (*edges, "img_mod", "txt_mod", "modulation"))
 
@@ -144,30 +159,35 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: latents, state, log")
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=48, help="pictures a step and process")
     parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate; AdamW's is a tenth")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     run, steps = arguments.run, arguments.steps
     clip, t5 = load_tokenizers(run)
     latents = read(run / "latents.safetensors")
+    group = mx.distributed.init()
     mx.random.seed(arguments.seed)
     model = make_model(run, clip)
     warmup = min(100, steps)
-    optimizer = muon(
-        warmup_decay(arguments.rate, steps, warmup, 0.4),
-        warmup_decay(arguments.rate / 10, steps, warmup, 0.4),
-        is_edge,
+    rates = (warmup_decay(peak, steps, warmup, 0.4) for peak in (arguments.rate, arguments.rate / 10))
+    ids = load_tokens(run, latents.compositions, clip, t5)
+    trainer = Trainer(
+        model,
+        flow_loss,
+        flow_batches(latents, *ids, arguments.batch, arguments.seed, group.rank()),
+        muon(*rates, is_edge),
+        seed=2 * arguments.seed + group.rank(),
+        ema=EMA(model, tiny.EMA_DECAY),
+        average=average_gradients(group) if group.size() > 1 else None,
     )
-    batches = flow_batches(
-        latents, *tokenize(latents.compositions, clip, t5), arguments.batch, arguments.seed
-    )
-    trainer = Trainer(model, flow_loss, batches, optimizer, arguments.seed, EMA(model, tiny.EMA_DECAY))
     state = run / "flow.safetensors"
     if state.exists():
         trainer.load(state)
-    trainer.run(steps, (Log(run / "flow.jsonl", tiny.LOG_STEPS), Save(state)))
-    trainer.save(state)
+    first = group.rank() == 0
+    trainer.run(steps, (Log(run / "flow.jsonl", tiny.LOG_STEPS), Save(state)) if first else ())
+    if first:
+        trainer.save(state)
 
 
 if __name__ == "__main__":

@@ -38,10 +38,9 @@ class Latents:
     scale: float
     shift: float
 
-    @property
-    def scaled(self) -> np.ndarray:
-        """Means with mean 0 and deviation 1: what the flow learns to make."""
-        return (self.mean - self.shift) * self.scale
+    def scaled(self, rows: np.ndarray) -> np.ndarray:
+        """The means of some pictures, with mean 0 and deviation 1 over all: what the flow learns to make."""
+        return (self.mean[rows] - self.shift) * self.scale
 
     def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
         """Random rows, (count,): a pair with its share, else a single subject."""
@@ -72,6 +71,16 @@ def encode(model: AutoEncoder, chosen: list[Composition], batch: int = 64) -> tu
         means.append(np.array(mean))
         logvars.append(np.array(logvar))
     return np.concatenate(means), np.concatenate(logvars)
+
+
+def encode_shared(model: AutoEncoder, chosen: list[Composition]) -> list[mx.array]:
+    """`encode` by all processes, each its part."""
+    group = mx.distributed.init()
+    size = group.size()
+    padded = chosen + chosen[: -len(chosen) % size]
+    own = encode(model, padded[group.rank() :: size])  # (P / size, 8, 8, 16)
+    gathered = (mx.distributed.all_gather(mx.array(part)[None], group=group) for part in own)
+    return [part.swapaxes(0, 1).flatten(0, 1)[: len(chosen)] for part in gathered]
 
 
 def read(file: Path) -> Latents:

@@ -52,7 +52,6 @@ FLUX = FluxParams(
 )
 CAPTION_DROPOUT = 0.1
 TIME_SHIFT = 1.0
-EMA_DECAY = 0.999
+EMA_DECAY = 0.99
 PAIRS = 3000  # pictures of two subjects among the latents
 CROPS_UNTIL = 0.6  # of the autoencoder's steps
-DECODER_EMA_DECAY = 0.995
