@@ -255,3 +255,10 @@ def test_the_command_prints_every_fault_and_ends_with_2(tmp_path, monkeypatch, c
     """
     assert capsys.readouterr().out == textwrap.dedent(expected)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_example_is_a_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pretraining.write_pictures(tmp_path / "emoji")
+    config = validate.load(Path(validate.__file__).with_name("example.yaml"))
+    assert [step.name for step in config.steps] == ["vae", "vae_gan", "flow"]
