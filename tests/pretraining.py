@@ -57,7 +57,7 @@ def tables(folder: Path, *steps: dict[str, Any], **sections: dict[str, Any]) -> 
         "output": {
             "output_path": str(folder / "run"),
             "log_interval": 1,
-            "checkpoint_save_interval": 2,
+            "checkpoint_save_interval": 100,
             "samples_per_checkpoint": 0,
             "sample_steps": 2,
         },

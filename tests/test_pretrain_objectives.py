@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from flux.training.pretrain.batches import Batches, Share, open_dataset
 from flux.training.pretrain.config import COMPONENTS, Config, Step
 from flux.training.pretrain.networks import Networks, Tokenizers, group_of, mapped
-from flux.training.pretrain.objectives import Objective, threshold_metrics
+from flux.training.pretrain.objectives import Objective, moments, threshold_metrics
 from flux.training.pretrain.schedules import kl_weight
 from flux.training.pretrain.vocabularies import save_clip, train_clip, train_t5
 
@@ -223,11 +223,26 @@ def test_spade_begins_as_the_plain_decoder_and_then_differs(world):
     with mapped(decoder.spade, mx.zeros_like):
         plain = decoder(z)
     assert not mx.allclose(modulated, plain, atol=1e-2)
+    with pytest.raises(NotImplementedError, match="call it whole"):
+        world.networks.ae.decode(z)
     fresh = Networks(world.config, world.tokenizers).ae.decoder
     for spades in fresh.spade.layers:
         for spade in spades:
             x = mx.random.normal((1, 16, 16, spade.both.weight.shape[0] // 2))
             assert mx.array_equal(spade(x, z), x)
+
+
+def test_training_never_goes_in_pieces(world):
+    """Pieces are evaluated one by one, which is impossible inside a gradient."""
+    networks = world.networks
+    assert networks.ae.encoder.mid.attn_1.scores_memory >= 2**60
+    assert networks.ae.decoder.mid.attn_1.scores_memory >= 2**60
+    x = mx.zeros((1, 16, 16, 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            networks.ae, "_in_pieces", lambda part, x, memory, **_: part(x) if memory > 2**60 else None
+        )
+        assert moments(networks, x)[0].shape == (1, 8, 8, 4)
 
 
 def test_a_mapped_network_has_its_own_parameters_back(world):

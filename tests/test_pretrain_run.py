@@ -26,7 +26,7 @@ from flux.training.pretrain.stage import Stage
 from . import pretraining
 
 ROOT = Path(__file__).parents[1]
-VAE = {"name": "vae", "n_epochs": 2, "train_vae": True, "kl_warmup_steps": 4}
+VAE = {"name": "vae", "n_epochs": 1, "train_vae": True, "kl_warmup_steps": 4}
 GAN = {
     "name": "vae_gan",
     "max_steps": 5,
@@ -43,7 +43,7 @@ GAN = {
 }
 FLOW = {
     "name": "flow",
-    "n_epochs": 2,
+    "n_epochs": 1,
     "train_diff": True,
     "train_text_encoders": True,
     "use_ema": True,
@@ -90,14 +90,19 @@ class Stopped(Exception):
 def straight(tmp_path_factory) -> tuple[Path, Run]:
     """A run of three steps that nothing interrupts."""
     folder = tmp_path_factory.mktemp("straight")
-    return folder, run(folder, VAE, GAN, FLOW)
+    return folder, run(folder, VAE, GAN, FLOW, **OFTEN)
 
 
-TOTAL = 6 + 5 + 6
+OFTEN = {"output": {"checkpoint_save_interval": 2}}  # steps
+TOTAL = 3 + 5 + 3
 
 
 def test_stopped_again_and_again_it_is_the_straight_run(straight, tmp_path):
-    """As a kill between two steps: what is in memory is lost, and the checkpoints are up to two steps old."""
+    """As a kill between two steps: what is in memory is lost, and the checkpoints are up to two steps old.
+
+    Here samples are drawn, in the straight run not: they do not touch the training either.
+    """
+    output = {"samples_per_checkpoint": 1, **OFTEN["output"]}
     expected_folder, expected = straight
     sessions, limit = 0, 0
 
@@ -109,11 +114,11 @@ def test_stopped_again_and_again_it_is_the_straight_run(straight, tmp_path):
         sessions += 1
         limit += 3  # with a checkpoint every two steps: each session gets at least one farther
         try:
-            resumed = run(tmp_path, VAE, GAN, FLOW, resume=True, hook=stop)
+            resumed = run(tmp_path, VAE, GAN, FLOW, resume=True, hook=stop, output=output)
             break
         except Stopped:
             continue
-    assert sessions > 4
+    assert sessions > 3
     assert weights(resumed.networks) == weights(expected.networks)
     for step in ("vae", "vae_gan", "flow"):
         assert metrics(tmp_path, step) == metrics(expected_folder, step)
@@ -124,15 +129,14 @@ def test_stopped_again_and_again_it_is_the_straight_run(straight, tmp_path):
 
 def test_killed_at_ten_random_moments_it_is_the_straight_run_to_the_bit(straight, tmp_path):
     """kill -9 of the real program, at moments that know nothing of its steps: mostly in a step or a save."""
-    path = pretraining.write(tmp_path, VAE, GAN, FLOW, training={"workers": 2})
+    path = pretraining.write(tmp_path, VAE, GAN, FLOW, training={"workers": 2}, **OFTEN)
     command = [sys.executable, "-m", "flux.training.pretrain", str(path), "--resume"]
     environment = {**os.environ, "MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(ROOT)}
     rng, kills, finished = random.Random(0), 0, False
     while not finished:
         process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, cwd=tmp_path, text=True)
         if kills < 10:
-            lines = rng.randint(1, 3)  # of progress; then a little more
-            for _ in range(lines):
+            for _ in range(rng.randint(0, 2)):  # lines of progress; then a little more
                 process.stderr.readline()
             time.sleep(rng.uniform(0, 0.3))
             finished = process.poll() is not None
@@ -168,7 +172,7 @@ def test_a_finished_run_is_not_overwritten_and_another_config_is_refused(straigh
 def test_metrics_plots_and_checkpoints(straight):
     folder = straight[0] / "run"
     lines = metrics(straight[0], "vae_gan")
-    assert [line["global_step"] for line in lines] == list(range(7, 12))
+    assert [line["global_step"] for line in lines] == list(range(4, 9))
     assert [(line["epoch"], line["batch"]) for line in lines] == [(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]
     assert all(set(line["learning_rates"]) == {"vae", "discriminator"} for line in lines)
     rates = [line["learning_rates"]["vae"] for line in lines]
@@ -176,15 +180,20 @@ def test_metrics_plots_and_checkpoints(straight):
     assert [("r1" in line["metrics"]) for line in lines] == [True, False, False, True, False]
     for name in ("losses", "kl", "rates", "times", "overview"):
         picture = np.array(Image.open(folder / "graph" / f"{name}.png"))
-        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10, name
+        assert len(np.unique(picture[..., 0])) > 10, name
     summary = (folder / "graph" / "summary.txt").read_text()
-    assert "vae_gan: to epoch 2, global step 11" in summary
+    assert "vae_gan: to epoch 2, global step 8" in summary
     assert "discriminator" in summary
     assert len(list((folder / "checkpoints").iterdir())) == 2  # keep_checkpoints
 
 
 def test_samples_and_a_model_that_the_pipeline_loads(tmp_path):
-    output = {"samples_per_checkpoint": 2, "sample_sizes": [16, [32, 16]], "sample_captions": ["one", "two"]}
+    output = {
+        **OFTEN["output"],
+        "samples_per_checkpoint": 2,
+        "sample_sizes": [16, [32, 16]],
+        "sample_captions": ["one", "two"],
+    }
     run(tmp_path, {**VAE, "n_epochs": 1}, {**FLOW, "n_epochs": 1}, output=output)
     names = sorted(path.name for path in (tmp_path / "run/samples").iterdir())
     vae = [f"vae_e0001_b{b:05d}_vae_{size}.png" for b in (2, 3) for size in ("16x16", "32x16")]
@@ -199,11 +208,6 @@ def test_samples_and_a_model_that_the_pipeline_loads(tmp_path):
     assert pipeline.decode(latent, (8, 8)).shape == (1, 16, 16, 3)
 
 
-def test_samples_do_not_touch_the_training(straight, tmp_path):
-    sampled = run(tmp_path, VAE, GAN, FLOW, output={"samples_per_checkpoint": 1})
-    assert weights(sampled.networks) == weights(straight[1].networks)
-
-
 # --- transitions and what passes from step to step ---
 
 
@@ -214,8 +218,8 @@ def test_a_step_ends_when_its_metric_falls_below_the_threshold(tmp_path):
         tmp_path / "soon", {**first, "transition_on": threshold}, {**VAE, "name": "next", "n_epochs": 1}
     )
     assert done.progress.global_step == 3 + 3
-    never = {**first, "transition_on": {**threshold, "threshold": 0.0, "max_epochs": 2}}
-    assert run(tmp_path / "never", never).progress.global_step == 6
+    never = {**first, "transition_on": {**threshold, "threshold": 0.0, "max_epochs": 2}, "batch_size": 12}
+    assert run(tmp_path / "never", never).progress.global_step == 2
 
 
 def test_the_threshold_is_compared_with_the_epochs_mean(tmp_path):

@@ -24,6 +24,7 @@ ATTRIBUTES = {
     "flow": ("flow.",),
     "text_encoder": ("clip.", "t5."),
 }
+WHOLE = 2**62  # bytes: nothing goes in pieces, which neither gradients nor `mx.compile` would take
 
 
 class Networks(nn.Module):
@@ -35,6 +36,8 @@ class Networks(nn.Module):
         self.ae = AutoEncoder(model.autoencoder)
         if any(step.train_spade for step in steps):
             self.ae.decoder = SpadeDecoder(model.autoencoder)
+        for half in (self.ae.encoder, self.ae.decoder):
+            half.mid.attn_1.scores_memory = WHOLE
         if any(step.gan_training for step in steps):
             self.discriminator = Discriminator(model.discriminator)
         if tokenizers is not None:

@@ -14,7 +14,7 @@ from flux import sampler
 from flux.training import losses
 from flux.training.pretrain.adversary import hinge, r1
 from flux.training.pretrain.config import Step
-from flux.training.pretrain.networks import Networks, mapped
+from flux.training.pretrain.networks import WHOLE, Networks, mapped
 
 Metrics = dict[str, mx.array]
 Perceptual = Callable[[mx.array, mx.array], mx.array]  # two (B, H, W, 3) -> distances (B,)
@@ -135,7 +135,7 @@ def flow_loss(
 
 def moments(model: Networks, x: mx.array) -> tuple[mx.array, mx.array]:
     """Mean and log variance (B, h, w, z), float32, of pictures x (B, H, W, 3)."""
-    mean, logvar = model.ae.moments(x.astype(model.dtype))
+    mean, logvar = model.ae.moments(x.astype(model.dtype), WHOLE)
     return mean.astype(mx.float32), logvar.astype(mx.float32)
 
 

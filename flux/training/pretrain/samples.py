@@ -7,7 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from flux import images
+from flux import images, sampler
 from flux.pipeline import FluxPipeline, Parts
 from flux.training.ema import EMA
 from flux.training.pretrain.batches import Batches
@@ -87,9 +87,10 @@ def draw(
             tokenizers.t5,
         )
     )
-    latent_size = pipeline.latent_size(size)
+    latent_size, params = pipeline.latent_size(size), networks.ae.params
     *_, latent = pipeline.generate_latents(text, latent_size=latent_size, seed=seed)
-    return images.to_uint8(pipeline.decode(latent, latent_size))[0]
+    z = sampler.unpack(latent, latent_size) / params.scale_factor + params.shift_factor
+    return images.to_uint8(networks.ae.decoder(z) * 0.5 + 0.5)[0]  # whole: a SPADE decoder is never cut
 
 
 def spec(config: Config) -> ModelSpec:

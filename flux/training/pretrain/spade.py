@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux.models.autoencoder import AutoEncoderParams, Decoder, ResnetBlock
+from flux.models.layers import silu
 
 HIDDEN = 64  # channels between the latent and a norm's scale and shift
 
@@ -59,6 +60,10 @@ class SpadeDecoder(Decoder):
         levels = [block for level in reversed(self.up) for block in level.block]
         return [self.mid.block_1, self.mid.block_2, *levels]
 
+    def start(self, z: mx.array) -> mx.array:
+        """The plain decoder goes in two parts, of which the second no longer knows the latent."""
+        raise NotImplementedError("a SPADE decoder needs the latent at every resolution: call it whole")
+
     def __call__(self, z: mx.array) -> mx.array:
         """(B, h, w, z) raw latent -> (B, H, W, 3)."""
         pairs = iter(self.spade.layers)
@@ -69,14 +74,14 @@ class SpadeDecoder(Decoder):
                 h = _modulated(block, next(pairs), h, z)
             if "upsample" in level:
                 h = level.upsample(h)
-        return self.conv_out(nn.silu(self.norm_out(h)))
+        return self.conv_out(silu(self.norm_out(h)))
 
 
 def _modulated(block: ResnetBlock, spades: list[Spade], x: mx.array, z: mx.array) -> mx.array:
     """A residual block with modulated norms."""
     first, second = spades
-    h = block.conv1(nn.silu(first(block.norm1(x), z)))
-    h = block.conv2(nn.silu(second(block.norm2(h), z)))
+    h = block.conv1(silu(first(block.norm1(x), z)))
+    h = block.conv2(silu(second(block.norm2(h), z)))
     if "nin_shortcut" in block:
         x = block.nin_shortcut(x)
     return x + h
