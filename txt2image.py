@@ -23,10 +23,10 @@ from flux.pipeline import Plan, check_sampling
 PARTS = ("transformer", "ae", "clip", "t5")
 # The options that make a picture what it is: written into it, read again by --remake. Prompts come beside.
 RECIPE = (
-    *("model", *PARTS, "dtype", "quantize", "no_t5_padding", "negative_prompt", "cfg_scale", "guidance"),
-    *("steps", "image_size", "seed", "n_images", "n_rows", "decoding_batch_size"),
+    *("model", *PARTS, "dtype", "quantize", "adapter", "fuse_adapter", "no_t5_padding", "negative_prompt"),
+    *("cfg_scale", "guidance", "steps", "image_size", "seed", "n_images", "n_rows", "decoding_batch_size"),
 )
-FLAGS = ("no_t5_padding",)
+FLAGS = ("fuse_adapter", "no_t5_padding")
 PROGRAM = "flux-mlx"
 # Up to so many prompts, their modulation takes less memory than the weights that it is made with.
 MAX_PLANS = 16
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> None:
     with stages("load"):
         files = {part: getattr(args, part) for part in PARTS}
         dtype = args.dtype and getattr(mx, args.dtype)
-        pipeline = FluxPipeline(args.model, not args.no_t5_padding, dtype, args.quantize, **files)
+        adapters = (args.adapter or (), args.fuse_adapter)
+        pipeline = FluxPipeline(args.model, not args.no_t5_padding, dtype, args.quantize, *adapters, **files)
         fill_in(args, pipeline)
         if args.preload_models:
             pipeline.ensure_models_are_loaded()
@@ -97,6 +98,20 @@ def size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 256x512, not {text}") from None
 
 
+def adapter(text: str) -> tuple[str, float]:
+    """(file, strength) of "a.safetensors:0.8", where 0.8 may be left out and is then 1."""
+    file, colon, number = text.rpartition(":")
+    if not colon:
+        return text, 1.0
+    try:  # what is no number belongs to the file's name
+        return file, finite(number)
+    except ValueError:
+        if Path(file).exists() and not Path(text).exists():
+            message = f"the strength of {file} must be a number, not {number!r}"
+            raise argparse.ArgumentTypeError(message) from None
+        return text, 1.0
+
+
 def build_parser() -> Parser:
     parser = Parser(description="Make pictures of what a prompt says, with a FLUX.1 model.")
     parser.set_defaults(picture=None)  # of a batch, which one to keep: only a recipe says so
@@ -113,6 +128,14 @@ def build_parser() -> Parser:
         add(f"--{part}", metavar="FILE", help=f"take the {part} from FILE instead of the model's")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
     add("--quantize", nargs="?", type=int, const=4, metavar="BITS", help="to 4 (default) or 8 bits a weight")
+    add(
+        "--adapter",
+        action="append",
+        type=adapter,
+        metavar="FILE[:X]",
+        help="add a LoRA, X (1) times as strong",
+    )
+    add("--fuse-adapter", action="store_true", help="adapters into the weights, not beside them: faster")
     add("--no-t5-padding", action="store_true", help="do not pad prompts to the model's length: faster")
     add("--preload-models", action="store_true", help="load everything at once and keep it: more memory")
 
@@ -143,6 +166,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         recipe, its_prompts = read_recipe(args.remake)
         if prompts or args.seed is not None or args.n_images:
             recipe.pop("picture", None)  # it is no longer that batch
+        adapters = str(recipe.pop("adapter", "")).splitlines()
+        if not args.adapter:  # not as a default: one that is given would be added to it
+            argv = [*(f"--adapter={text}" for text in adapters), *argv]
         parser.set_defaults(**recipe)
         args = parser.parse_intermixed_args(argv)
         prompts = prompts or its_prompts
@@ -179,6 +205,8 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
     if args.quantize not in (None, 4, 8):
         raise FluxError(f"--quantize takes 4 or 8 bits, not {args.quantize}")
+    if args.fuse_adapter and not args.adapter:
+        raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
     pictures = len(args.prompts) * args.n_images
     if args.n_rows and args.n_rows > pictures and not args.save_raw:
         raise FluxError(f"--n-rows {args.n_rows} is more than there are pictures ({pictures})")
@@ -280,6 +308,7 @@ def recipe_text(
 ) -> dict[str, str]:
     """What made a file, as the text that --remake reads."""
     values = {name: getattr(args, name) for name in RECIPE}
+    values["adapter"] = "\n".join(f"{file}:{strength}" for file, strength in args.adapter or ()) or None
     values["image_size"] = "x".join(map(str, args.image_size))
     values |= {"picture": picture, "n_rows": min(args.n_rows, len(prompts) * args.n_images)}
     recipe = {name: str(value) for name, value in values.items() if value not in (None, False)}

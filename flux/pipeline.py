@@ -7,11 +7,13 @@ only one stage is in memory at a time.
 
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from flux import sampler
+from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.conditioning import TextConditioning, encode_texts
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder
@@ -74,6 +76,8 @@ class FluxPipeline:
         t5_padding: bool = True,
         dtype: mx.Dtype | None = None,
         bits: int | None = None,
+        adapters: Sequence[tuple[str | Path, float]] = (),
+        fuse_adapters: bool = False,
         **files: str | None,
     ):
         """Find a model and load it lazily.
@@ -82,10 +86,16 @@ class FluxPipeline:
         t5_padding: pad every prompt to the model's length, as FLUX was trained; without, prompts are faster.
         dtype: the weights' type; by default bfloat16 on a GPU and float32 on a CPU.
         bits: 4 or 8 to quantize the transformer and T5 to so many a weight; None not to.
+        adapters: files of LoRAs and their like, each with its strength (1: as trained); their changes add up.
+        fuse_adapters: work them into the weights, before these are quantized, rather than keep them beside:
+        steps are faster, and the networks that they change are in memory from the start.
         files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
-        Raises FluxError for a model that cannot be found or loaded.
+        Raises FluxError for a model that cannot be found or loaded, and for an adapter that cannot or does
+        not fit it; warns of what else of an adapter is left out.
         """
-        self._set(load(checkpoints.find(name, **files), dtype, bits), t5_padding)
+        weighted = read_weighted(adapters)  # before a model is fetched
+        checkpoint = checkpoints.find(name, **files)
+        self._set(load(checkpoint, dtype, bits, weighted, fuse_adapters), t5_padding)
 
     @classmethod
     def from_parts(cls, parts: Parts, t5_padding: bool = True) -> "FluxPipeline":
@@ -242,20 +252,34 @@ class FluxPipeline:
         return mx.clip(picture.astype(mx.float32) * 0.5 + 0.5, 0, 1)
 
 
-def load(checkpoint: checkpoints.Checkpoint, dtype: mx.Dtype | None, bits: int | None) -> Parts:
+def load(
+    checkpoint: checkpoints.Checkpoint,
+    dtype: mx.Dtype | None,
+    bits: int | None,
+    adapters: Sequence[Weighted],
+    fuse_adapters: bool,
+) -> Parts:
     """Load all parts, lazily. The order of what changes a model stands here, and here alone:
 
-    load -> (fuse adapter) -> quantize -> (inject adapter) -> shard.
+    load -> (fuse adapters) -> quantize -> (put adapters beside) -> shard.
     """
-    flow, t5 = checkpoint.load_flux(dtype), checkpoint.load_t5(dtype)
+    flow, clip, t5 = checkpoint.load_flux(dtype), checkpoint.load_clip(dtype), checkpoint.load_t5(dtype)
+    networks = {"flux": flow, "clip": clip, "t5": t5}
+    fused = attach(networks, adapters) if fuse_adapters else {}
+    for own in fused.values():
+        own.fuse()
     if bits is not None:
         quantize(flow, bits)
         quantize(t5, bits)
+    for part in fused:
+        evaluate(networks[part])
+    if not fuse_adapters:
+        attach(networks, adapters)
     return Parts(
         checkpoint.spec,
         flow,
         checkpoint.load_ae(dtype),
-        checkpoint.load_clip(dtype),
+        clip,
         t5,
         checkpoint.load_clip_tokenizer(),
         checkpoint.load_t5_tokenizer(),

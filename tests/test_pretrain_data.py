@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux.data.datasets import open_folder, open_hugging_face
+from flux.data.sources import open_folder, open_hugging_face
 from flux.data.webdataset import open_shards, shards
 from flux.errors import FluxError
 from flux.training.pretrain.batches import Batches, Share, open_dataset

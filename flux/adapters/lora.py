@@ -272,7 +272,8 @@ class Adapters:
         """Bakes all adapters into the weights that are not quantized, in float32, and lets go of them.
 
         Returns the layers whose adapters stay beside them because their weights are quantized: rounding to a
-        few bits would swallow the change. To fuse them all, fuse before quantizing.
+        few bits would swallow the change. To fuse them all, fuse before quantizing. Lazy, so that quantizing
+        may follow before a layer takes memory; see `flux.adapters.evaluate` for the time after that.
         """
         kept, done = [], []
         for path, layer in self._wrapped():
@@ -286,7 +287,6 @@ class Adapters:
             if biases:
                 bias = layer.base.bias if "bias" in layer.base else mx.zeros((weight.shape[0],))
                 layer.base.bias = sum(biases, start=bias.astype(mx.float32)).astype(dtype)
-            mx.eval(layer.base.parameters())  # one layer at a time: dW is as large as the layer, in float32
             done.append(path)
         self._unwrap(done)
         left = {share.name for _, layer in self._wrapped() for share in layer.shares}

@@ -1,6 +1,6 @@
 """A captioner: pictures and a task in, answers out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,6 +9,7 @@ from PIL import Image
 from flux.captioning.pictures import PictureParams, prepare
 from flux.captioning.tasks import Answer, Task
 from flux.captioning.tokenizer import BartTokenizer
+from flux.errors import FluxError
 from flux.models.florence2 import Florence2, GenerationParams, generate
 from flux.weights import florence2
 
@@ -31,6 +32,20 @@ class Captioner:
             tokenizer=BartTokenizer.from_folder(folder),
             pictures=picture_params(folder),
             generation=florence2.generation_params(folder),
+        )
+
+    def search(self, beams: int | None = None, max_tokens: int | None = None) -> None:
+        """Changes how answers are searched: with so many beams, for so many tokens at most.
+
+        None stands for the checkpoint's own, within what the network can write. FluxError beyond that.
+        """
+        own, limit = self.generation, self.model.language_model.max_tokens
+        if max_tokens is not None and max_tokens > limit:
+            raise FluxError(f"answers of {max_tokens} tokens; the captioner writes {limit} at most")
+        self.generation = replace(
+            own,
+            num_beams=own.num_beams if beams is None else beams,
+            max_new_tokens=min(own.max_new_tokens, limit) if max_tokens is None else max_tokens,
         )
 
     def answers(self, images: list[Image.Image], task: Task, texts: list[str] | None = None) -> list[Answer]:

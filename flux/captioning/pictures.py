@@ -1,10 +1,13 @@
 """From a Pillow picture to the captioner's input, with the values of the reference's image processor."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from PIL import Image
+
+from flux import images
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,19 @@ class PictureParams:
     deviation: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
-def prepare(images: list[Image.Image], params: PictureParams | None = None) -> mx.array:
+def load(path: str | Path) -> Image.Image:
+    """A file's picture, RGB, upright, transparency laid over white: the colours below it are arbitrary.
+
+    Raises FluxError for a file that is absent or no picture.
+    """
+    colours, alpha = images.load(path)
+    picture = Image.fromarray(colours)
+    if alpha is not None:
+        picture = Image.composite(picture, Image.new("RGB", picture.size, "white"), Image.fromarray(alpha))
+    return picture
+
+
+def prepare(pictures: list[Image.Image], params: PictureParams | None = None) -> mx.array:
     """B pictures of any size and mode -> (B, height, width, 3) float32, normalised.
 
     Proportions are given up: Florence-2 was trained on pictures stretched to a square, and its places are
@@ -28,7 +43,7 @@ def prepare(images: list[Image.Image], params: PictureParams | None = None) -> m
     """
     params = params or PictureParams()
     size = (params.width, params.height)
-    resized = [image.convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in images]
+    resized = [image.convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in pictures]
     # Through float64, as the reference does: the same float32 to the last bit.
     pixels = (np.stack([np.asarray(image) for image in resized]) * np.float64(1 / 255)).astype(np.float32)
     return mx.array((pixels - np.float32(params.mean)) / np.float32(params.deviation))

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from flux import images
-from flux.data.datasets import over_white
+from flux.data.pictures import over_white
 from flux.errors import FluxError
 
 

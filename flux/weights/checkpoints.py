@@ -27,14 +27,16 @@ from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
-from flux.weights import keymaps, layouts, quantize, registry, shapes, tensors
+from flux.weights import florence2, keymaps, layouts, quantize, registry, shapes, tensors
 from flux.weights.layouts import FOLDERS, NAMES, PARTS, TOKENIZERS, Part
 from flux.weights.registry import ModelSpec
 
+REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
 DEFAULTS = "defaults.json"  # in a folder that this program wrote: the model's own defaults
 TINY = "or use --model tiny, which is built in"  # what always works
 # huggingface_hub's own errors, those of the HTTP library below it (whichever it is), and the disk's.
 HUB_ERRORS = (OSError, RuntimeError, HFValidationError, *HfHubHTTPError.__bases__)
+CAPTIONER_FILES = ("*config.json", "tokenizer.json", "vocab.json", "merges.txt")  # beside the weights
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "transformer": Flux,
     "ae": AutoEncoder,
@@ -141,7 +143,7 @@ def find(model: str, **overrides: str | os.PathLike | None) -> Checkpoint:
         return _in_folder(path, spec, given)
     if spec is None and path.exists():
         raise FluxError(f"{model}: a model is a folder; to take one part from a file, use --transformer FILE")
-    if spec is None and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+    if spec is None and not re.fullmatch(REPOSITORY, model):
         known = ", ".join(row.name for row in registry.MODELS)
         raise FluxError(f"{model!r} is neither a model ({known}), nor a folder, nor a repository of the Hub")
     return _from_hub(spec.repo if spec else model, spec, given)
@@ -183,6 +185,27 @@ def _defaults(folder: Path, spec: ModelSpec) -> ModelSpec:
         raise FluxError(f"{path}: should hold a JSON object of ModelSpec's fields") from None
 
 
+def find_captioner(model: str) -> Path:
+    """The folder of a captioner: by its name (base, large, base-ft, large-ft), a folder, or a repository.
+
+    A repository is downloaded into the Hub's cache first, as by `find`. Raises FluxError, in one line that
+    says what to do, where it is not found.
+    """
+    repo, path = registry.CAPTIONERS.get(model), Path(model).expanduser()
+    if repo is None and path.is_dir():
+        return path
+    if repo is None and (path.exists() or not re.fullmatch(REPOSITORY, model)):
+        known = ", ".join(registry.CAPTIONERS)
+        raise FluxError(
+            f"{model!r} is neither a captioner ({known}), nor a folder, nor a repository of the Hub"
+        )
+    try:
+        return _captioner_from_hub(repo or model)
+    except FluxError as error:
+        # The built-in model makes pictures and cannot caption them.
+        raise FluxError(str(error).replace(f", {TINY}", "")) from None
+
+
 # --- The Hub ---
 
 
@@ -211,6 +234,23 @@ def _from_hub(repo: str, spec: ModelSpec | None, given: Mapping[str, Part]) -> C
     patterns = _patterns(list(files), spec, [kind for kind in PARTS if kind not in given])
     _check_disk(repo, files, patterns)
     return _in_folder(_snapshot(repo, patterns, offline=False), spec, given)
+
+
+def _captioner_from_hub(repo: str) -> Path:
+    files = _list_files(repo)
+    if files is None:
+        folder = _snapshot(repo, list(CAPTIONER_FILES), offline=True)
+        try:
+            florence2.weight_files(folder)
+        except FluxError as error:
+            raise FluxError(f"{error} ({_unreachable(repo)})") from None
+        return folder
+    weights = next((kind for kind in florence2.WEIGHTS if fnmatch.filter(files, kind)), None)
+    if weights is None:
+        raise FluxError(f"{repo}: no captioner there; expected {' or '.join(florence2.WEIGHTS)}")
+    patterns = [*CAPTIONER_FILES, weights]  # many repositories hold the weights in both formats
+    _check_disk(repo, files, patterns)
+    return _snapshot(repo, patterns, offline=False)
 
 
 def _list_files(repo: str) -> dict[str, int] | None:

@@ -58,6 +58,7 @@ COPIES = (  # of the embedding, in our names: files hold all of them, some, or o
     "language_model.lm_head.weight",
     "lm_head.weight",
 )
+WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # whole or in shards; the first that is there
 UNUSED = ("language_model.final_logits_bias",)  # zeros; transformers drops it as well
 
 # config.json -> Florence2Params. Where a file lacks a field, transformers' own default is meant.
@@ -168,7 +169,7 @@ def generation_params(folder: Path) -> GenerationParams:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files with the weights: safetensors, whole or in shards, else PyTorch's own format."""
-    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHTS)), [])
     if not files:
         raise FluxError(f"{folder}: no captioner here; expected config.json and model.safetensors")
     return files

@@ -11,9 +11,12 @@ import mlx.nn as nn
 
 from flux.errors import FluxError
 
-# Linear layers under these names: the transformer's blocks and T5's. The embedders, the final layer and the
-# norms stay as they are: small, and first and last in line.
-QUANTIZED = ("double_blocks.", "single_blocks.", "encoder.block.")
+# Linear layers under these names: the blocks of the transformer, of T5, and of the captioner's two networks.
+# The embedders, the final layer and the norms stay as they are: small, and first and last in line.
+QUANTIZED = (
+    *("double_blocks.", "single_blocks.", "encoder.block."),
+    *("vision_tower.blocks.", "language_model.encoder.layers.", "language_model.decoder.layers."),
+)
 BITS = (4, 8)
 GROUP_SIZES = {"affine": (64, 32, 128), "mxfp4": (32,)}  # by mode, the default first
 METADATA = "quantization"  # the key in a safetensors header
@@ -22,7 +25,7 @@ METADATA = "quantization"  # the key in a safetensors header
 def quantize(
     network: nn.Module, bits: int = 4, group_size: int | None = None, mode: str = "affine"
 ) -> nn.Module:
-    """Quantizes a Flux transformer's or a T5 encoder's blocks in place, lazily, and returns the network.
+    """Quantizes the blocks of a transformer, a T5 encoder or a captioner in place, lazily, and returns it.
 
     bits: 4 or 8 a weight. mode: "affine", where 64 (or 32, or 128: group_size) weights share a scale and an
     offset, or "mxfp4", 4-bit floats of which 32 share a scale. A layer whose input size is no multiple of the

@@ -68,6 +68,10 @@ MODELS: tuple[ModelSpec, ...] = (
     ),
 )
 
+CAPTIONERS = {  # by name: their repositories on the Hub
+    name: f"florence-community/Florence-2-{name}" for name in ("base", "large", "base-ft", "large-ft")
+}
+
 TINY_FOLDER = Path(__file__).parents[1] / "assets" / "tiny"
 
 

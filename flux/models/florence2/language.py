@@ -171,6 +171,11 @@ class LanguageModel(nn.Module):
         self.encoder = Encoder(params)
         self.decoder = Decoder(params)
 
+    @property
+    def max_tokens(self) -> int:
+        """The length of an answer at most: as many positions as were learned."""
+        return self.decoder.embed_positions.weight.shape[0] - POSITION_OFFSET
+
     def cache(self, encoded: mx.array, mask: mx.array | None = None) -> DecoderCache:
         """The empty cache for answers about what the encoder gave: encoded (P, S, C), mask (P, 1, 1, S)."""
         cross = [layer.encoder_attn.keys_values(encoded) for layer in self.decoder.layers]

@@ -17,6 +17,7 @@ from PIL import Image
 
 from flux.models.autoencoder import AutoEncoder
 from flux.training import losses
+from flux.training.convolution import use_products
 from flux.training.optimizers import muon, warmup_decay
 from flux.training.pretrain import tiny
 from flux.training.pretrain.callbacks import Log, Save
@@ -110,6 +111,8 @@ def make_trainer(batch: int, steps: int, rate: float, seed: int, mse_weight: flo
     group = mx.distributed.init()
     mx.random.seed(seed)
     model = AutoEncoder(tiny.AUTOENCODER)
+    if mx.default_device().type == mx.cpu:
+        use_products(model)
     warmup = min(100, steps)
     optimizer = muon(
         warmup_decay(rate, steps, warmup, 0.3), warmup_decay(rate / 8, steps, warmup, 0.3), is_edge

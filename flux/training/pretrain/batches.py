@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from flux import images
-from flux.data.datasets import Pictures, open_folder, open_hugging_face
+from flux.data.sources import Pictures, open_folder, open_hugging_face
 from flux.data.webdataset import open_shards
 from flux.errors import FluxError
 from flux.training.pretrain.config import Config, HuggingFace, Step, WebDataset

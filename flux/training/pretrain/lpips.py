@@ -13,8 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from flux.errors import FluxError
-from flux.training.pretrain.torch_files import read_torch
-from flux.weights import checkpoints
+from flux.weights import checkpoints, tensors, torchfile
 
 # torchvision's `features`: the number of each convolution and its channels, a tuple a resolution. What is
 # compared are the features after each tuple's last.
@@ -111,9 +110,4 @@ def _local(reference: str) -> Path:
 def _read(path: Path) -> Mapping[str, mx.array]:
     if not path.is_file():
         raise FluxError(f"LPIPS: no file {path}")
-    if path.suffix == ".safetensors":
-        try:
-            return mx.load(str(path))
-        except RuntimeError as error:
-            raise FluxError(f"{path}: {error}") from None
-    return {name: mx.array(array) for name, array in read_torch(path).items()}
+    return tensors.load([path]) if path.suffix == ".safetensors" else torchfile.load([path])

@@ -5,7 +5,7 @@ import math
 import re
 from pathlib import Path
 
-from flux.data.datasets import open_folder
+from flux.data.sources import open_folder
 from flux.data.webdataset import shards
 from flux.errors import FluxError
 from flux.models.clip import ACTIVATIONS

@@ -1,0 +1,87 @@
+"""Adapter files onto a whole model: the transformer, CLIP and T5 each get their own share of every file."""
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from flux.adapters.adapter import Adapter
+from flux.adapters.formats import SHOWN, load, some
+from flux.adapters.lora import Adapters, linear_shape, mismatches
+from flux.errors import FluxError
+
+
+class Weighted(NamedTuple):
+    """An adapter, the file that it came from, and how strongly it counts."""
+
+    file: str
+    adapter: Adapter
+    strength: float
+
+
+def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
+    """Reads adapter files with their strengths; 1 is the adapter as it was trained.
+
+    FluxError for a file that cannot be read or is no adapter, and for a strength that is no number.
+    """
+    out = []
+    for file, strength in files:
+        if not math.isfinite(strength):
+            raise FluxError(f"{file}: the adapter's strength must be a finite number, not {strength}")
+        out.append(Weighted(str(file), load(file), strength))
+    return out
+
+
+def attach(networks: Mapping[str, nn.Module], adapters: Sequence[Weighted]) -> dict[str, Adapters]:
+    """Puts adapters beside the weights of a model's networks: "flux", "clip" and "t5".
+
+    Returns the adapters of each network that has some. Warns, in one line a file, of the keys that found no
+    home and the layers that do not fit; both are left out. FluxError where nothing of a file fits, and for an
+    adapter whose picture comes with more channels than the transformer takes.
+    """
+    out: dict[str, Adapters] = {}
+    for file, adapter, strength in adapters:
+        _refuse_control(file, adapter, networks["flux"])
+        wrong: dict[str, str] = {}
+        attached = False
+        for part in adapter.parts():
+            own, network = adapter.part(part), networks[part]
+            misfits = mismatches(network, own)
+            wrong |= misfits
+            if own.modules.keys() - misfits.keys():
+                out.setdefault(part, Adapters(network)).add(own, strength, file)
+                attached = True
+        lost = [f"{key}: no home" for key in adapter.homeless] + [f"{n}: {why}" for n, why in wrong.items()]
+        if not attached:
+            raise FluxError(f"{file}: nothing of this adapter fits the model: {some(lost)}")
+        if lost:
+            _warn_of(file, lost)
+    return out
+
+
+def _refuse_control(file: str, adapter: Adapter, flow: nn.Module) -> None:
+    delta = adapter.modules.get("img_in")
+    if delta is not None and (delta.shape[1] or 0) > linear_shape(flow.img_in)[1]:
+        raise FluxError(
+            f"{file}: a control adapter: it needs a structure picture, which is not supported yet"
+        )
+
+
+def _warn_of(file: str, lost: list[str]) -> None:
+    more = f"; `python -m flux.adapters check {file} --model MODEL` names all" if len(lost) > SHOWN else ""
+    warnings.warn(f"{file}: left out of the adapter: {some(lost)}{more}", stacklevel=3)
+
+
+def evaluate(network: nn.Module) -> None:
+    """Computes a network's weights one layer at a time, after adapters were fused into them.
+
+    What fusing needs on the way is twice as large as a layer or more. MLX evaluates a whole graph in an order
+    of its own, in which that stands in memory for many layers at once.
+    """
+    for layer in network.modules():
+        if not layer.children():
+            mx.eval(layer.parameters())
