@@ -71,7 +71,6 @@ class Networks(nn.Module):
 
     def train_only(self, trained: frozenset[str]) -> None:
         """Freezes everything but these components, whatever was frozen before."""
-        self.freeze()
         for name in COMPONENTS:  # `spade` comes after the decoder that it is a part of
             module = self.component(name)
             if module is not None:
