@@ -10,9 +10,13 @@ def reconstruction(picture: mx.array, target: mx.array, mse_weight: float) -> tu
     return mx.abs(difference).mean() + mse_weight * mse, mse
 
 
-def kl(mean: mx.array, logvar: mx.array) -> mx.array:
-    """Kullback-Leibler divergence of N(mean, e^logvar) from N(0, 1), mean over the elements."""
-    return -0.5 * (1 + logvar - mx.square(mean) - mx.exp(logvar)).mean()
+def kl(mean: mx.array, logvar: mx.array, free_bits: float = 0.0) -> mx.array:
+    """Kullback-Leibler divergence of N(mean, e^logvar) from N(0, 1), mean over the elements.
+
+    An element is never less than `free_bits` (nats; Kingma et al. 2016, appendix C): nothing pushes it then.
+    """
+    elements = -0.5 * (1 + logvar - mx.square(mean) - mx.exp(logvar))
+    return (mx.maximum(elements, free_bits) if free_bits else elements).mean()
 
 
 def psnr(mse: mx.array) -> mx.array:

@@ -307,6 +307,14 @@ def _snapshot(repo: str, patterns: list[str], offline: bool) -> Path:
         raise FluxError(_advice(repo, error)) from None
 
 
+def fetch(repo: str, file: str) -> Path:
+    """One file of a repository, in the Hub's cache; FluxError where it cannot be had."""
+    path = _snapshot(repo, [file], _offline()) / file
+    if not path.is_file():
+        raise FluxError(f"{repo} has no file {file} on the Hub, or none in the cache")
+    return path
+
+
 def _offline() -> bool:
     """As huggingface_hub reads it, but now and not when it was imported."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

@@ -1,0 +1,123 @@
+"""WebDataset shards: tar files in which the members of one sample follow each other and share a name.
+
+The shards are read through once for the places of their members; after that any sample is at hand.
+"""
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+
+from flux import images
+from flux.data.pictures import over_white
+from flux.errors import FluxError
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a picture's bytes are."""
+
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        with self.shard.open("rb") as file:
+            return os.pread(file.fileno(), self.size, self.offset)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures in tar files."""
+
+    members: list[Member]
+    captions: list[str]
+
+    def picture(self, index: int) -> np.ndarray:
+        member = self.members[index]
+        try:
+            return over_white(*images.load(io.BytesIO(member.read())))
+        except FluxError:
+            raise FluxError(f"{member.shard}: {member.name} is not a picture that Pillow can read") from None
+
+
+def open_shards(path: str | Sequence[str], image_key: str, caption_key: str) -> Samples:
+    """The samples of shards: paths, with * or {000..012} in them.
+
+    image_key: suffixes, "jpg;png". caption_key: the suffix of a text, or else a key in the sample's .json.
+    Samples without a picture are left out. FluxError for no shards, no samples, or one without a caption.
+    """
+    suffixes = set(image_key.split(";"))
+    members: list[Member] = []
+    captions: list[str] = []
+    for shard in shards([path] if isinstance(path, str) else path):
+        for key, sample in _samples(shard):
+            picture = next((member for suffix, member in sample.items() if suffix in suffixes), None)
+            if picture is None:
+                continue
+            members.append(picture)
+            captions.append(_caption(shard, key, sample, caption_key))
+    if not members:
+        raise FluxError(f"{path}: no samples with a picture ({image_key})")
+    return Samples(members, captions)
+
+
+def shards(patterns: Sequence[str]) -> list[Path]:
+    """The files that the patterns name, in order."""
+    found: list[Path] = []
+    for pattern in patterns:
+        for name in _expand(str(Path(pattern).expanduser())):
+            paths = [Path(p) for p in sorted(glob(name))]
+            if not paths:
+                raise FluxError(f"no shard {name}")
+            found += paths
+    return found
+
+
+def _expand(pattern: str) -> list[str]:
+    """train-{000..002}.tar -> three names."""
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last = match.groups()
+    numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [name for number in numbers for name in _expand(before + number + after)]
+
+
+def _samples(shard: Path) -> list[tuple[str, dict[str, Member]]]:
+    """(name, members by suffix) of each sample. A name ends at the first point of its last part."""
+    found: list[tuple[str, dict[str, Member]]] = []
+    try:
+        with tarfile.open(shard, "r:") as tar:  # not compressed, so that every member has a place
+            for entry in tar:
+                if not entry.isfile():
+                    continue
+                folder, _, name = entry.name.rpartition("/")
+                stem, _, suffix = name.partition(".")
+                key = f"{folder}/{stem}"
+                if not found or found[-1][0] != key:
+                    found.append((key, {}))
+                found[-1][1][suffix.lower()] = Member(shard, entry.name, entry.offset_data, entry.size)
+    except (tarfile.TarError, OSError) as error:
+        raise FluxError(f"{shard}: not an uncompressed tar file that can be read ({error})") from None
+    return found
+
+
+def _caption(shard: Path, key: str, sample: dict[str, Member], caption_key: str) -> str:
+    if caption_key in sample:
+        return sample[caption_key].read().decode("utf-8", "replace").strip()
+    if "json" in sample:
+        try:
+            return str(json.loads(sample["json"].read())[caption_key])
+        except (ValueError, KeyError, TypeError):
+            pass
+    raise FluxError(f"{shard}: the sample {key} has no caption {caption_key!r}, as a file or in its .json")

@@ -1,0 +1,133 @@
+"""Batches of a step: a function of the step's number, so that a resumed run sees what it would have seen."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from flux import images
+from flux.data.sources import Pictures, open_folder, open_hugging_face
+from flux.data.webdataset import open_shards
+from flux.errors import FluxError
+from flux.training.pretrain.config import Config, HuggingFace, Step, WebDataset
+from flux.training.pretrain.networks import Tokenizers
+from flux.training.pretrain.schedules import kl_weight
+
+
+def open_dataset(config: Any) -> Pictures:
+    """The source that a data set's table describes."""
+    if isinstance(config, WebDataset):
+        return open_shards(config.path, config.image_key, config.caption_key)
+    if isinstance(config, HuggingFace):
+        return open_hugging_face(config.path, config.name, config.split, config.image_key, config.caption_key)
+    return open_folder(config.path, config.captions_file)
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's share of the data: the `rank`-th part of each epoch's `size`."""
+
+    rank: int = 0
+    size: int = 1
+
+
+class Batches:
+    """step -> a batch for `Objective`. An epoch is a permutation of the data without its incomplete end."""
+
+    def __init__(
+        self,
+        config: Config,
+        index: int,
+        source: Pictures,
+        tokenizers: Tokenizers | None,
+        share: Share,
+    ):
+        self._step: Step = config.steps[index]
+        self._source = source
+        self._captions = source.captions
+        self._tokenizers = tokenizers if self._step.train_diff else None
+        self._share = share
+        self._seed = (config.training.seed, index)
+        self._sides = (config.data.img_size, *config.data.reduced_min_sizes)
+        self._prefix = config.data.fixed_prompt_prefix
+        workers = config.training.workers
+        self._pool = ThreadPoolExecutor(workers) if workers else None
+        self._ahead: tuple[int, list[Future]] | None = None
+        self._order = lru_cache(maxsize=2)(self._permutation)
+        self._tokens = lru_cache(maxsize=100_000)(self._tokenize)
+        self.epoch_length = len(self._captions) // (self._step.batch_size * share.size)
+        if self.epoch_length == 0:
+            raise FluxError(
+                f'step "{self._step.name}": {len(self._captions)} pictures are no batch of '
+                f"{self._step.batch_size} for each of {share.size} process(es)"
+            )
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        rows, side = self._rows(step), self._side(step)
+        batch: dict[str, Any] = {"pictures": mx.array(np.stack(self._pictures(step, rows, side)))}
+        if self._step.decodes:
+            beta = kl_weight(step, self._step.kl_beta, self._step.kl_warmup_steps)
+            batch["beta"] = mx.array(beta)
+            # A Python value: the trainer compiles a step with and one without the penalty.
+            batch["r1"] = self._step.gan_training and step % self._step.r1_interval == 0
+        if self._tokenizers is not None:
+            clip, t5 = zip(*(self._tokens(text) for text in self.texts(step)), strict=True)
+            batch["clip"], batch["t5"] = mx.array(np.array(clip)), mx.array(np.array(t5))
+        return batch
+
+    def texts(self, step: int) -> list[str]:
+        """The captions of a batch, some of them empty for classifier-free guidance."""
+        dropped = self._random(step, 1).random(self._step.batch_size) < self._step.cfg_dropout_prob
+        texts = [self._prefix + self._captions[row] for row in self._rows(step)]
+        return ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
+
+    def _rows(self, step: int) -> np.ndarray:
+        epoch, place = divmod(step, self.epoch_length)
+        first = (place * self._share.size + self._share.rank) * self._step.batch_size
+        return self._order(epoch)[first : first + self._step.batch_size]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((*self._seed, epoch)).permutation(len(self._captions))
+
+    def _side(self, step: int) -> int:
+        """The pictures' side; the same in all processes, whose batches cost the same time then."""
+        return int(np.random.default_rng((*self._seed, step, 2)).choice(self._sides))
+
+    def _random(self, step: int, purpose: int) -> np.random.Generator:
+        return np.random.default_rng((*self._seed, step, purpose, self._share.rank))
+
+    def _pictures(self, step: int, rows: np.ndarray, side: int) -> list[np.ndarray]:
+        """The batch's pictures; the next batch's are begun at the same time."""
+        if self._pool is None:
+            return [self._load(row, side) for row in rows]
+        ahead, self._ahead = self._ahead, None
+        futures = ahead[1] if ahead is not None and ahead[0] == step else self._begin(step)
+        self._ahead = (step + 1, self._begin(step + 1))
+        return [future.result() for future in futures]
+
+    def _begin(self, step: int) -> list[Future]:
+        side = self._side(step)
+        return [self._pool.submit(self._load, row, side) for row in self._rows(step)]
+
+    def _load(self, row: int, side: int) -> np.ndarray:
+        return images.fit(self._source.picture(int(row)), (side, side))
+
+    def _tokenize(self, text: str) -> tuple[list[int], list[int]]:
+        return self._tokenizers.clip.encode(text), self._tokenizers.t5.encode(text)
+
+    def first(self, count: int, size: tuple[int, int]) -> list[np.ndarray]:
+        """The data's first pictures, fitted to (height, width): for samples and measurements."""
+        rows = range(min(count, len(self._captions)))
+        return [images.fit(self._source.picture(row), size) for row in rows]
+
+    def captions(self, count: int) -> list[str]:
+        """The captions of the data's first pictures."""
+        return [self._prefix + caption for caption in self._captions[:count]]
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)

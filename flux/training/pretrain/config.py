@@ -1,0 +1,352 @@
+"""The config of a training from scratch: what may stand in the file, and the file read into it.
+
+Sections: `model` (sizes), `data` (pictures, captions), `datasets` by name and `default_dataset`, `training`
+and in it `pipeline` (`steps`, `defaults`), `output`. Without `pipeline` the keys of a step stand in
+`training` itself, and without `datasets` the data are `data.data_path`. A step looks a key up in its own
+table, then in `pipeline.defaults`, then in `training`, then here.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flux.errors import FluxError
+from flux.models.autoencoder import AutoEncoderParams
+from flux.models.clip import CLIPTextParams
+from flux.models.t5 import T5Params
+from flux.models.transformer import FluxParams
+from flux.training.pretrain.adversary import DiscriminatorParams
+from flux.training.pretrain.schedules import DEFAULT_RATE, OPTIMIZERS, SCHEDULERS
+from flux.training.pretrain.tables import Faults, limits, nearest, option, read
+
+# What a step can train, and the groups that have an optimizer each.
+GROUPS = {
+    "vae": ("encoder", "decoder", "spade"),
+    "discriminator": ("discriminator",),
+    "flow": ("flow",),
+    "text_encoder": ("clip", "t5"),
+}
+COMPONENTS = tuple(component for group in GROUPS.values() for component in group)
+FREEZABLE = tuple(dict.fromkeys([*COMPONENTS, *GROUPS]))
+UNSCALED = {"scale_factor": 1.0, "shift_factor": 0.0}  # of the latents, before they have been measured
+
+
+@dataclass(frozen=True)
+class LpipsFiles:
+    """Local files (.safetensors or .pth) or `hf://owner/repository/file`.
+
+    vgg: VGG16's convolutions under torchvision's names. linear: the learned weights of the `lpips` package
+    (`lpips/weights/v0.1/vgg.pth` in its wheel).
+    """
+
+    linear: str
+    vgg: str = "hf://timm/vgg16.tv_in1k/model.safetensors"
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes. Channels that two networks share follow from one of them and are no keys."""
+
+    autoencoder: AutoEncoderParams = field(default_factory=lambda: AutoEncoderParams(**UNSCALED))
+    discriminator: DiscriminatorParams = field(default_factory=DiscriminatorParams)
+    transformer: FluxParams = field(default_factory=FluxParams)
+    clip: CLIPTextParams = field(default_factory=CLIPTextParams)
+    t5: T5Params = field(default_factory=T5Params)
+    t5_length: int = option(256, least=1)
+    clip_merges: int = option(8000, least=0)  # of the vocabulary trained on the captions
+    t5_vocabulary: int = option(8000, least=8)
+    tokenizer: str | None = None  # folders of vocabularies that are there already
+    tokenizer_2: str | None = None
+    lpips: LpipsFiles | None = None
+
+
+DERIVED = {
+    "autoencoder": ("in_channels", "out_ch", "scale_factor", "shift_factor"),
+    "transformer": ("in_channels", "out_channels", "vec_in_dim", "context_in_dim"),
+    "clip": ("vocab_size",),
+    "t5": ("vocab_size",),
+}
+
+
+@dataclass(frozen=True)
+class Local:
+    """Pictures in a folder; captions in a file `name<TAB>caption`, train.jsonl, or a text file a picture."""
+
+    path: str
+    captions_file: str | None = None
+
+
+@dataclass(frozen=True)
+class WebDataset:
+    """Tar shards: a path, one with * or {000..012}, or a list of such. `image_key`s are suffixes (jpg;png).
+
+    `caption_key`: a suffix, or a key of the samples' .json.
+    """
+
+    path: str | tuple[str, ...]
+    image_key: str = "jpg;jpeg;png;webp"
+    caption_key: str = "txt"
+
+
+@dataclass(frozen=True)
+class HuggingFace:
+    """A data set of the Hub, or a folder that `datasets` has saved."""
+
+    path: str
+    name: str | None = None  # the configuration, where there are several
+    split: str = "train"
+    image_key: str = "image"
+    caption_key: str = "text"
+
+
+DATASETS = {"local": Local, "webdataset": WebDataset, "huggingface": HuggingFace}
+
+
+@dataclass(frozen=True)
+class Data:
+    data_path: str | None = None
+    captions_file: str | None = None
+    img_size: int = option(256, least=8)
+    reduced_min_sizes: tuple[int, ...] = option((), least=8)  # other sides that are trained on as well
+    fixed_prompt_prefix: str = ""
+
+
+@dataclass(frozen=True)
+class Output:
+    output_path: str
+    log_interval: int = option(10, least=1)  # steps
+    checkpoint_save_interval: int | str = 500  # steps, or "10 minutes"
+    keep_checkpoints: int = option(2, least=1)
+    samples_per_checkpoint: int = option(4, least=0)
+    sample_sizes: tuple[int | tuple[int, int], ...] = ()  # a side or [width, height]; the data's if empty
+    sample_captions: tuple[str, ...] = ()  # the data's if empty
+    sample_steps: int = option(20, least=1)
+    sample_cfg_scale: float = option(3.0, least=1)
+
+
+@dataclass(frozen=True)
+class Optimization:
+    optimizers: dict[str, Any] = field(
+        default_factory=dict, metadata=limits(choices=tuple(GROUPS), kinds=OPTIMIZERS)
+    )
+    schedulers: dict[str, Any] = field(
+        default_factory=dict, metadata=limits(choices=tuple(GROUPS), kinds=SCHEDULERS)
+    )
+
+
+@dataclass(frozen=True)
+class Transition:
+    """When a step ends: after its epochs, or when an epoch's mean of `metric` is at most `threshold`."""
+
+    mode: str = option("epoch", choices=("epoch", "loss_threshold"))
+    metric: str | None = None
+    threshold: float | None = None
+    max_epochs: int | None = option(None, least=1)
+
+
+@dataclass(frozen=True)
+class Step:
+    name: str
+    description: str = ""
+    n_epochs: int | None = option(None, least=1)
+    max_steps: int | None = option(None, least=1)
+    dataset: str | None = None
+    train_vae: bool = False
+    gan_training: bool = False
+    use_lpips: bool = False
+    train_spade: bool = False
+    train_diff: bool = False
+    train_text_encoders: bool = False
+    use_ema: bool = False
+    ema_decay: float = option(0.9999, above=0, below=1)
+    cfg_dropout_prob: float = option(0.1, least=0, most=1)
+    time_shift: float = option(1.0, above=0)  # of the flow's times, towards the noise
+    freeze: tuple[str, ...] = option((), choices=FREEZABLE)
+    unfreeze: tuple[str, ...] = option((), choices=FREEZABLE)
+    batch_size: int = option(8, least=1)  # a process
+    lr: float = option(DEFAULT_RATE, above=0)
+    kl_beta: float = option(1e-4, least=0)
+    kl_warmup_steps: int = option(5000, least=0)
+    kl_free_bits: float = option(0.0, least=0)
+    lambda_adv: float = option(0.5, least=0)
+    lambda_lpips: float = option(0.1, least=0)
+    mse_weight: float = option(0.1, least=0)
+    r1_interval: int = option(16, least=1)
+    r1_gamma: float = option(5.0, least=0)
+    instance_noise_std: float = option(0.0, least=0)
+    optimization: Optimization = Optimization()
+    transition_on: Transition = Transition()
+
+    @property
+    def decodes(self) -> bool:
+        """Whether pictures go through the autoencoder and back."""
+        return self.train_vae or self.gan_training or self.train_spade
+
+    @property
+    def trained(self) -> frozenset[str]:
+        """The components that this step moves."""
+        chosen: set[str] = set()
+        if self.train_vae or self.gan_training:
+            chosen |= {"encoder", "decoder"}
+        chosen |= {"spade"} if self.train_spade else set()
+        chosen |= {"discriminator"} if self.gan_training else set()
+        chosen |= {"flow"} if self.train_diff else set()
+        chosen |= {"clip", "t5"} if self.train_text_encoders else set()
+        return frozenset(chosen - expand(self.freeze) | expand(self.unfreeze))
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups with a component that this step moves, in the order of GROUPS."""
+        return tuple(group for group, parts in GROUPS.items() if self.trained & set(parts))
+
+
+@dataclass(frozen=True)
+class Training:
+    seed: int = option(0, least=0, most=2**31 - 1)
+    workers: int = option(2, least=0)  # threads that read pictures
+    use_fp16: bool = False  # networks compute in bfloat16; parameters and optimizers stay in float32
+
+
+@dataclass(frozen=True)
+class Config:
+    model: Model
+    data: Data
+    training: Training
+    steps: tuple[Step, ...]
+    datasets: dict[str, Any]
+    default_dataset: str | None
+    output: Output
+
+    def dataset_of(self, step: Step) -> str:
+        return step.dataset or self.default_dataset or next(iter(self.datasets))
+
+
+class ConfigError(FluxError):
+    """A config with faults; `faults` has a line for each."""
+
+    def __init__(self, path: Path, faults: list[str]):
+        super().__init__(f"{path}: {'; '.join(faults)}")
+        self.faults = faults
+
+
+def expand(names: tuple[str, ...]) -> set[str]:
+    """Components and groups -> components. `spade` comes by its own name only, being off by default."""
+    parts = {part for name in names for part in GROUPS.get(name, (name,))}
+    return parts - {"spade"} | {"spade"} & set(names)
+
+
+def parse(path: Path) -> dict[str, Any]:
+    """The tables of a YAML, TOML or JSON file. Raises FluxError for a file that is none."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FluxError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    readers = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml, ".json": json.loads}
+    if path.suffix not in readers:
+        raise FluxError(f"{path}: a config's suffix is one of {', '.join(readers)}")
+    try:
+        tables = readers[path.suffix](text)
+    except ValueError as error:
+        raise FluxError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(tables, dict):
+        raise FluxError(f"{path}: a config is a table with the keys model, data, training, output")
+    return tables
+
+
+def _yaml(text: str) -> Any:
+    try:
+        import yaml  # comes with huggingface-hub
+    except ImportError:
+        raise FluxError("PyYAML is missing: pip install pyyaml, or write the config in TOML") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(error) from None
+
+
+def _toml(text: str) -> Any:
+    try:
+        import tomllib
+    except ImportError:
+        raise FluxError("TOML needs Python 3.11 or newer; write the config in YAML") from None
+    return tomllib.loads(text)
+
+
+def read_config(raw: dict[str, Any], faults: Faults) -> Config | None:
+    """The config that a file's tables say; None, and lines in `faults`, where single keys are wrong."""
+    sections = ("model", "data", "datasets", "default_dataset", "training", "output")
+    for name in raw:
+        if name not in sections:
+            faults.add("", f"unknown section {name!r}{nearest(str(name), sections)}")
+    tables = {name: raw.get(name) or {} for name in sections if name != "default_dataset"}
+    for name, table in tables.items():
+        if not isinstance(table, Mapping):
+            faults.add(name, f"must be a table of keys, not {table!r}")
+            return None
+    training, steps = _split_training(tables["training"], faults)
+    parts = {
+        "model": _model(tables["model"], faults),
+        "data": read(Data, tables["data"], "data", faults),
+        "training": read(Training, training, "training", faults),
+        "steps": tuple(_step(step, i, faults) for i, step in enumerate(steps)),
+        "datasets": _datasets(tables["datasets"], tables["data"], faults),
+        "default_dataset": raw.get("default_dataset"),
+        "output": read(Output, tables["output"], "output", faults),
+    }
+    return None if faults.lines else Config(**parts)
+
+
+def _split_training(training: Mapping, faults: Faults) -> tuple[dict, list]:
+    """The keys of the whole training, and the tables of its steps with their defaults filled in."""
+    of_step = {f.name for f in dataclasses.fields(Step)}
+    shared = {k: v for k, v in training.items() if k in of_step}
+    own = {k: v for k, v in training.items() if k not in of_step and k != "pipeline"}
+    if "pipeline" not in training:
+        return own, [{"name": "train", **shared}]
+    pipeline = training["pipeline"]
+    if not isinstance(pipeline, Mapping) or not isinstance(pipeline.get("steps"), list):
+        faults.add("training.pipeline", "must be a table with a list of 'steps'")
+        return own, []
+    for name in pipeline:
+        if name not in ("steps", "defaults"):
+            text = f"unknown key {name!r}{nearest(str(name), ('steps', 'defaults'))}"
+            faults.add("training.pipeline", text)
+    if not pipeline["steps"]:
+        faults.add("training.pipeline", "'steps' is empty")
+    defaults = {**shared, **(pipeline.get("defaults") or {})}
+    return own, [{**defaults, **step} if isinstance(step, Mapping) else step for step in pipeline["steps"]]
+
+
+def _step(table: Any, index: int, faults: Faults) -> Step | None:
+    name = table.get("name") if isinstance(table, Mapping) else None
+    return read(Step, table, f'step "{name}"' if name else f"step {index + 1}", faults)
+
+
+def _model(table: Mapping, faults: Faults) -> Model | None:
+    """Reads each network's table apart, because some of its fields are derived."""
+    networks, defaults = {}, Model()
+    for name, derived in DERIVED.items():
+        default = getattr(defaults, name)
+        given = read(type(default), table.get(name) or {}, f"model.{name}", faults, derived)
+        if given is not None:
+            networks[name] = dataclasses.replace(given, **{k: getattr(default, k) for k in derived})
+    rest = {k: v for k, v in table.items() if k not in DERIVED}
+    model = read(Model, rest, "model", faults)
+    return model and dataclasses.replace(model, **networks)
+
+
+def _datasets(table: Mapping, data: Mapping, faults: Faults) -> dict[str, Any]:
+    """The data sets by name; `data.data_path` is one more, called "data"."""
+    hold = read(_Datasets, {"datasets": table}, "", faults)
+    found = dict(hold.datasets) if hold else {}
+    if isinstance(data.get("data_path"), str):
+        found["data"] = Local(data["data_path"], data.get("captions_file"))
+    return found
+
+
+@dataclass(frozen=True)
+class _Datasets:
+    datasets: dict[str, Any] = field(default_factory=dict, metadata=limits(kinds=DATASETS))

@@ -1,0 +1,125 @@
+"""How far a run has come, and its checkpoints: all that a killed run needs to go on as if it had not been."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flux.errors import FluxError
+from flux.training.pretrain.config import Config
+from flux.training.pretrain.schedules import Plateau
+
+STATE = "state.safetensors"
+PROGRESS = "progress.json"
+
+
+@dataclass
+class Means:
+    """Sums and counts of metrics, so that the mean of some of them goes on after a resume."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        """The means, and none are left."""
+        means = {name: total / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+
+@dataclass
+class Progress:
+    """What moves, besides the arrays in the trainer's own file.
+
+    index: of the pipeline's step; `begun`: the file of arrays is of this step, not of the one before.
+    global_step: optimizer steps done in all. session: how often the run was started. scale, shift: of the
+    latents; `measured` says that they fit the autoencoder as it is.
+    """
+
+    index: int = 0
+    begun: bool = False
+    global_step: int = 0
+    session: int = 1
+    scale: float = 1.0
+    shift: float = 0.0
+    measured: bool = False
+    epoch: Means = field(default_factory=Means)
+    window: Means = field(default_factory=Means)
+    plateaus: dict[str, Plateau] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, table: dict[str, Any]) -> "Progress":
+        table = dict(table)
+        for name in ("epoch", "window"):
+            table[name] = Means(**table[name])
+        table["plateaus"] = {group: Plateau(**plateau) for group, plateau in table["plateaus"].items()}
+        return cls(**table)
+
+
+class Checkpoints:
+    """Folders, each complete or not there at all: they are written under another name and then renamed."""
+
+    def __init__(self, folder: Path, keep: int, identity: dict[str, Any]):
+        self._folder = folder
+        self._keep = keep
+        self._identity = identity
+
+    def latest(self) -> Path | None:
+        """The checkpoint that has come farthest."""
+        return max(self._complete(), default=None)
+
+    def save(self, progress: Progress, save_state: Callable[[Path], None]) -> None:
+        """Writes one, and removes the oldest; `save_state(file)` writes the arrays."""
+        partial = self._folder / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_state(partial / STATE)
+        table = {"identity": self._identity, "progress": asdict(progress)}
+        with (partial / PROGRESS).open("w", encoding="utf-8") as file:
+            json.dump(table, file)
+            file.flush()
+            os.fsync(file.fileno())
+        target = self._folder / f"{progress.global_step:09d}-{progress.index:03d}"
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(partial, target)
+        for old in sorted(self._complete())[: -self._keep]:
+            shutil.rmtree(old)
+
+    def read(self, path: Path) -> Progress:
+        """The progress of a checkpoint. FluxError if it is of another config."""
+        table = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        own, found = self._identity, table["identity"]
+        if other := [name for name in own if found.get(name) != own[name]]:
+            names = ", ".join(other)
+            raise FluxError(
+                f"{path} is of a run with another {names}: give the config that it was begun with"
+            )
+        return Progress.from_json(table["progress"])
+
+    def _complete(self) -> list[Path]:
+        if not self._folder.is_dir():
+            return []
+        found = [path for path in self._folder.iterdir() if path.name[0] != "."]
+        return [path for path in found if (path / STATE).is_file() and (path / PROGRESS).is_file()]
+
+
+def identity(config: Config, processes: int) -> dict[str, Any]:
+    """What must be the same when a run is resumed: all that its result depends on."""
+    return {
+        "model": repr(config.model),
+        "data": repr(config.data),
+        "datasets": repr(config.datasets),
+        "default_dataset": config.default_dataset,
+        "seed": config.training.seed,
+        "use_fp16": config.training.use_fp16,
+        "steps": [repr(step) for step in config.steps],
+        "number of processes": processes,
+    }

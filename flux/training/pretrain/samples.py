@@ -1,0 +1,131 @@
+"""Pictures during a training, and the trained model as files. Neither touches the training's random state."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from flux import images, sampler
+from flux.pipeline import FluxPipeline, Parts
+from flux.training.ema import EMA
+from flux.training.pretrain.batches import Batches
+from flux.training.pretrain.config import Config, Step
+from flux.training.pretrain.networks import Networks, Tokenizers
+from flux.training.pretrain.spade import SpadeDecoder
+from flux.weights import save
+from flux.weights.registry import ModelSpec
+
+SEED = 1000  # of the first sample; the same at every checkpoint, so that they can be compared
+
+
+@contextmanager
+def averaged(networks: Networks, ema: EMA | None) -> Iterator[None]:
+    """Within the block the networks have the averaged parameters, if there is an average."""
+    own = networks.parameters()
+    if ema is not None:
+        ema.copy_to(networks)
+    try:
+        yield
+    finally:
+        networks.update(own)
+
+
+def write_samples(
+    config: Config,
+    step: Step,
+    networks: Networks,
+    tokenizers: Tokenizers | None,
+    batches: Batches,
+    name: str,
+) -> None:
+    """PNGs in `samples/`, called `name` and the size: pictures over their reconstructions, drawn captions."""
+    folder = Path(config.output.output_path) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    count = config.output.samples_per_checkpoint
+    if count == 0:
+        return
+    for height, width in sample_sizes(config):
+        if step.decodes:
+            pictures = np.stack(batches.first(count, (height, width)))
+            pair = np.concatenate([pictures, reconstruct(networks, pictures)])
+            images.save(folder / f"{name}_vae_{width}x{height}.png", images.grid(list(pair), 2))
+        if step.train_diff:
+            texts = list(config.output.sample_captions) or list(batches.captions(count))
+            drawn = [
+                draw(config, networks, tokenizers, text, (height, width), SEED + i)
+                for i, text in enumerate(texts[:count])
+            ]
+            images.save(folder / f"{name}_flow_{width}x{height}.png", images.grid(drawn))
+
+
+def sample_sizes(config: Config) -> list[tuple[int, int]]:
+    """(height, width) of each of the config's sides or [width, height]."""
+    sizes = config.output.sample_sizes or (config.data.img_size,)
+    return [(size[1], size[0]) if isinstance(size, tuple) else (size, size) for size in sizes]
+
+
+def reconstruct(networks: Networks, pictures: np.ndarray) -> np.ndarray:
+    """(B, H, W, 3) uint8 through encoder and decoder."""
+    mean, _ = networks.ae.moments(mx.array(pictures).astype(mx.float32) / 127.5 - 1)
+    return images.to_uint8(networks.ae.decoder(mean) * 0.5 + 0.5)
+
+
+def draw(
+    config: Config, networks: Networks, tokenizers: Tokenizers, text: str, size: tuple[int, int], seed: int
+) -> np.ndarray:
+    """A picture (H, W, 3) uint8 of a text, with classifier-free guidance."""
+    pipeline = FluxPipeline.from_parts(
+        Parts(
+            spec(config),
+            networks.flow,
+            networks.ae,
+            networks.clip,
+            networks.t5,
+            tokenizers.clip,
+            tokenizers.t5,
+        )
+    )
+    latent_size, params = pipeline.latent_size(size), networks.ae.params
+    *_, latent = pipeline.generate_latents(text, latent_size=latent_size, seed=seed)
+    z = sampler.unpack(latent, latent_size) / params.scale_factor + params.shift_factor
+    return images.to_uint8(networks.ae.decoder(z) * 0.5 + 0.5)[0]  # whole: a SPADE decoder is never cut
+
+
+def spec(config: Config) -> ModelSpec:
+    """The defaults of the trained model."""
+    side, output = config.data.img_size, config.output
+    return ModelSpec(
+        name="pretrained",
+        repo="",
+        file="",
+        steps=output.sample_steps,
+        guidance=1.0,
+        shift=False,
+        t5_length=config.model.t5_length,
+        image_size=(side, side),
+        cfg_scale=output.sample_cfg_scale,
+    )
+
+
+def export(config: Config, networks: Networks, tokenizers: Tokenizers | None) -> Path:
+    """The trained model for `txt2image.py --model`; without a flow its autoencoder; the path written.
+
+    A SPADE decoder has no place in FLUX's layout: all networks are then one file of our names.
+    """
+    folder = Path(config.output.output_path)
+    if isinstance(networks.ae.decoder, SpadeDecoder):
+        path = folder / "networks.safetensors"
+        networks.save_weights(str(path))
+        return path
+    if tokenizers is None:
+        path = folder / "ae.safetensors"
+        params = networks.ae.params
+        save.save_network(path, "ae", networks.ae, save.autoencoder_config(params))
+        return path
+    model = save.Model(
+        networks.flow, networks.ae, networks.clip, networks.t5, *tokenizers.folders, spec(config)
+    )
+    save.save_bfl(folder / "model", model)
+    return folder / "model"

@@ -1,0 +1,118 @@
+"""One step of the pipeline: its batches, optimizers and rates, and the trainer that takes its steps."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+
+from flux.training.ema import EMA
+from flux.training.pretrain.batches import Batches
+from flux.training.pretrain.config import Config, Step
+from flux.training.pretrain.networks import Networks, group_of
+from flux.training.pretrain.objectives import Objective
+from flux.training.pretrain.progress import Progress
+from flux.training.pretrain.schedules import AdamW, Constant, Plateau, ReduceOnPlateau
+from flux.training.trainer import Metrics, Trainer, average_gradients
+
+
+class Stage:
+    """A step of the config, ready to run. Makes the networks train what the step trains, and nothing else."""
+
+    def __init__(
+        self,
+        config: Config,
+        index: int,
+        networks: Networks,
+        batches: Batches,
+        objective: Objective,
+        group: mx.distributed.Group,
+    ):
+        self.step: Step = config.steps[index]
+        self.batches = batches
+        self.epochs = self.step.n_epochs or self.step.transition_on.max_epochs
+        self.total = self.step.max_steps or self.epochs * batches.epoch_length
+        self._group = group
+        self._metrics: dict[str, float] = {}
+        networks.train_only(self.step.trained)
+        self._optimizers = {name: self._optimizer(name) for name in self.step.groups}
+        seed = np.random.SeedSequence((config.training.seed, index, group.rank())).generate_state(1)[0]
+        self.trainer = Trainer(
+            networks,
+            objective,
+            batches,
+            split_by_group(self._optimizers),
+            seed=int(seed),
+            ema=PartEMA(networks, self.step.ema_decay) if self.step.use_ema else None,
+            average=average_gradients(group) if group.size() > 1 else None,
+        )
+
+    def _optimizer(self, group: str) -> optim.Optimizer:
+        chosen = self.step.optimization.optimizers.get(group, AdamW())
+        return chosen.build(self._base_rate(group))
+
+    def _base_rate(self, group: str) -> float:
+        return getattr(self.step.optimization.optimizers.get(group), "lr", None) or self.step.lr
+
+    def rates(self, progress: Progress) -> dict[str, float]:
+        """The learning rate of each group in the step that comes next."""
+        rates = {}
+        for group in self._optimizers:
+            scheduler = self.step.optimization.schedulers.get(group, Constant())
+            factor = scheduler.factor(self.trainer.step, self.total)
+            factor *= progress.plateaus.get(group, Plateau()).factor
+            rates[group] = factor * self._base_rate(group)
+        return rates
+
+    def advance(self, rates: dict[str, float]) -> dict[str, float]:
+        """Takes one step at these rates; its metrics, averaged over all processes."""
+        for group, rate in rates.items():
+            self._optimizers[group].learning_rate = rate
+        self.trainer.run(self.trainer.step + 1, (self._collect,))
+        return self._metrics
+
+    def _collect(self, trainer: Trainer, metrics: Metrics) -> None:
+        names = sorted(metrics)
+        values = mx.stack([metrics[name] for name in names])
+        if self._group.size() > 1:
+            values = mx.distributed.all_sum(values, group=self._group) / self._group.size()
+        self._metrics = dict(zip(names, values.tolist(), strict=True))
+
+    def place(self) -> dict[str, int]:
+        """The epoch and the batch in it, from 1, of the step taken last."""
+        epoch, batch = divmod(self.trainer.step - 1, self.batches.epoch_length)
+        return {"epoch": epoch + 1, "batch": batch + 1}
+
+    def after_epoch(self, progress: Progress) -> bool:
+        """Feeds an epoch's means to the schedulers; whether the step's threshold has been reached."""
+        means = progress.epoch.take()
+        for group, scheduler in self.step.optimization.schedulers.items():
+            if isinstance(scheduler, ReduceOnPlateau):
+                before = progress.plateaus.get(group, Plateau())
+                progress.plateaus[group] = scheduler.after_epoch(before, means[scheduler.metric])
+        transition = self.step.transition_on
+        return transition.mode == "loss_threshold" and means[transition.metric] <= transition.threshold
+
+
+def split_by_group(optimizers: dict[str, optim.Optimizer]) -> optim.MultiOptimizer:
+    """One optimizer that gives each group's parameters to the group's own."""
+    filters = [lambda name, _, group=group: group_of(name) == group for group in optimizers]
+    return optim.MultiOptimizer(list(optimizers.values()), filters[:-1])
+
+
+class PartEMA(EMA):
+    """The average of what a step trains, without the discriminator: its past self is no use to anyone."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(_View(model), decay)
+
+    def update(self, model: nn.Module) -> None:
+        super().update(_View(model))
+
+
+class _View:
+    def __init__(self, model: nn.Module):
+        self._model = model
+
+    def trainable_parameters(self) -> dict:
+        found = self._model.trainable_parameters()
+        return {name: tree for name, tree in found.items() if name != "discriminator"}

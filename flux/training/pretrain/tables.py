@@ -1,0 +1,177 @@
+"""From tables of a file to data classes: the fields of a class are the keys that its table may have.
+
+The reader knows no key. A class says what it takes (type, default, bounds) and whoever uses it reads the same
+fields, so nothing is admitted that is then not understood. Every fault is collected; none ends the reading.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+from flux.errors import FluxError
+
+
+class Faults:
+    """What is wrong with a file: one line each, with its place in the file."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, where: str, text: str) -> None:
+        self.lines.append(f"{where}: {text}" if where else text)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a value must be besides its type. `kinds`: the table is one of these classes, named by `type`."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    kinds: Mapping[str, type] | None = None
+
+    def fault(self, value: Any) -> str | None:
+        """What is wrong with the value, if anything."""
+        if self.choices and value not in self.choices:
+            return f"{value!r} is none of {', '.join(self.choices)}"
+        if self.least is not None and not value >= self.least:
+            return f"{value} must be at least {self.least}"
+        if self.above is not None and not value > self.above:
+            return f"{value} must be above {self.above}"
+        if self.most is not None and not value <= self.most:
+            return f"{value} must be at most {self.most}"
+        if self.below is not None and not value < self.below:
+            return f"{value} must be below {self.below}"
+        return None
+
+
+def option(default: Any = MISSING, **bounds: Any) -> Any:
+    """A field with bounds; without a default it must be given."""
+    return field(default=default, metadata=limits(**bounds))
+
+
+def limits(**bounds: Any) -> dict[str, Any]:
+    """The metadata of a field with bounds, where `option` cannot serve."""
+    return {"bounds": Bounds(**bounds)}
+
+
+def read(cls: type, table: Any, where: str, faults: Faults, derived: tuple[str, ...] = ()) -> Any:
+    """An instance of a data class from its table; None, and lines in `faults`, if that is impossible.
+
+    `derived` fields follow from other parts of the file and are no keys.
+    """
+    if not isinstance(table, Mapping):
+        faults.add(where, f"must be a table of keys, not {table!r}")
+        return None
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in derived}
+    before = len(faults.lines)
+    for name in table:
+        if name not in fields:
+            faults.add(where, f"unknown key {name!r}{nearest(str(name), fields)}")
+    hints, values = typing.get_type_hints(cls), {}
+    for name, f in fields.items():
+        if name in table:
+            bounds = f.metadata.get("bounds", Bounds())
+            values[name] = _value(hints[name], table[name], bounds, f"{where}.{name}".strip("."), faults)
+        elif f.default is MISSING and f.default_factory is MISSING:
+            faults.add(where, f"the key {name!r} is missing")
+    if len(faults.lines) > before:
+        return None
+    try:
+        return cls(**values)
+    except FluxError as error:  # of a class that checks how its fields go together
+        faults.add(where, str(error))
+        return None
+
+
+def nearest(name: str, known: Any) -> str:
+    """ "; did you mean X?", or what there is to choose from."""
+    close = difflib.get_close_matches(name, list(known), 1, 0.7)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def _value(hint: Any, value: Any, bounds: Bounds, where: str, faults: Faults) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        kinds = [a for a in arguments if a is not type(None)]
+        if value is None and len(kinds) < len(arguments):
+            return None
+        matching = [a for a in kinds if _fits(a, value)] or kinds
+        return _value(matching[0], value, bounds, where, faults)
+    if origin is dict:
+        return _table(arguments[1], value, bounds, where, faults)
+    if origin is tuple:
+        return _sequence(arguments, value, bounds, where, faults)
+    if bounds.kinds is not None:
+        return _kind(value, bounds.kinds, where, faults)
+    if dataclasses.is_dataclass(hint):
+        return read(hint, value, where, faults)
+    return _scalar(hint, value, bounds, where, faults)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of this kind, of the several that a field may have."""
+    if typing.get_origin(hint) is tuple:
+        return isinstance(value, (list, tuple))
+    return isinstance(value, str) == (hint is str) and not isinstance(value, (list, tuple))
+
+
+def _table(hint: Any, value: Any, bounds: Bounds, where: str, faults: Faults) -> Any:
+    if not isinstance(value, Mapping):
+        faults.add(where, f"must be a table by name, not {value!r}")
+        return None
+    for name in value:
+        if bounds.choices and name not in bounds.choices:
+            faults.add(where, f"unknown name {name!r}{nearest(str(name), bounds.choices)}")
+    inner = dataclasses.replace(bounds, choices=())
+    return {n: _value(hint, v, inner, f"{where}.{n}", faults) for n, v in value.items()}
+
+
+def _sequence(arguments: tuple, value: Any, bounds: Bounds, where: str, faults: Faults) -> Any:
+    if not isinstance(value, (list, tuple)):
+        faults.add(where, f"must be a list, not {value!r}")
+        return None
+    if arguments[-1] is not Ellipsis and len(value) != len(arguments):
+        faults.add(where, f"must have {len(arguments)} elements, not {len(value)}")
+        return None
+    return tuple(_value(arguments[0], element, bounds, where, faults) for element in value)
+
+
+def _kind(value: Any, kinds: Mapping[str, type], where: str, faults: Faults) -> Any:
+    """One of several classes: `{type: NAME, ...}`, or the name alone."""
+    table = {"type": value} if isinstance(value, str) else value
+    if not isinstance(table, Mapping) or "type" not in table:
+        faults.add(where, f"must be a table with the key 'type' ({', '.join(kinds)}), not {value!r}")
+        return None
+    names = {name.lower(): cls for name, cls in kinds.items()}
+    kind = str(table["type"]).lower().replace("-", "_")
+    if kind not in names:
+        faults.add(where, f"unknown type {table['type']!r}{nearest(kind, kinds)}")
+        return None
+    return read(names[kind], {k: v for k, v in table.items() if k != "type"}, where, faults)
+
+
+def _scalar(hint: type, value: Any, bounds: Bounds, where: str, faults: Faults) -> Any:
+    if hint is float and isinstance(value, str):
+        value = _number(value)  # YAML 1.1 takes 1e-4, without a point, for a string
+    right = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}[hint]
+    if not isinstance(value, right) or (isinstance(value, bool) and hint is not bool):
+        words = {float: "a number", int: "a whole number", str: "a text", bool: "true or false"}
+        faults.add(where, f"must be {words[hint]}, not {value!r}")
+        return None
+    if text := bounds.fault(value):
+        faults.add(where, text)
+    return float(value) if hint is float else value
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,210 @@
+"""What a config's parts must be to each other. The types and bounds of single keys are the tables' own."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+from flux.data.sources import open_folder
+from flux.data.webdataset import shards
+from flux.errors import FluxError
+from flux.models.clip import ACTIVATIONS
+from flux.training.pretrain.config import (
+    Config,
+    ConfigError,
+    Local,
+    Step,
+    WebDataset,
+    expand,
+    parse,
+    read_config,
+)
+from flux.training.pretrain.objectives import threshold_metrics
+from flux.training.pretrain.schedules import ReduceOnPlateau
+from flux.training.pretrain.tables import Faults, nearest
+
+CLIP_LENGTH = 77  # what CLIPTokenizer pads to
+LPIPS_SIDE = 16  # VGG16 halves a picture four times
+
+
+def load(path: Path) -> Config:
+    """Reads and checks a config. ConfigError with every fault, each with the name of its step."""
+    faults = Faults()
+    config = read_config(parse(path), faults)
+    if config is not None:
+        check(config, faults)
+    if faults.lines:
+        raise ConfigError(path, faults.lines)
+    return config
+
+
+def check(config: Config, faults: Faults) -> None:
+    """Adds a line to `faults` for everything that could not be built or would do nothing."""
+    _names(config, faults)
+    for step in config.steps:
+        where = f'step "{step.name}"'
+        _mode(step, where, faults)
+        _frozen(step, where, faults)
+        _length(step, where, faults)
+        _metrics(step, where, faults)
+        _optimization(step, where, faults)
+        if step.use_lpips and config.model.lpips is None:
+            faults.add(where, "use_lpips needs model.lpips, the files of VGG16 and of the learned weights")
+    _datasets(config, faults)
+    _sizes(config, faults)
+    if save_interval(config.output.checkpoint_save_interval) is None:
+        text = f"{config.output.checkpoint_save_interval!r} must be a number of steps or like '10 minutes'"
+        faults.add("output.checkpoint_save_interval", text)
+
+
+def save_interval(value: int | str) -> tuple[float, float] | None:
+    """(steps, seconds), one of them infinite, between two checkpoints; None for what is neither."""
+    if isinstance(value, int):
+        return (value, math.inf) if value > 0 else None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:m|min|minutes?)", value)
+    return (math.inf, 60 * float(match[1])) if match and float(match[1]) > 0 else None
+
+
+def _names(config: Config, faults: Faults) -> None:
+    seen: set[str] = set()
+    for step in config.steps:
+        if step.name in seen:
+            faults.add(f'step "{step.name}"', "another step has this name")
+        if not re.fullmatch(r"[\w.-]+", step.name):
+            faults.add(f'step "{step.name}"', "a name is made of letters, digits, '_', '-' and '.'")
+        seen.add(step.name)
+
+
+def _mode(step: Step, where: str, faults: Faults) -> None:
+    if not (step.decodes or step.train_diff):
+        faults.add(where, "no training mode: set train_vae, gan_training, train_spade or train_diff")
+    if step.train_text_encoders and not step.train_diff:
+        faults.add(where, "train_text_encoders needs train_diff: no other loss reaches the text encoders")
+    if step.use_lpips and not (step.train_vae or step.train_spade):
+        faults.add(where, "use_lpips needs train_vae or train_spade: GAN alone has no reconstruction term")
+
+
+def _frozen(step: Step, where: str, faults: Faults) -> None:
+    both = expand(step.freeze) & expand(step.unfreeze)
+    if both:
+        faults.add(where, f"{', '.join(sorted(both))}: in freeze and in unfreeze")
+    modes = {
+        "train_vae": {"encoder", "decoder"},
+        "gan_training": {"encoder", "decoder"},
+        "train_spade": {"spade"},
+        "train_diff": {"flow"},
+        "train_text_encoders": {"clip", "t5"},
+    }
+    for mode, parts in modes.items():
+        if getattr(step, mode) and parts <= expand(step.freeze):
+            faults.add(where, f"{', '.join(sorted(parts))}: frozen, and trained by {mode}")
+    if step.gan_training and "discriminator" in step.freeze:
+        faults.add(where, "discriminator: frozen, and trained by gan_training")
+    reached = {"encoder", "decoder"} if step.decodes else set()
+    reached |= {"spade"} if step.train_spade else set()
+    reached |= {"discriminator"} if step.gan_training else set()
+    reached |= {"flow", "clip", "t5"} if step.train_diff else set()
+    for part in sorted(expand(step.unfreeze) - reached):
+        faults.add(where, f"{part}: in unfreeze, but no loss of this step reaches it")
+
+
+def _length(step: Step, where: str, faults: Faults) -> None:
+    lengths = [step.n_epochs, step.max_steps, step.transition_on.max_epochs]
+    if sum(length is not None for length in lengths) != 1:
+        faults.add(where, "give one of n_epochs, max_steps and transition_on.max_epochs")
+
+
+def _metrics(step: Step, where: str, faults: Faults) -> None:
+    transition, known = step.transition_on, threshold_metrics(step)
+    if transition.mode == "loss_threshold":
+        if transition.metric is None:
+            faults.add(where, "transition_on: the metric is missing")
+        if transition.threshold is None:
+            faults.add(where, "transition_on: the threshold is missing")
+    elif transition.metric is not None or transition.threshold is not None:
+        faults.add(where, "transition_on: metric and threshold need the mode loss_threshold")
+    used = {"transition_on.metric": transition.metric}
+    for group, scheduler in step.optimization.schedulers.items():
+        if isinstance(scheduler, ReduceOnPlateau):
+            used[f"schedulers.{group}.metric"] = scheduler.metric
+    for key, metric in used.items():
+        if metric is not None and metric not in known:
+            faults.add(where, f"{key}: this step has no metric {metric!r}{nearest(metric, known)}")
+
+
+def _optimization(step: Step, where: str, faults: Faults) -> None:
+    for kind in ("optimizers", "schedulers"):
+        for group in getattr(step.optimization, kind):
+            if group not in step.groups:
+                faults.add(where, f"optimization.{kind}.{group}: this step does not train it")
+
+
+def _datasets(config: Config, faults: Faults) -> None:
+    if not config.datasets:
+        faults.add("", "no data: give data.data_path, or datasets by name")
+    elif len(config.datasets) > 1 and config.default_dataset is None:
+        for step in config.steps:
+            if step.dataset is None:
+                faults.add(f'step "{step.name}"', "no dataset, and no default_dataset")
+    if config.default_dataset is not None and config.default_dataset not in config.datasets:
+        faults.add("default_dataset", f"{config.default_dataset!r} is not among the datasets")
+    for step in config.steps:
+        if step.dataset is not None and step.dataset not in config.datasets:
+            faults.add(f'step "{step.name}"', f"dataset {step.dataset!r} is not among the datasets")
+    for name, dataset in config.datasets.items():
+        try:
+            if isinstance(dataset, Local):
+                open_folder(dataset.path, dataset.captions_file)
+            elif isinstance(dataset, WebDataset):
+                shards([dataset.path] if isinstance(dataset.path, str) else dataset.path)
+        except FluxError as error:
+            faults.add(f"datasets.{name}", str(error))
+
+
+def _sizes(config: Config, faults: Faults) -> None:
+    """Pictures are whole latents and, for the flow, whole tokens; channels are whole groups."""
+    has_flow = any(step.train_diff for step in config.steps)
+    levels = len(config.model.autoencoder.ch_mult)
+    grid = 2 ** (levels - 1) * (2 if has_flow else 1)
+    sides = {"data.img_size": [config.data.img_size], "data.reduced_min_sizes": config.data.reduced_min_sizes}
+    sides["output.sample_sizes"] = [
+        side for size in config.output.sample_sizes for side in (size if isinstance(size, tuple) else (size,))
+    ]
+    for where, values in sides.items():
+        for side in values:
+            if side < grid or side % grid:
+                faults.add(where, f"{side} is not a multiple of {grid} pixels")
+    vae = config.model.autoencoder
+    for width in sorted({vae.ch, *(vae.ch * mult for mult in vae.ch_mult)}):
+        if width % vae.norm_groups:
+            faults.add("model.autoencoder", f"{width} channels are no {vae.norm_groups} equal groups")
+    _judge(config, faults)
+    clip = config.model.clip
+    if clip.hidden_size % clip.num_attention_heads:
+        heads = clip.num_attention_heads
+        faults.add("model.clip", f"hidden_size {clip.hidden_size} is not a multiple of {heads} heads")
+    if clip.hidden_act not in ACTIVATIONS:
+        faults.add("model.clip.hidden_act", f"{clip.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
+    if clip.max_position_embeddings < CLIP_LENGTH:
+        faults.add("model.clip.max_position_embeddings", f"must be at least {CLIP_LENGTH}, a text's tokens")
+    for name in ("clip", "t5", "autoencoder", "transformer"):
+        params = getattr(config.model, name)
+        for field in dataclasses.fields(params):
+            value = getattr(params, field.name)
+            if type(value) is int and value < 1 and field.name != "depth_single_blocks":
+                faults.add(f"model.{name}.{field.name}", f"{value} must be at least 1")
+
+
+def _judge(config: Config, faults: Faults) -> None:
+    """What looks at pictures needs some size of them."""
+    smallest = min((config.data.img_size, *config.data.reduced_min_sizes))
+    params = config.model.discriminator
+    for step in config.steps:
+        if step.use_lpips and smallest < LPIPS_SIDE:
+            faults.add(f'step "{step.name}"', f"use_lpips needs pictures of at least {LPIPS_SIDE} pixels")
+        if step.gan_training and smallest < 2**params.layers:
+            text = f"{params.layers} layers of the discriminator need pictures of {2**params.layers} pixels"
+            faults.add(f'step "{step.name}"', text)
+    if any(step.gan_training for step in config.steps) and params.channels % params.norm_groups:
+        text = f"{params.channels} channels are no {params.norm_groups} equal groups"
+        faults.add("model.discriminator", text)
