@@ -134,6 +134,7 @@ def test_without_a_network(start, tmp_path):
 def test_interrupted(environment, model, tmp_path):
     command = [sys.executable, str(SCRIPT), "--model", model, "--steps", "3000", PROMPT]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    pipes["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's `&` ignores it
     with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as process:
         assert process.stdout.readline().startswith("seed: ")
         process.send_signal(signal.SIGINT)
