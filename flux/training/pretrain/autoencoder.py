@@ -1,6 +1,6 @@
-"""Stage 1 of the built-in model: the autoencoder; then its decoder alone, on the frozen encoder's latents.
+"""Stage 1 of the built-in model: the autoencoder.
 
-    python -m flux.training.pretrain.autoencoder --run DIR --steps N [--decoder-only FROM]
+    python -m flux.training.pretrain.autoencoder --run DIR --steps N
     mlx.launch -n 2 --backend ring -- python -m flux.training.pretrain.autoencoder ...
 
 Stopped at any moment it goes on from the last state in DIR.
