@@ -123,8 +123,8 @@ def _rows(
     for number, title in enumerate(titles):
         yield title
         yield ["", *columns]
-        for i, each in enumerate(adapters):
-            for k, seed in enumerate(seeds):
+        for k, seed in enumerate(seeds):
+            for i, each in enumerate(adapters):
                 place = number * len(seeds) + k
                 row = [pictures[_cell(i, strength)][place] for strength in strengths]
                 yield [f"{each.name}\nseed {seed}", *(Image.fromarray(picture) for picture in row)]
