@@ -1,6 +1,7 @@
 """Text to pictures: python txt2image.py --model tiny "a red apple on a blue background"."""
 
 import argparse
+import copy
 import math
 import sys
 import time
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from flux import FluxPipeline, images, sampler
 from flux.errors import FluxError
-from flux.pipeline import Plan, check_sampling
+from flux.pipeline import Conditioning, Plan, check_sampling
 
 PARTS = ("transformer", "ae", "clip", "t5")
 # The options that make a picture what it is: written into it, read again by --remake. Prompts come beside.
@@ -57,9 +58,13 @@ def run(args: argparse.Namespace) -> None:
         fill_in(args, pipeline)
         if args.preload_models:
             pipeline.ensure_models_are_loaded()
+    if args.prompts_folder:
+        make_folder(pipeline, args, stages)
+        stages.report()
+        return
     pictures = make_pictures(pipeline, args, stages)
     with stages("save"):
-        paths = save_raw(args, pictures) if args.save_raw else save_grid(args, pictures)
+        paths = save(args, pictures)
     stages.report()
     print(*paths, sep="\n")
 
@@ -119,6 +124,13 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("what to show").add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what the pictures show; several are made in turn")
     add("--prompts-file", metavar="FILE", help="read prompts from FILE, one a line; - is standard input")
+    add(
+        "--prompts",
+        dest="prompts_folder",
+        metavar="DIR",
+        help="make DIR/NAME.txt's text the picture NAME.png in --output's folder, for every .txt; "
+        "go on with what a stopped run has left",
+    )
     add("--negative-prompt", metavar="TEXT", help="what to lead away from; needs a cfg scale above 1")
     add("--remake", metavar="PICTURE", help="make a PNG of this program again; other options change it")
 
@@ -149,7 +161,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("output").add_argument
     add("--n-images", type=count, metavar="N", help="pictures for each prompt (default 1)")
     add("--n-rows", type=count, metavar="N", help="rows of the grid (default: one for each prompt)")
-    add("--output", default="out.png", metavar="FILE", help=".png (default out.png), .jpg or .webp")
+    add("--output", metavar="FILE", help=".png (default out.png), .jpg or .webp; with --prompts a folder")
     add("--save-raw", action="store_true", help="no grid: each picture in a file, out.0.png, out.1.png ...")
     add("--decoding-batch-size", type=count, default=1, metavar="N", help="pictures to decode at once (1)")
     add("--verbose", action="store_true", help="print the time and the peak memory of every stage")
@@ -174,16 +186,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prompts = prompts or its_prompts
     args.prompts = prompts
     args.n_images = args.n_images or 1
+    args.output = args.output or ("" if args.prompts_folder else "out.png")
     return args
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
     """The prompts of the command line or of the file. A line break in one is a space to the models."""
     prompts = [" ".join(prompt.splitlines()) for prompt in args.prompts]
-    if args.prompts_file is None:
+    if args.prompts_file is None and args.prompts_folder is None:
         return prompts
-    if prompts:
-        raise FluxError("prompts come from the command line or from --prompts-file, not from both")
+    if prompts or None not in (args.prompts_file, args.prompts_folder):
+        raise FluxError("prompts come from the command line, --prompts-file or --prompts, not from two")
+    if args.prompts_file is None:
+        return [read_prompt(path) for path in prompt_files(args.prompts_folder)]
     name = "standard input" if args.prompts_file == "-" else args.prompts_file
     try:
         data = sys.stdin.buffer.read() if args.prompts_file == "-" else Path(args.prompts_file).read_bytes()
@@ -197,6 +212,36 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def prompt_files(folder: str) -> list[Path]:
+    """The .txt files of a folder, but not of those in it, by name; no two that would name one picture."""
+    try:
+        paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() == ".txt")
+    except OSError as error:
+        raise FluxError(f"cannot read the prompts' folder {folder}: {error.strerror}") from None
+    paths = [path for path in paths if path.is_file() and not path.name.startswith(".")]
+    if not paths:
+        raise FluxError(f"the prompts' folder {folder} holds no .txt file; it should hold one a prompt")
+    names: dict[str, Path] = {}
+    for path in paths:
+        other = names.setdefault(path.stem.casefold(), path)  # some file systems take A.png for a.png
+        if other is not path:
+            raise FluxError(f"{other} and {path.name} would both be the picture {path.stem}.png: rename one")
+    return paths
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a file as one line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise FluxError(f"{path} is not UTF-8 text") from None
+    except OSError as error:
+        raise FluxError(f"cannot read the prompt {path}: {error.strerror}") from None
+    if not text.strip():
+        raise FluxError(f"{path} is empty; it should say what its picture shows")
+    return " ".join(text.split())
+
+
 def check(args: argparse.Namespace) -> None:
     """Raise FluxError for what can be seen to be wrong before anything is loaded."""
     if not args.prompts:
@@ -207,10 +252,22 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError(f"--quantize takes 4 or 8 bits, not {args.quantize}")
     if args.fuse_adapter and not args.adapter:
         raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
-    pictures = len(args.prompts) * args.n_images
+    pictures = (1 if args.prompts_folder else len(args.prompts)) * args.n_images
     if args.n_rows and args.n_rows > pictures and not args.save_raw:
         raise FluxError(f"--n-rows {args.n_rows} is more than there are pictures ({pictures})")
-    images.check_output(args.output)
+    if args.prompts_folder:
+        check_folder(args.output)
+    else:
+        images.check_output(args.output)
+
+
+def check_folder(output: str) -> None:
+    """Raise FluxError where pictures could not be written into the output's folder, or it not be made."""
+    folder = Path(output)
+    is_picture = folder.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not folder.is_dir()
+    if not output or folder.is_file() or is_picture:
+        raise FluxError(f"--prompts needs a folder as --output, not {output or 'nothing'}")
+    images.check_output((folder if folder.is_dir() else folder.parent) / "out.png")
 
 
 def fill_in(args: argparse.Namespace, pipeline: FluxPipeline) -> None:
@@ -220,7 +277,7 @@ def fill_in(args: argparse.Namespace, pipeline: FluxPipeline) -> None:
             setattr(args, name, getattr(pipeline.spec, name))
     if args.guidance != pipeline.spec.guidance and not pipeline.flow.params.guidance_embed:
         warnings.warn(f"{pipeline.spec.name} takes no guidance; {args.guidance} has no effect", stacklevel=2)
-    args.n_rows = args.n_rows or len(args.prompts)
+    args.n_rows = args.n_rows or (1 if args.prompts_folder else len(args.prompts))
     args.dtype = str(pipeline.flow.dtype).removeprefix("mlx.core.")
     args.latent_size = pipeline.latent_size(args.image_size)
     args.image_size = tuple(pipeline.downscale * side for side in args.latent_size)
@@ -235,39 +292,102 @@ def fill_in(args: argparse.Namespace, pipeline: FluxPipeline) -> None:
 
 def make_pictures(pipeline: FluxPipeline, args: argparse.Namespace, stages: "Stages") -> list[np.ndarray]:
     """All pictures (H, W, 3), uint8, prompt by prompt; a stage at a time in memory, unless preloaded."""
-    noise = pipeline.noise(range(args.seed, args.seed + args.n_images), args.latent_size)
-    with stages("text"):
-        texts = [pipeline.encode(prompt, args.negative_prompt, args.cfg_scale) for prompt in args.prompts]
-        mx.eval(texts)
-    if not args.preload_models:
-        del pipeline.t5, pipeline.clip
-        mx.clear_cache()
+    texts = encode(pipeline, args, args.prompts, stages)
     with stages("denoise"):
-        settings = (noise, args.latent_size, args.steps, args.guidance, args.cfg_scale)
-        plans = (pipeline.prepare(text, *settings) for text in texts)
-        if not args.preload_models and len(texts) <= MAX_PLANS:
-            plans = list(plans)
-            mx.eval(plans)
-            pipeline.flow.drop_modulation()
-        latents = denoise(pipeline, plans, args.steps * len(texts))
+        latents = list(denoise(pipeline, args, texts))
     if not args.preload_models:
-        del plans, pipeline.flow
+        del pipeline.flow
         mx.clear_cache()
     with stages("decode"):
         pictures = [picture for x in latents for picture in decode(pipeline, x, args)]
     return pictures if args.picture is None else [pictures[args.picture]]
 
 
-def denoise(pipeline: FluxPipeline, plans: Iterable[Plan], total: int) -> list[mx.array]:
-    """Each plan's finished latents (n, L, channels), with a progress bar of all steps."""
-    latents = []
-    with tqdm(total=total, unit="step", disable=None) as bar:
+def make_folder(pipeline: FluxPipeline, args: argparse.Namespace, stages: "Stages") -> None:
+    """Every prompt's pictures, each written as soon as it is made: a stopped run loses one prompt's at most.
+
+    For that, the transformer stays in memory beside the autoencoder. Pictures that are there already with the
+    same recipe are kept, if no file that it names has changed since; all others are written over.
+    """
+    changed = last_change(args)
+    tasks = [task for task in folder_tasks(args) if not is_done(task, changed)]
+    if kept := len(args.prompts) - len(tasks):
+        print(f"kept, made before in the same way: {kept} of {len(args.prompts)} prompts", file=sys.stderr)
+    if not tasks:
+        return
+    texts = encode(pipeline, args, [task.prompts[0] for task in tasks], stages)
+    make_directory(args.output)
+    with stages("pictures"):
+        for task, x in zip(tasks, denoise(pipeline, args, texts), strict=True):
+            for path in save(task, list(decode(pipeline, x, args))):
+                tqdm.write(str(path))
+
+
+def folder_tasks(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """For each prompt of a folder the arguments that would make its pictures alone."""
+    tasks = []
+    for path, prompt in zip(prompt_files(args.prompts_folder), args.prompts, strict=True):
+        task = copy.copy(args)
+        task.prompts, task.output, task.picture = [prompt], str(Path(args.output) / f"{path.stem}.png"), None
+        tasks.append(task)
+    return tasks
+
+
+def last_change(args: argparse.Namespace) -> float:
+    """When a file that the pictures are made with was last written: of the model, its parts, the adapters."""
+    names = [args.model, *(getattr(args, part) for part in PARTS), *(file for file, _ in args.adapter or ())]
+    given = [Path(name) for name in names if name and Path(name).exists()]
+    return max((file.stat().st_mtime for path in given for file in (path, *path.rglob("*"))), default=0)
+
+
+def is_done(task: argparse.Namespace, changed: float) -> bool:
+    """Whether all pictures of a task are there, with its recipe, and newer than the last change."""
+    try:
+        return all(
+            path.is_file() and path.stat().st_mtime > changed and images.read_metadata(path) == recipe
+            for path, recipe in outputs(task)
+        )
+    except FluxError:  # a damaged file
+        return False
+
+
+def make_directory(folder: str) -> None:
+    try:
+        Path(folder).mkdir(exist_ok=True)
+    except OSError as error:
+        raise FluxError(f"cannot make the output's folder {folder}: {error.strerror}") from None
+
+
+def encode(
+    pipeline: FluxPipeline, args: argparse.Namespace, prompts: list[str], stages: "Stages"
+) -> list[Conditioning]:
+    """The prompts' conditioning; unless preloaded, the text encoders leave memory."""
+    with stages("text"):
+        texts = [pipeline.encode(prompt, args.negative_prompt, args.cfg_scale) for prompt in prompts]
+        mx.eval(texts)
+    if not args.preload_models:
+        del pipeline.t5, pipeline.clip
+        mx.clear_cache()
+    return texts
+
+
+def denoise(
+    pipeline: FluxPipeline, args: argparse.Namespace, texts: list[Conditioning]
+) -> Iterator[mx.array]:
+    """Each text's finished latents (n, L, channels), with a progress bar of all steps."""
+    noise = pipeline.noise(range(args.seed, args.seed + args.n_images), args.latent_size)
+    settings = (noise, args.latent_size, args.steps, args.guidance, args.cfg_scale)
+    plans: Iterable[Plan] = (pipeline.prepare(text, *settings) for text in texts)
+    if not args.preload_models and len(texts) <= MAX_PLANS:
+        plans = list(plans)
+        mx.eval(plans)
+        pipeline.flow.drop_modulation()
+    with tqdm(total=args.steps * len(texts), unit="step", disable=None) as bar:
         for plan in plans:
             for x in pipeline.denoise(plan):
                 mx.eval(x)
                 bar.update()
-            latents.append(x)
-    return latents
+            yield x
 
 
 def decode(pipeline: FluxPipeline, x: mx.array, args: argparse.Namespace) -> Iterator[np.ndarray]:
@@ -280,27 +400,33 @@ def decode(pipeline: FluxPipeline, x: mx.array, args: argparse.Namespace) -> Ite
 # --- Files and their recipes ---
 
 
-def save_grid(args: argparse.Namespace, pictures: list[np.ndarray]) -> list[Path]:
+def save(args: argparse.Namespace, pictures: list[np.ndarray]) -> list[Path]:
+    """Write the pictures, as a grid or each by itself, with their recipes; where they are."""
+    files = outputs(args)
+    if not args.save_raw:
+        pictures = [images.grid(pictures, 1 if args.picture is not None else args.n_rows)]
+    for (path, recipe), picture in zip(files, pictures, strict=True):
+        images.save(path, picture, recipe)
+    return [path for path, _ in files]
+
+
+def outputs(args: argparse.Namespace) -> list[tuple[Path, dict[str, str]]]:
+    """The files that the arguments' pictures become, each with its recipe.
+
+    Each of several files has its prompt alone but the whole batch: in a batch, sums are in another order.
+    """
     path = Path(args.output)
     seeds = list(range(args.seed, args.seed + args.n_images)) * len(args.prompts)
-    rows = args.n_rows
-    if args.picture is not None:
-        seeds, rows = [seeds[args.picture]], 1
-    images.save(path, images.grid(pictures, rows), recipe_text(args, args.prompts, seeds, args.picture))
-    return [path]
-
-
-def save_raw(args: argparse.Namespace, pictures: list[np.ndarray]) -> list[Path]:
-    """Each recipe has its prompt alone but the whole batch: in a batch, sums are in another order."""
-    paths = []
-    for i, picture in enumerate(pictures):
+    if not args.save_raw:
+        seeds = seeds if args.picture is None else [seeds[args.picture]]
+        return [(path, recipe_text(args, args.prompts, seeds, args.picture))]
+    files = []
+    for i in range(len(seeds) if args.picture is None else 1):
         number, k = divmod(i, args.n_images)
         k = k if args.picture is None else args.picture
-        path = Path(args.output)
-        path = path.with_name(f"{path.stem}.{i}{path.suffix}")
-        images.save(path, picture, recipe_text(args, [args.prompts[number]], [args.seed + k], k))
-        paths.append(path)
-    return paths
+        recipe = recipe_text(args, [args.prompts[number]], [args.seed + k], k)
+        files.append((path.with_name(f"{path.stem}.{i}{path.suffix}"), recipe))
+    return files
 
 
 def recipe_text(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from flux import sampler
+from flux import machine, sampler
 from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.conditioning import TextConditioning, encode_texts
 from flux.errors import FluxError
@@ -246,9 +246,13 @@ class FluxPipeline:
         return sampler.euler(velocity, plan.x, plan.times)
 
     def decode(self, x: mx.array, latent_size: tuple[int, int] = (64, 64)) -> mx.array:
-        """Packed latents (B, L, channels) -> pictures (B, H, W, 3) in 0..1, float32."""
+        """Packed latents (B, L, channels) -> pictures (B, H, W, 3) in 0..1, float32.
+
+        In pieces where half of the machine's memory would not do for the whole.
+        """
         latent = sampler.unpack(x, latent_size)  # (B, h, w, z)
-        picture = self.ae.decode(latent.astype(self.ae.decoder.conv_in.weight.dtype))
+        latent = latent.astype(self.ae.decoder.conv_in.weight.dtype)
+        picture = self.ae.decode(latent, machine.autoencoder_memory())
         return mx.clip(picture.astype(mx.float32) * 0.5 + 0.5, 0, 1)
 
 

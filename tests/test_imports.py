@@ -12,8 +12,10 @@ MODULES = sorted((ROOT / "flux").rglob("*.py"))
 LEVELS = {
     "flux.errors": 0,
     "flux.openblas": 0,
+    "flux.machine": 0,
     "flux.models": 1,
     "flux.images": 1,
+    "flux.sheets": 1,
     "flux.tokenizers": 1,
     "flux.sampler": 1,
     "flux.conditioning": 2,
@@ -23,6 +25,8 @@ LEVELS = {
     "flux.captioning": 3,
     "flux.data": 3,
     "flux.pipeline": 4,
+    "flux.adapters.grid": 5,
+    "flux.adapters.__main__": 5,
     "flux.training": 5,
 }
 NETWORK_PACKAGES = {"huggingface_hub", "datasets", "urllib", "requests", "http", "socket"}

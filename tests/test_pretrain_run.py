@@ -334,34 +334,3 @@ def test_progress_as_json_is_itself_again():
     again = Progress.from_json(json.loads(json.dumps(asdict(progress))))
     assert again == progress
     assert again.epoch.take() == {"loss": pytest.approx(0.15), "r1": 3.0}
-
-
-# --- processes ---
-
-PARALLEL = """
-import json, sys
-import flux, mlx.core as mx, numpy as np
-from pathlib import Path
-from mlx.utils import tree_flatten
-from flux.training.pretrain.run import Run
-from flux.training.pretrain.validate import load
-run = Run(load(Path(sys.argv[1])), quiet=True)
-run.execute()
-sums = {n: float(np.abs(np.array(a)).sum()) for n, a in tree_flatten(run.networks.parameters())}
-Path(sys.argv[2] + str(mx.distributed.init().rank())).write_text(json.dumps(sums))
-"""
-
-
-def test_two_processes_stay_equal(tmp_path):
-    """Data-parallel: each has its own pictures, both have the same networks and one writes."""
-    path = pretraining.write(
-        tmp_path, {**VAE, "n_epochs": 1, "batch_size": 3}, {**FLOW, "n_epochs": 1, "batch_size": 3}
-    )
-    (tmp_path / "program.py").write_text(PARALLEL)
-    launch = [str(Path(sys.executable).with_name("mlx.launch")), "-n", "2", "--backend", "ring", "--"]
-    environment = {**os.environ, "MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(ROOT)}
-    command = [*launch, sys.executable, str(tmp_path / "program.py"), str(path), str(tmp_path / "sums")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    sums = [json.loads((tmp_path / f"sums{rank}").read_text()) for rank in range(2)], result.stderr
-    assert sums[0][0] == sums[0][1]
-    assert len(metrics(tmp_path, "vae")) == 2

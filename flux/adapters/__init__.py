@@ -1,7 +1,7 @@
 """Adapters: LoRA, DoRA and LoKr of every file format, beside or in the weights, loaded or trained."""
 
 from flux.adapters.adapter import Adapter, Delta, Dense, Kronecker, LowRank
-from flux.adapters.attach import Weighted, attach, evaluate, read_weighted
+from flux.adapters.attach import Weighted, attach, evaluate, fitting_parts, read_weighted
 from flux.adapters.formats import load
 from flux.adapters.lora import Adapters, mismatches
 from flux.adapters.training import TARGETS, new_adapter, targets
@@ -18,6 +18,7 @@ __all__ = [
     "Weighted",
     "attach",
     "evaluate",
+    "fitting_parts",
     "load",
     "mismatches",
     "new_adapter",

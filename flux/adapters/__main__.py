@@ -1,15 +1,22 @@
-"""`python -m flux.adapters`: look into adapter files, check them against a model, convert them."""
+"""`python -m flux.adapters`: look into adapter files, check and convert them, see what they do."""
 
 import argparse
+import math
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import flux
+from flux import images
 from flux.adapters import Adapter, load, mismatches, read_facts, save
 from flux.adapters.adapter import Dense, Kronecker, LowRank, part_of
+from flux.adapters.grid import STRENGTHS, Sampling, grid
+from flux.adapters.grid import read as read_adapters
 from flux.adapters.names import template
 from flux.adapters.writers import WRITERS
 from flux.errors import FluxError
+from flux.pipeline import FluxPipeline
 from flux.weights import checkpoints
 
 NETWORKS = {"flux": "transformer", "clip": "CLIP", "t5": "T5"}
@@ -60,7 +67,54 @@ def parser() -> argparse.ArgumentParser:
         help="refuse a file with keys that are unknown here, instead of warning",
     )
     convert.set_defaults(run=run_convert)
+    add_grid(commands)
     return main
+
+
+def add_grid(commands: argparse._SubParsersAction) -> None:
+    show = commands.add_parser(
+        "grid",
+        help="what adapters do, as one labelled picture",
+        description="Draws every prompt with every adapter at every strength, from the same noise. "
+        "The class prompt names the class but not the trigger: if it shows the subject, that has leaked.",
+    )
+    add = show.add_argument
+    add("--model", required=True, help="schnell, dev, krea, tiny, a folder, or a repository of the Hub")
+    add(
+        "--adapter",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="adapters; of a folder all its checkpoints, in order",
+    )
+    add(
+        "--strengths", nargs="+", type=finite, default=STRENGTHS, metavar="X", help="default: 0 0.4 0.8 1 1.2"
+    )
+    add("--prompt", nargs="+", default=[], metavar="TEXT", help="what to show, with the trigger")
+    add("--class-prompt", metavar="TEXT", help="what to show without it")
+    add("--seed", nargs="+", type=int, default=[0], metavar="N", help="a row for each (default 0)")
+    add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's own")
+    add("--steps", type=int, metavar="N", help="denoising steps; default: the model's own")
+    add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="the model to 4 or 8 bits a weight")
+    add("--output", type=Path, default=Path("grid.png"), metavar="FILE", help="*.png (default grid.png)")
+    show.set_defaults(run=run_grid)
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor none."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
+    return number
+
+
+def size(text: str) -> tuple[int, int]:
+    """(height, width) of "256x512", or of "256" for a square."""
+    height, _, width = text.lower().partition("x")
+    if not (height.isdecimal() and (width or height).isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 256x512, not {text}")
+    return int(height), int(width or height)
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -132,8 +186,35 @@ def run_convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_grid(options: argparse.Namespace) -> int:
+    if options.output.suffix.lower() != ".png":
+        raise FluxError(f"{options.output}: the grid's name should end with .png")
+    images.check_output(options.output)
+    if not all(text.strip() for text in (*options.prompt, options.class_prompt or "-")):
+        raise FluxError("a prompt is empty; say what the pictures should show")
+    adapters = read_adapters(options.adapter)
+    strengths = list(dict.fromkeys(options.strengths))
+    seeds = list(dict.fromkeys(options.seed))
+    pipeline = FluxPipeline(options.model, bits=options.quantize)
+    sampling = Sampling(seeds, options.image_size, options.steps)
+    picture = grid(pipeline, adapters, options.prompt, options.class_prompt, strengths, sampling)
+    facts = {
+        "model": options.model,
+        "adapters": "\n".join(map(str, options.adapter)),
+        "strengths": " ".join(f"{strength:g}" for strength in strengths),
+        "prompts": "\n".join(options.prompt),
+        "class_prompt": options.class_prompt or "",
+        "seeds": " ".join(map(str, seeds)),
+        "made_with": f"flux-mlx {flux.__version__}: python -m flux.adapters grid",
+    }
+    images.save(options.output, picture, facts)
+    print(options.output)
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         return options.run(options)
     except FluxError as error:

@@ -45,22 +45,29 @@ def attach(networks: Mapping[str, nn.Module], adapters: Sequence[Weighted]) -> d
     """
     out: dict[str, Adapters] = {}
     for file, adapter, strength in adapters:
-        _refuse_control(file, adapter, networks["flux"])
-        wrong: dict[str, str] = {}
-        attached = False
-        for part in adapter.parts():
-            own, network = adapter.part(part), networks[part]
-            misfits = mismatches(network, own)
-            wrong |= misfits
-            if own.modules.keys() - misfits.keys():
-                out.setdefault(part, Adapters(network)).add(own, strength, file)
-                attached = True
-        lost = [f"{key}: no home" for key in adapter.homeless] + [f"{n}: {why}" for n, why in wrong.items()]
-        if not attached:
-            raise FluxError(f"{file}: nothing of this adapter fits the model: {some(lost)}")
-        if lost:
-            _warn_of(file, lost)
+        for part in fitting_parts(networks, file, adapter):
+            own = out.setdefault(part, Adapters(networks[part]))
+            own.add(adapter.part(part), strength, file)
     return out
+
+
+def fitting_parts(networks: Mapping[str, nn.Module], file: str, adapter: Adapter) -> list[str]:
+    """The networks of a model that an adapter fits, with the warnings and errors of `attach`. Lazy."""
+    _refuse_control(file, adapter, networks["flux"])
+    wrong: dict[str, str] = {}
+    fitting = []
+    for part in adapter.parts():
+        own = adapter.part(part)
+        misfits = mismatches(networks[part], own)
+        wrong |= misfits
+        if own.modules.keys() - misfits.keys():
+            fitting.append(part)
+    lost = [f"{key}: no home" for key in adapter.homeless] + [f"{n}: {why}" for n, why in wrong.items()]
+    if not fitting:
+        raise FluxError(f"{file}: nothing of this adapter fits the model: {some(lost)}")
+    if lost:
+        _warn_of(file, lost)
+    return fitting
 
 
 def _refuse_control(file: str, adapter: Adapter, flow: nn.Module) -> None:
@@ -73,7 +80,7 @@ def _refuse_control(file: str, adapter: Adapter, flow: nn.Module) -> None:
 
 def _warn_of(file: str, lost: list[str]) -> None:
     more = f"; `python -m flux.adapters check {file} --model MODEL` names all" if len(lost) > SHOWN else ""
-    warnings.warn(f"{file}: left out of the adapter: {some(lost)}{more}", stacklevel=3)
+    warnings.warn(f"{file}: left out of the adapter: {some(lost)}{more}", stacklevel=4)
 
 
 def evaluate(network: nn.Module) -> None:

@@ -3,16 +3,14 @@
 import base64
 import html
 import io
-import math
 import os
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from flux import images
+from flux import images, sheets
 from flux.captioning.files import Picture
 from flux.captioning.pictures import load
 from flux.errors import FluxError
@@ -20,11 +18,6 @@ from flux.errors import FluxError
 SUFFIXES = (".html", ".png")
 THUMBNAIL = 256  # pixels, the longer side
 COLUMNS = 4  # of the PNG
-LETTERS, LINES = (
-    42,
-    12,
-)  # below a picture of the PNG: letters of a line, and lines, its name's included
-FONT_SIZE, LINE_HEIGHT, MARGIN = 12, 15, 8  # pixels
 MOST = 400  # pictures in a PNG; a page of HTML has no such limit
 
 PAGE = """<!doctype html>
@@ -96,16 +89,10 @@ def _page(entries: list[tuple[Picture, str, Image.Image]]) -> str:
 
 
 def _drawn(entries: list[tuple[Picture, str, Image.Image]]) -> np.ndarray:
-    """(H, W, 3), uint8: the pictures in rows of COLUMNS, their captions below them."""
-    font = ImageFont.load_default(FONT_SIZE)
-    width, height = THUMBNAIL + MARGIN, THUMBNAIL + LINES * LINE_HEIGHT + 2 * MARGIN
-    rows = max(1, math.ceil(len(entries) / COLUMNS))
-    sheet = Image.new("RGB", (COLUMNS * width + MARGIN, rows * height + MARGIN), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (picture, text, small) in enumerate(entries):
-        left, top = MARGIN + i % COLUMNS * width, MARGIN + i // COLUMNS * height
-        sheet.paste(small, (left + (THUMBNAIL - small.width) // 2, top + (THUMBNAIL - small.height) // 2))
-        lines = textwrap.wrap(text, LETTERS, max_lines=LINES - 1, placeholder=" …")
-        for number, line in enumerate([f"[{picture.name[-LETTERS + 2 :]}]", *lines]):
-            draw.text((left, top + THUMBNAIL + MARGIN + number * LINE_HEIGHT), line, "black", font)
-    return np.array(sheet)
+    """(H, W, 3), uint8: the pictures in rows of COLUMNS, their names and captions below them."""
+    rows: list[sheets.Row] = []
+    for start in range(0, len(entries), COLUMNS):
+        part = entries[start : start + COLUMNS]
+        rows.append([small for _, _, small in part])
+        rows.append([f"[{picture.name}]\n{text}" for picture, text, _ in part])
+    return sheets.table(rows, THUMBNAIL)

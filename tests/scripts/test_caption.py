@@ -1,7 +1,6 @@
 """caption.py as a person runs it, without a network; what needs no process of its own is called."""
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,7 +14,6 @@ from PIL import Image, ImageOps
 import caption
 from flux.captioning.tasks import TASKS
 from tests import florence2_reference as reference
-from tests.scripts.test_txt2image import NO_NETWORK
 
 SCRIPT = Path(caption.__file__)
 TOKENS = 14
@@ -46,13 +44,6 @@ def photos(tmp_path: Path) -> Path:
         picture.save(folder / name, exif=exif)
     (folder / "broken.png").write_bytes(b"no picture")
     return folder
-
-
-@pytest.fixture
-def environment(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("no_network")
-    (folder / "sitecustomize.py").write_text(NO_NETWORK)
-    return {**os.environ, "PYTHONPATH": str(folder), "HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "0"}
 
 
 @pytest.fixture

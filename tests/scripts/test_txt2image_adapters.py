@@ -12,30 +12,10 @@ import pytest
 import txt2image
 from flux import images
 
-from .. import tiny_pipeline
 from ..model_adapters import CLIP, FLOW, HIDDEN, MODULATION, T5, write
 
 SCRIPT = Path(txt2image.__file__)
 PROMPT = "a red apple on a blue background"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return str(tiny_pipeline.write_checkpoint(tmp_path_factory.mktemp("checkpoint")))
-
-
-@pytest.fixture
-def call(tmp_path, monkeypatch, capsys):
-    """Runs the script's main function in the test's folder: status, lines of stdout, lines of stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*args: str) -> tuple[int, list[str], list[str]]:
-        monkeypatch.setattr(sys, "argv", ["txt2image.py", *map(str, args)])
-        status = txt2image.main()
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err.splitlines()
-
-    return call
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Batches of a step: a function of the step's number, so that a resumed run sees what it would have seen."""
 
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,6 +14,7 @@ from flux.data.sources import Pictures, open_folder, open_hugging_face
 from flux.data.webdataset import open_shards
 from flux.errors import FluxError
 from flux.training.pretrain.config import Config, HuggingFace, Step, WebDataset
+from flux.training.pretrain.encoded import Encoded
 from flux.training.pretrain.networks import Tokenizers
 from flux.training.pretrain.schedules import kl_weight
 
@@ -35,7 +37,10 @@ class Share:
 
 
 class Batches:
-    """step -> a batch for `Objective`. An epoch is a permutation of the data without its incomplete end."""
+    """step -> a batch for `Objective`. An epoch is a permutation of the data without its incomplete end.
+
+    encoded: where the latents are kept, if the step needs no more of the pictures.
+    """
 
     def __init__(
         self,
@@ -44,12 +49,14 @@ class Batches:
         source: Pictures,
         tokenizers: Tokenizers | None,
         share: Share,
+        encoded: Encoded | None = None,
     ):
         self._step: Step = config.steps[index]
         self._source = source
         self._captions = source.captions
         self._tokenizers = tokenizers if self._step.train_diff else None
         self._share = share
+        self._encoded = encoded
         self._seed = (config.training.seed, index)
         self._sides = (config.data.img_size, *config.data.reduced_min_sizes)
         self._prefix = config.data.fixed_prompt_prefix
@@ -66,8 +73,7 @@ class Batches:
             )
 
     def __call__(self, step: int) -> dict[str, Any]:
-        rows, side = self._rows(step), self._side(step)
-        batch: dict[str, Any] = {"pictures": mx.array(np.stack(self._pictures(step, rows, side)))}
+        batch = self._images(step, self._rows(step), self._side(step))
         if self._step.decodes:
             beta = kl_weight(step, self._step.kl_beta, self._step.kl_warmup_steps)
             batch["beta"] = mx.array(beta)
@@ -99,8 +105,23 @@ class Batches:
     def _random(self, step: int, purpose: int) -> np.random.Generator:
         return np.random.default_rng((*self._seed, step, purpose, self._share.rank))
 
+    def _images(self, step: int, rows: np.ndarray, side: int) -> dict[str, Any]:
+        """The batch's pictures, or their latents' mean and log variance."""
+        found = self._pictures(step, rows, side)
+        if self._encoded is None:
+            return {"pictures": mx.array(np.stack(found))}
+        return dict(zip(("mean", "logvar"), self._latents(rows, found), strict=True))
+
+    def _latents(self, rows: Iterable[int], found: list[np.ndarray]) -> mx.array:
+        """(2, B, h, w, z), float32, of records and of pictures, which are encoded."""
+        records = [
+            self._encoded.make(int(row), each) if each.dtype == np.uint8 else each
+            for row, each in zip(rows, found, strict=True)
+        ]
+        return mx.array(np.stack(records, axis=1))
+
     def _pictures(self, step: int, rows: np.ndarray, side: int) -> list[np.ndarray]:
-        """The batch's pictures; the next batch's are begun at the same time."""
+        """The batch's pictures or records; the next batch's are begun at the same time."""
         if self._pool is None:
             return [self._load(row, side) for row in rows]
         ahead, self._ahead = self._ahead, None
@@ -113,6 +134,10 @@ class Batches:
         return [self._pool.submit(self._load, row, side) for row in self._rows(step)]
 
     def _load(self, row: int, side: int) -> np.ndarray:
+        """A picture (side, side, 3), uint8; its record (2, h, w, z), float32, if it has been encoded."""
+        record = None if self._encoded is None else self._encoded.read(int(row), side)
+        if record is not None:
+            return record
         return images.fit(self._source.picture(int(row)), (side, side))
 
     def _tokenize(self, text: str) -> tuple[list[int], list[int]]:

@@ -186,6 +186,11 @@ class Step:
         return self.train_vae or self.gan_training or self.train_spade
 
     @property
+    def encodes_once(self) -> bool:
+        """Whether all that the step needs of a picture is its latent, from an autoencoder that stays."""
+        return self.train_diff and not self.decodes and "encoder" not in self.trained
+
+    @property
     def trained(self) -> frozenset[str]:
         """The components that this step moves."""
         chosen: set[str] = set()

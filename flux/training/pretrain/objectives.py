@@ -17,6 +17,7 @@ from flux.training.pretrain.config import Step
 from flux.training.pretrain.networks import WHOLE, Networks, mapped
 
 Metrics = dict[str, mx.array]
+Moments = tuple[mx.array, mx.array]  # mean and log variance of latents
 Perceptual = Callable[[mx.array, mx.array], mx.array]  # two (B, H, W, 3) -> distances (B,)
 
 
@@ -33,7 +34,8 @@ def threshold_metrics(step: Step) -> tuple[str, ...]:
 class Objective:
     """The loss of a step, as the trainer takes it.
 
-    A batch: `pictures` (B, H, W, 3) uint8; for the autoencoder `beta`, the weight of the KL term, and `r1`,
+    A batch: `pictures` (B, H, W, 3) uint8, or for the flow alone `mean` and `logvar` (B, h, w, z), what a
+    frozen autoencoder makes of them; for the autoencoder `beta`, the weight of the KL term, and `r1`,
     whether this is a batch of the penalty; for the flow `clip` and `t5`, token ids (B, L).
     """
 
@@ -44,15 +46,17 @@ class Objective:
         self._end = end  # CLIP's end token
 
     def __call__(self, model: Networks, batch: dict[str, Any], key: mx.array) -> tuple[mx.array, Metrics]:
-        x = batch["pictures"].astype(mx.float32) / 127.5 - 1
         vae_key, flow_key = mx.random.split(key)
         total, metrics = mx.array(0.0), {}
         with mapped(model, _to_bfloat16) if self._half else nullcontext():
+            if "pictures" in batch:
+                x = batch["pictures"].astype(mx.float32) / 127.5 - 1
             if self._step.decodes:
                 loss, more = self._autoencoder(model, x, batch, vae_key)
                 total, metrics = total + loss, metrics | more
             if self._step.train_diff:
-                loss = flow_loss(model, x, batch, flow_key, self._step.time_shift, self._end)
+                encoded = (batch["mean"], batch["logvar"]) if "mean" in batch else moments(model, x)
+                loss = flow_loss(model, encoded, batch, flow_key, self._step.time_shift, self._end)
                 total, metrics["flow"] = total + loss, loss
         return total, metrics
 
@@ -106,14 +110,14 @@ def adversarial_loss(
 
 
 def flow_loss(
-    model: Networks, x: mx.array, batch: dict[str, Any], key: mx.array, time_shift: float, end: int
+    model: Networks, encoded: Moments, batch: dict[str, Any], key: mx.array, time_shift: float, end: int
 ) -> mx.array:
-    """Mean squared error of the velocity noise - x0, x0 the scaled latent of pictures x (B, H, W, 3).
+    """Mean squared error of the velocity noise - x0, x0 the scaled latent with these moments (B, h, w, z).
 
     The guidance is random and means nothing, so that every value of it gives the same picture.
     """
     latent_key, noise_key, time_key, guidance_key = mx.random.split(key, 4)
-    mean, logvar = moments(model, x)
+    mean, logvar = encoded
     z = mean + mx.exp(0.5 * logvar) * mx.random.normal(mean.shape, key=latent_key)
     params = model.ae.params
     latent = mx.stop_gradient(params.scale_factor * (z - params.shift_factor))  # (B, h, w, z)
@@ -133,7 +137,13 @@ def flow_loss(
     return mx.square(velocity.astype(mx.float32) - (noise - x0)).mean()
 
 
-def moments(model: Networks, x: mx.array) -> tuple[mx.array, mx.array]:
+def encode(model: Networks, x: mx.array, half: bool) -> Moments:
+    """`moments` as the loss computes them, half: in bfloat16."""
+    with mapped(model.ae, _to_bfloat16) if half else nullcontext():
+        return moments(model, x)
+
+
+def moments(model: Networks, x: mx.array) -> Moments:
     """Mean and log variance (B, h, w, z), float32, of pictures x (B, H, W, 3)."""
     mean, logvar = model.ae.moments(x.astype(model.dtype), WHOLE)
     return mean.astype(mx.float32), logvar.astype(mx.float32)

@@ -15,18 +15,22 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from flux.errors import FluxError
+from flux.training.convolution import use_products
 from flux.training.pretrain import lpips, report
 from flux.training.pretrain.batches import Batches, Share, open_dataset
-from flux.training.pretrain.config import Config
+from flux.training.pretrain.config import Config, Step
 from flux.training.pretrain.console import Console
+from flux.training.pretrain.encoded import Encoded
+from flux.training.pretrain.encoded import identity as encoded_identity
 from flux.training.pretrain.networks import Networks, Tokenizers
-from flux.training.pretrain.objectives import Objective
+from flux.training.pretrain.objectives import Objective, encode
 from flux.training.pretrain.progress import STATE, Checkpoints, Progress, identity
 from flux.training.pretrain.samples import averaged, export, write_samples
 from flux.training.pretrain.stage import Stage
 from flux.training.pretrain.validate import save_interval
 from flux.training.pretrain.vocabularies import save_clip, train_clip, train_t5
 
+LATENTS = "latents"  # the folder
 MEASURED_PICTURES = 1024  # for the latents' mean and deviation
 Hook = Callable[[Stage, Progress], None]  # after each optimizer step; for tests
 
@@ -58,6 +62,10 @@ class Run:
         mx.random.seed(config.training.seed)
         self.networks = Networks(config, self._tokenizers)
         self._perceptual = self._load_lpips()
+        if mx.default_device() == mx.cpu:  # elsewhere MLX's own convolutions are the faster ones
+            use_products(self.networks.ae)
+            if self._perceptual is not None:
+                use_products(self._perceptual)
         self.progress = Progress()
         if self._latest is not None:
             self.progress = self._checkpoints.read(self._latest)
@@ -109,6 +117,7 @@ class Run:
             resumed = False
             self._run(stage)
             self._end(stage)
+        shutil.rmtree(self.folder / LATENTS, ignore_errors=True)
         if self.first:
             return export(self.config, self.networks, self._tokenizers)
         return self.folder
@@ -119,11 +128,13 @@ class Run:
         step = config.steps[index]
         share = Share(self._group.rank(), self._group.size())
         source = self._sources[config.dataset_of(step)]
-        batches = Batches(config, index, source, self._tokenizers, share)
         if resumed:
             self._load_networks(self._latest / STATE)
+        encoded = self._encoded(step) if step.train_diff else None
+        kept = encoded if step.encodes_once else None
+        batches = Batches(config, index, source, self._tokenizers, share, kept)
         if step.train_diff and not self.progress.measured:
-            self._measure_latents(batches)
+            self._measure_latents(batches, encoded)
         self._scale_latents()
         end = self._tokenizers.clip.eos_token_id if self._tokenizers else 0
         objective = Objective(step, self._perceptual, config.training.use_fp16, end)
@@ -197,19 +208,26 @@ class Run:
 
     # --- latents ---
 
-    def _measure_latents(self, batches: Batches) -> None:
+    def _encoded(self, step: Step) -> Encoded:
+        """Where the latents of a step's data are kept, for as long as its autoencoder is the same."""
+        config, half = self.config, self.config.training.use_fp16
+        name = config.dataset_of(step)
+        key = encoded_identity(self.networks.ae, name, config.datasets[name], half)
+        downscale, channels = self.networks.ae.downscale, config.model.autoencoder.z_channels
+
+        def shape(side: int) -> tuple[int, ...]:
+            return (2, side // downscale, side // downscale, channels)
+
+        return Encoded(self.folder / LATENTS, key, shape, lambda x: encode(self.networks, x, half))
+
+    def _measure_latents(self, batches: Batches, encoded: Encoded) -> None:
         """Mean and deviation of the autoencoder's latents, for which the flow sees them scaled to 0 and 1."""
         side = self.config.data.img_size
         pictures = batches.first(MEASURED_PICTURES, (side, side))
-        means, variances = [], []
-        for start in range(0, len(pictures), 16):
-            x = mx.array(np.stack(pictures[start : start + 16])).astype(mx.float32) / 127.5 - 1
-            mean, logvar = self.networks.ae.moments(x)
-            means.append(np.array(mean, np.float64).reshape(-1))
-            variances.append(np.exp(np.array(logvar, np.float64)).reshape(-1))
-        mean = np.concatenate(means)
+        records = [encoded.make(row, picture) for row, picture in enumerate(pictures)]
+        mean, logvar = np.stack(records, axis=1).astype(np.float64)
         self.progress.shift = float(mean.mean())
-        self.progress.scale = float(1 / np.sqrt(mean.var() + np.concatenate(variances).mean()))
+        self.progress.scale = float(1 / np.sqrt(mean.var() + np.exp(logvar).mean()))
         self.progress.measured = True
 
     def _scale_latents(self) -> None:

@@ -1,0 +1,214 @@
+"""What adapters do, as one picture: checkpoints x strengths x prompts, all from the same noise.
+
+A prompt that names the class but not the trigger shows what has leaked into the class. The model is read once
+and each prompt is encoded once (once more for an adapter that changes the text encoders): the adapters are
+put beside the weights and taken away again.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from flux import images, sheets
+from flux.adapters import Adapter, Adapters, fitting_parts, load, read_facts
+from flux.adapters.formats import FOLDER_FILES
+from flux.errors import FluxError
+from flux.pipeline import Conditioning, FluxPipeline, check_sampling
+
+STRENGTHS = (0.0, 0.4, 0.8, 1.0, 1.2)
+TEXT_ENCODERS = ("clip", "t5")
+BASE = (None, 0.0)
+
+# An adapter's number and its strength; BASE is the model alone.
+Cell = tuple[int | None, float]
+Texts = dict[Cell, list[Conditioning]]  # of each prompt
+
+
+@dataclass(frozen=True)
+class Named:
+    """An adapter and the name that it has in the grid."""
+
+    name: str
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is the same for all pictures. image_size, steps: the model's own where None."""
+
+    seeds: Sequence[int] = (0,)
+    image_size: tuple[int, int] | None = None  # (height, width)
+    steps: int | None = None
+
+
+def read(paths: Sequence[Path]) -> list[Named]:
+    """The adapters of files; of a training's folder all its checkpoints, in order.
+
+    FluxError for a file that is no adapter and a folder without one; what else is in a folder is left out
+    with a warning.
+    """
+    found = []
+    for path in paths:
+        if not path.is_dir() or any((path / name).is_file() for name in FOLDER_FILES):
+            found.append(Named(path.stem, load(path)))
+            continue
+        own = []
+        for file in sorted(path.glob("*.safetensors"), key=_order):
+            try:
+                own.append(Named(file.stem, load(file)))
+            except FluxError as error:
+                warnings.warn(f"left out: {error}", stacklevel=2)
+        if not own:
+            raise FluxError(f"{path}: no adapter in this folder (*.safetensors)")
+        found += own
+    return found
+
+
+def _order(file: Path) -> tuple[float, str]:
+    """Checkpoints by the epoch or step in their name, and the last adapter, which has none, after them."""
+    numbers = re.findall(r"\d{4,}", file.stem)  # padded with zeros, unlike the 1 of flux1
+    return (int(numbers[-1]) if numbers else float("inf"), file.stem)
+
+
+def grid(
+    pipeline: FluxPipeline,
+    adapters: Sequence[Named],
+    prompts: Sequence[str],
+    class_prompt: str | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    sampling: Sampling = Sampling(),
+) -> np.ndarray:
+    """The labelled grid (H, W, 3), uint8: for each prompt rows of adapters and seeds, columns of strengths.
+
+    The class prompt comes last. At strength 0 stands the picture of the model alone, the same in each row.
+    Takes the pipeline's text encoders and its transformer out of memory. FluxError, before the work begins,
+    for an adapter of which nothing fits the model and for values that make no picture.
+    """
+    if not prompts and class_prompt is None:
+        raise FluxError("no prompt; say what the pictures should show")
+    networks = {"flux": pipeline.flow, "clip": pipeline.clip, "t5": pipeline.t5}
+    parts = [fitting_parts(networks, each.name, each.adapter) for each in adapters]
+    _warn_of_triggers(adapters, class_prompt)
+    every = [*prompts, *([] if class_prompt is None else [class_prompt])]
+    pictures = draw(pipeline, adapters, parts, every, strengths, sampling)
+    titles = [f"prompt: {prompt}" for prompt in prompts]
+    titles += [] if class_prompt is None else [f"class prompt, for leaks: {class_prompt}"]
+    return sheets.table(list(_rows(pictures, adapters, titles, strengths, sampling.seeds)))
+
+
+def _warn_of_triggers(adapters: Sequence[Named], class_prompt: str | None) -> None:
+    for each in adapters:
+        trigger = read_facts(each.adapter.metadata).get("trigger", "")
+        if trigger and trigger.lower() in (class_prompt or "").lower():
+            text = f"the class prompt {class_prompt!r} names the trigger {trigger!r}: it cannot show a leak"
+            warnings.warn(text, stacklevel=3)
+            return
+
+
+def _rows(
+    pictures: dict[Cell, list[np.ndarray]],
+    adapters: Sequence[Named],
+    titles: Sequence[str],
+    strengths: Sequence[float],
+    seeds: Sequence[int],
+) -> Iterator[sheets.Row]:
+    columns = [f"strength {strength:g}{'' if strength else ': the model alone'}" for strength in strengths]
+    for number, title in enumerate(titles):
+        yield title
+        yield ["", *columns]
+        for k, seed in enumerate(seeds):
+            for i, each in enumerate(adapters):
+                place = number * len(seeds) + k
+                row = [pictures[_cell(i, strength)][place] for strength in strengths]
+                yield [f"{each.name}\nseed {seed}", *(Image.fromarray(picture) for picture in row)]
+
+
+def _cell(adapter: int, strength: float) -> Cell:
+    return (adapter, strength) if strength else BASE
+
+
+def draw(
+    pipeline: FluxPipeline,
+    adapters: Sequence[Named],
+    parts: Sequence[Sequence[str]],
+    prompts: Sequence[str],
+    strengths: Sequence[float],
+    sampling: Sampling,
+) -> dict[Cell, list[np.ndarray]]:
+    """The pictures (H, W, 3), uint8, of each cell: of all seeds of the first prompt, then of the next.
+
+    parts: the networks that each adapter fits. One stage is in memory at a time.
+    """
+    spec = pipeline.spec
+    size = pipeline.latent_size(sampling.image_size or spec.image_size)
+    steps = spec.steps if sampling.steps is None else sampling.steps
+    check_sampling(steps, len(sampling.seeds), size, None, spec.cfg_scale)
+    noise = pipeline.noise(sampling.seeds, size)  # (seeds, L, channels)
+    texts = encode(pipeline, adapters, parts, prompts, strengths)
+    del pipeline.clip, pipeline.t5
+    mx.clear_cache()
+
+    latents: dict[Cell, list[mx.array]] = {}
+    total = len(texts) * len(prompts) * len(sampling.seeds) * steps
+    with tqdm(total=total, unit="step", disable=None) as bar:
+        for cell in _put_on({"flux": pipeline.flow}, adapters, parts, list(texts)):
+            latents[cell] = []
+            for text in texts[cell]:
+                plan = pipeline.prepare(text, noise, size, steps, spec.guidance, spec.cfg_scale)
+                for i in range(len(noise)):  # one at a time: as txt2image.py makes it, to the bit
+                    for x in pipeline.denoise(plan._replace(x=noise[i : i + 1])):
+                        mx.eval(x)
+                        bar.update()
+                    latents[cell].append(x)
+    del plan, pipeline.flow
+    mx.clear_cache()
+    return {c: [images.to_uint8(pipeline.decode(x, size))[0] for x in own] for c, own in latents.items()}
+
+
+def encode(
+    pipeline: FluxPipeline,
+    adapters: Sequence[Named],
+    parts: Sequence[Sequence[str]],
+    prompts: Sequence[str],
+    strengths: Sequence[float],
+) -> Texts:
+    """The prompts' conditioning in every cell, evaluated; only adapters of the text encoders change it."""
+    encoders = {"clip": pipeline.clip, "t5": pipeline.t5}
+    cells = list(dict.fromkeys(_cell(i, s) for i in range(len(adapters)) for s in strengths))
+    changing = [(i, s) for i, s in cells if i is not None and set(parts[i]) & set(TEXT_ENCODERS)]
+    texts: Texts = {}
+    for cell in _put_on(encoders, adapters, parts, [BASE, *changing]):
+        texts[cell] = [pipeline.encode(prompt, None, pipeline.spec.cfg_scale) for prompt in prompts]
+        mx.eval(texts[cell])
+    return {cell: texts.get(cell, texts[BASE]) for cell in cells}
+
+
+def _put_on(
+    networks: dict, adapters: Sequence[Named], parts: Sequence[Sequence[str]], cells: Sequence[Cell]
+) -> Iterator[Cell]:
+    """Each cell, while the networks have its adapter at its strength, and in the end none."""
+    own: list[Adapters] = []
+    on: int | None = None
+    for number, strength in sorted(cells, key=lambda cell: -1 if cell[0] is None else cell[0]):
+        if number != on:
+            _take_off(own)
+            own, on = [], number
+            for part in set(parts[number]) & networks.keys():
+                own.append(Adapters(networks[part]))
+                own[-1].add(adapters[number].adapter.part(part), strength, "shown")
+        for each in own:
+            each.set_strength("shown", strength)
+        yield number, strength
+    _take_off(own)
+
+
+def _take_off(own: list[Adapters]) -> None:
+    for each in own:
+        each.remove("shown")
