@@ -5,6 +5,7 @@ several change the same layer at once. The network knows nothing of it.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -62,6 +63,13 @@ class DenseChange(nn.Module):
 LAYERS = {LowRank: LoRA, Kronecker: LoKr, Dense: DenseChange}
 
 
+@dataclass
+class _Draw:
+    """A random key that is no part of a module's state: a function that is compiled need not give it back."""
+
+    key: mx.array
+
+
 class Dropout(nn.Module):
     """In training, sets each element of x to zero with this probability and scales the others up.
 
@@ -72,12 +80,12 @@ class Dropout(nn.Module):
     def __init__(self, probability: float):
         super().__init__()
         self._probability = probability
-        self._key = mx.random.key(0)
+        self._draw = _Draw(mx.random.key(0))
 
     def __call__(self, x: mx.array) -> mx.array:
         if not self.training or self._probability == 0:
             return x
-        kept = mx.random.bernoulli(1 - self._probability, x.shape, key=self._key)
+        kept = mx.random.bernoulli(1 - self._probability, x.shape, key=self._draw.key)
         return mx.where(kept, x / (1 - self._probability), 0)
 
 
@@ -85,7 +93,7 @@ def draw_dropout(model: nn.Module, key: mx.array) -> None:
     """Gives every Dropout of a model a key of its own, made of this one: before each step of a training."""
     layers = [module for module in model.modules() if isinstance(module, Dropout) and module._probability]
     for layer, own in zip(layers, mx.random.split(key, max(1, len(layers))), strict=False):
-        layer._key = own
+        layer._draw.key = own
 
 
 class Share(nn.Module):

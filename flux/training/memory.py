@@ -46,8 +46,9 @@ def estimate(
 ) -> Estimate:
     """The memory of one step on pictures of image_size (height, width) in pixels.
 
-    bits: None for weights that are not quantized. mode: as in `weights.quantize.quantize`. which, last_blocks:
-    as in `adapters.targets`. element_size: bytes of a weight and of an activation that is not quantized.
+    bits: None for weights that are not quantized. mode: as in `weights.quantize.quantize`.
+    which, last_blocks: as in `adapters.targets`. element_size: bytes of an activation and of a weight that is
+    not quantized.
     """
     flow = Flux(params)  # never evaluated: its shapes alone
     weights = weight_bytes(params, bits, mode, element_size)
