@@ -25,13 +25,15 @@ class Model(nn.Module):
         self.flow = flow
 
 
-def make_model(bits: int | None = None, dropout: float = 0.0, dtype: mx.Dtype = mx.float32) -> Model:
+def make_model(
+    bits: int | None = None, dropout: float = 0.0, dtype: mx.Dtype = mx.float32, which: str = "blocks"
+) -> Model:
     flow = randomize(Flux(FLUX), 0)
     flow.set_dtype(dtype)
     if bits:
         quantize(flow, bits, 32)
     adapters = Adapters(flow)
-    adapter = new_adapter(flow, targets(flow, "blocks"), 4, 4, mx.random.key(1))
+    adapter = new_adapter(flow, targets(flow, which), 4, 4, mx.random.key(1))
     adapters.add(adapter, name="new", dropout=dropout, learns=True)
     adapters.freeze_all_but("new")
     ups = {name: up for name, up in tree_flatten(flow.trainable_parameters()) if name.endswith(".up")}
@@ -68,6 +70,16 @@ def test_gradients_are_the_same_to_the_bit(bits, dropout, dtype, monkeypatch):
     assert type(model.flow.double_blocks[0]) is DoubleStreamBlock
     assert type(model.flow.single_blocks[0]) is SingleStreamBlock
     assert same(gradients(model), plain)
+
+
+@pytest.mark.parametrize("which", ["double_blocks.0.img_attn.qkv", "single_blocks.1.linear2"])
+def test_blocks_without_a_trained_layer(which):
+    """Before and after the one that has it."""
+    model = make_model(which=which)
+    plain = gradients(model)
+    checkpoint_blocks(model.flow)
+    assert same(gradients(model), plain)
+    assert len(plain) == 3
 
 
 def test_other_models_and_answers_stay():

@@ -3,8 +3,11 @@
 A block's inputs are all that is kept of it: of FLUX.1-dev's 57 blocks one at a time is whole in memory.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 from flux.models.layers import DoubleStreamBlock, SingleStreamBlock, attention
 from flux.models.transformer import Flux
@@ -38,16 +41,37 @@ class _Checkpointed:
     def __call__(self, *inputs: mx.array) -> mx.array | tuple[mx.array, ...]:
         plain = super().__call__
 
-        def call(parameters: dict, *inputs: mx.array) -> mx.array | tuple[mx.array, ...]:
+        trained = dict(tree_flatten(_parameters(self)))
+        names = list(trained)
+
+        def call(*arrays: mx.array) -> list[mx.array]:
             own = _parameters(self)
-            self.update(parameters)
+            self.update(tree_unflatten(list(zip(names, arrays, strict=False))))
             try:
-                return plain(*inputs)
+                out = plain(*arrays[len(names) :])
             finally:
                 self.update(own)
+            return list(out) if isinstance(out, tuple) else [out]
 
-        # Gradients go to arguments alone, so the parameters must be some.
-        return mx.checkpoint(call)(_parameters(self), *inputs)
+        out = _checkpointed(call, len(names))(*trained.values(), *inputs)
+        return tuple(out) if len(out) > 1 else out[0]
+
+
+def _checkpointed(function: Callable, count: int) -> Callable:
+    """mx.checkpoint for a function of arrays whose first `count` are parameters, with one more rule: the
+    gradient goes on to the function before this one when those of the parameters are done.
+
+    Else MLX may leave these for last, and keep in memory what all of them are made of.
+    """
+    run = mx.custom_function(function)
+
+    @run.vjp
+    def gradients(inputs: tuple[mx.array, ...], cotangents: list[mx.array], _: list[mx.array]):
+        inputs = mx.depends(list(inputs), list(cotangents))  # not before the gradient has come here
+        own = mx.vjp(function, inputs, list(cotangents))[1]
+        return (*own[:count], *(mx.depends(own[count:], own[:count]) if count else own))
+
+    return run
 
 
 class CheckpointedDoubleStreamBlock(_Checkpointed, DoubleStreamBlock):
