@@ -15,17 +15,19 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from flux.errors import FluxError
+from flux.training.ema import averaged
 from flux.training.pretrain import lpips, report
 from flux.training.pretrain.batches import Batches, Share, open_dataset
 from flux.training.pretrain.config import Config
 from flux.training.pretrain.console import Console
 from flux.training.pretrain.networks import Networks, Tokenizers
 from flux.training.pretrain.objectives import Objective
-from flux.training.pretrain.progress import STATE, Checkpoints, Progress, identity
-from flux.training.pretrain.samples import averaged, export, write_samples
+from flux.training.pretrain.progress import Checkpoints, Progress, identity
+from flux.training.pretrain.samples import export, write_samples
 from flux.training.pretrain.stage import Stage
 from flux.training.pretrain.validate import save_interval
 from flux.training.pretrain.vocabularies import save_clip, train_clip, train_t5
+from flux.training.states import STATE
 
 MEASURED_PICTURES = 1024  # for the latents' mean and deviation
 Hook = Callable[[Stage, Progress], None]  # after each optimizer step; for tests
@@ -60,7 +62,7 @@ class Run:
         self._perceptual = self._load_lpips()
         self.progress = Progress()
         if self._latest is not None:
-            self.progress = self._checkpoints.read(self._latest)
+            self.progress = self._checkpoints.read_progress(self._latest)
             self.progress.session += 1
 
     def _used_datasets(self) -> list[str]:
@@ -184,7 +186,7 @@ class Run:
 
     def _save(self, stage: Stage) -> None:
         if self.first:
-            self._checkpoints.save(self.progress, stage.trainer.save)
+            self._checkpoints.save_progress(self.progress, stage.trainer.save)
             report.draw(self.folder / "graph", [step.name for step in self.config.steps])
 
     def _sample(self, stage: Stage) -> None:
