@@ -31,11 +31,16 @@ def timesteps(num_steps: int, image_tokens: int, shift: bool) -> list[float]:
         raise FluxError(f"steps must be at least 1, not {num_steps}")
     times = np.linspace(1.0, 1.0 / num_steps, num_steps).astype(np.float32)
     if shift:
-        (x1, y1), (x2, y2) = _SHIFT_POINTS
-        slope = (y2 - y1) / (x2 - x1)
-        e_mu = math.exp(image_tokens * slope + (y1 - slope * x1))
+        e_mu = time_shift(image_tokens)
         times = e_mu / (e_mu + (1 / times - 1))
     return [*times.tolist(), 0.0]
+
+
+def time_shift(image_tokens: int) -> float:
+    """e^mu, by which dev's times are shifted; mu is linear in the number of picture tokens."""
+    (x1, y1), (x2, y2) = _SHIFT_POINTS
+    slope = (y2 - y1) / (x2 - x1)
+    return math.exp(image_tokens * slope + (y1 - slope * x1))
 
 
 def random_seed() -> int:

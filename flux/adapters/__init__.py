@@ -3,7 +3,7 @@
 from flux.adapters.adapter import Adapter, Delta, Dense, Kronecker, LowRank
 from flux.adapters.attach import Weighted, attach, evaluate, read_weighted
 from flux.adapters.formats import load
-from flux.adapters.lora import Adapters, mismatches
+from flux.adapters.lora import Adapters, draw_dropout, mismatches
 from flux.adapters.training import TARGETS, new_adapter, targets
 from flux.adapters.writers import read_facts, save
 
@@ -17,6 +17,7 @@ __all__ = [
     "LowRank",
     "Weighted",
     "attach",
+    "draw_dropout",
     "evaluate",
     "load",
     "mismatches",

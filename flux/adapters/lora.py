@@ -5,6 +5,7 @@ several change the same layer at once. The network knows nothing of it.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -62,6 +63,39 @@ class DenseChange(nn.Module):
 LAYERS = {LowRank: LoRA, Kronecker: LoKr, Dense: DenseChange}
 
 
+@dataclass
+class _Draw:
+    """A random key that is no part of a module's state: a function that is compiled need not give it back."""
+
+    key: mx.array
+
+
+class Dropout(nn.Module):
+    """In training, sets each element of x to zero with this probability and scales the others up.
+
+    Which ones comes from a key that `draw_dropout` gives, not from MLX's global state: a step that is
+    resumed, or computed again for its gradient, drops the same.
+    """
+
+    def __init__(self, probability: float):
+        super().__init__()
+        self._probability = probability
+        self._draw = _Draw(mx.random.key(0))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not self.training or self._probability == 0:
+            return x
+        kept = mx.random.bernoulli(1 - self._probability, x.shape, key=self._draw.key)
+        return mx.where(kept, x / (1 - self._probability), 0)
+
+
+def draw_dropout(model: nn.Module, key: mx.array) -> None:
+    """Gives every Dropout of a model a key of its own, made of this one: before each step of a training."""
+    layers = [module for module in model.modules() if isinstance(module, Dropout) and module._probability]
+    for layer, own in zip(layers, mx.random.split(key, max(1, len(layers))), strict=False):
+        layer._draw.key = own
+
+
 class Share(nn.Module):
     """What one adapter adds to one layer: strength (W' - W) x.
 
@@ -72,7 +106,7 @@ class Share(nn.Module):
     def __init__(self, name: str, delta: Delta, strength: float, dropout: float = 0.0, learns: bool = False):
         super().__init__()
         self.name, self.strength, self.learns = name, strength, learns
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.layer = None if delta.change is None else LAYERS[type(delta.change)](delta.change)
         self.bias, self.magnitude = delta.bias, delta.magnitude
         self._norms: mx.array | None = None  # of (W + dW), for a DoRA that is not trained

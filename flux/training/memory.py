@@ -1,0 +1,90 @@
+"""What a step of LoRA training will take in memory, before anything is loaded."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from flux.adapters.lora import linear_shape, linears
+from flux.adapters.training import DEFAULT_TARGET, targets
+from flux.models.transformer import Flux, FluxParams
+from flux.weights.quantize import GROUP_SIZES, QUANTIZED
+
+PIXELS_PER_TOKEN = 16  # along each side: 8 of the autoencoder, 2 of a token's patch
+ADAPTER_COPIES = 2  # the weights and their gradient; an optimizer keeps so many more:
+OPTIMIZER_COPIES = {"adam": 2.0, "adamw": 2.0, "adafactor": 0.0, "lion": 1.0, "prodigy": 3.3}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of the transformer's weights, of the adapter with its gradient and optimizer, of activations."""
+
+    weights: int
+    adapter: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapter + self.activations
+
+
+def estimate(
+    params: FluxParams,
+    bits: int | None,
+    image_size: tuple[int, int],
+    batch: int = 1,
+    rank: int = 16,
+    checkpoint: bool = False,
+    optimizer: str = "adamw",
+    *,
+    mode: str = "affine",
+    which: str = DEFAULT_TARGET,
+    last_blocks: int | None = None,
+    text_tokens: int = 512,
+    element_size: int = 2,
+) -> Estimate:
+    """The memory of one step on pictures of image_size (height, width) in pixels.
+
+    bits: None for weights that are not quantized. mode: as in `weights.quantize.quantize`.
+    which, last_blocks: as in `adapters.targets`. element_size: bytes of an activation and of a weight that is
+    not quantized.
+    """
+    flow = Flux(params)  # never evaluated: its shapes alone
+    weights = weight_bytes(params, bits, mode, element_size)
+    layers = linears(flow)
+    changed = [linear_shape(layers[name]) for name in targets(flow, which, last_blocks)]
+    adapter = rank * sum(rows + columns for rows, columns in changed)
+    copies = ADAPTER_COPIES + OPTIMIZER_COPIES[optimizer]
+    height, width = image_size
+    tokens = text_tokens + (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
+    return Estimate(
+        weights,
+        int(4 * adapter * copies),
+        activation_bytes(params, batch * tokens, checkpoint, element_size),
+    )
+
+
+@cache
+def weight_bytes(params: FluxParams, bits: int | None, mode: str = "affine", element_size: int = 2) -> int:
+    """The transformer's weights, quantized as `weights.quantize.quantize` does it with its own group size."""
+    flow, total = Flux(params), 0
+    group = GROUP_SIZES[mode][0]
+    shared = 8 / group if mode == "mxfp4" else 2 * 8 * element_size / group  # bits a weight of the scales
+    quantized = {
+        f"{name}.weight"
+        for name, layer in flow.named_modules()
+        if isinstance(layer, nn.Linear) and name.startswith(QUANTIZED) and layer.weight.shape[1] % group == 0
+    }
+    for name, array in tree_flatten(flow.parameters()):
+        small = bits is not None and name in quantized
+        total += array.size * (bits + shared) / 8 if small else array.size * element_size
+    return int(total)
+
+
+def activation_bytes(params: FluxParams, tokens: int, checkpoint: bool, element_size: int = 2) -> int:
+    """What a step keeps for its gradient: `tokens` of text and picture, all samples together."""
+    width, blocks = params.hidden_size, params.depth + params.depth_single_blocks
+    inside = tokens * width * (20 + 4 * params.mlp_ratio) * element_size  # of one block
+    between = tokens * width * element_size
+    return int(blocks * between + inside if checkpoint else blocks * inside)
