@@ -26,7 +26,7 @@ DATA_OPTIONS = (
 
 
 def main() -> int:
-    """Run the program; its exit status: 0, 2 for bad input or a training that failed, 130 when interrupted."""
+    """Run the program; its exit status: 0, 2 for bad input or a failed training, 130 when interrupted."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         return run(build_parser().parse_args(sys.argv[1:]))

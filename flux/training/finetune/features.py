@@ -15,11 +15,9 @@ Tensors = dict[str, mx.array]
 
 
 class Features:
-    """Latents and texts of a training. clip_ids: CLIP is trained, so that its tokens take its vector's place."""
+    """Latents and texts of a training. clip_ids: CLIP is trained, so its tokens take its vector's place."""
 
-    def __init__(
-        self, plan: Plan, cache: data.Cache, identities: tuple[str, str], clip_ids: bool = False
-    ):
+    def __init__(self, plan: Plan, cache: data.Cache, identities: tuple[str, str], clip_ids: bool = False):
         """identities: of the autoencoder and of the text encoders."""
         self.plan = plan
         self.clip_ids = clip_ids
@@ -64,11 +62,12 @@ class Features:
     def conditioning(
         self, text: str, negative: str | None, pooled: Callable[[mx.array], mx.array]
     ) -> Conditioning:
-        """A prompt, and with true guidance the negative one; pooled: (1, 77) ids -> (1, D), for a trained CLIP."""
+        """A prompt, and maybe a negative one. pooled: CLIP, if it is trained: ids (1, 77) -> (1, D)."""
 
         def one(text: str) -> TextConditioning:
             found = {name: array[None] for name, array in self._texts.load(text).items()}
-            return TextConditioning(found["t5"], pooled(found["clip_ids"]) if self.clip_ids else found["clip"])
+            clip = pooled(found["clip_ids"]) if self.clip_ids else found["clip"]
+            return TextConditioning(found["t5"], clip)
 
         return Conditioning(one(text), None if negative is None else one(negative))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from flux import adapters
 from flux.data import latents, samples
@@ -105,8 +106,8 @@ class FineTuning:
         self._digest = self._plan.digest()
         if self._state and States.read(self._state)["digest"] != self._digest:
             raise FluxError(
-                f"the data set {options.data} is not the one that this run was begun with (pictures, captions "
-                f"or options have changed): restore it, or start anew with another --output-dir"
+                f"the data set {options.data} is not the one that this run was begun with (its pictures, "
+                f"captions or options have changed): restore it, or start anew with another --output-dir"
             )
         self.length = Length.of(options, self._plan.batches_per_epoch, self._group.size())
 
@@ -179,9 +180,8 @@ class FineTuning:
     def _loss_with_dropout(
         self, network: Network, batch: dict[str, mx.array], key: mx.array
     ) -> tuple[mx.array, Metrics]:
-        if "dropout_key" in batch:
-            mx.random.state[0] = batch["dropout_key"]  # where MLX's Dropout draws from
-        return self._loss(network, batch, key)
+        # The trainer's key is by the rank's own count of batches, and n ranks must drop what one would.
+        return self._loss(network, batch, batch.get("dropout_key", key))
 
     def _batch(self, number: int) -> dict[str, mx.array]:
         """This rank's number-th batch: the ranks take those of the plan in turn."""
@@ -219,7 +219,7 @@ class FineTuning:
 
     def _say_what_begins(self) -> None:
         length, options = self.length, self.options
-        count = sum(a.size for _, a in mx.utils.tree_flatten(self.network.trainable_parameters()))
+        count = sum(a.size for _, a in tree_flatten(self.network.trainable_parameters()))
         lines = [
             f"{len(self._plan.items)} samples and {length.batches_per_epoch} batches an epoch; "
             f"{length.iterations} iterations, {length.updates} updates, {length.epochs} epochs",

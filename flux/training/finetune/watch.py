@@ -49,7 +49,7 @@ class Pictures:
         return [*self.prompts, *([self.negative] if self.negative is not None and self.prompts else [])]
 
     def draw(self, network: Network, path: Path) -> None:
-        """Writes the pictures side by side; the weights that only decoding needs are read for it and let go."""
+        """Writes the pictures side by side. The autoencoder is in memory only while it decodes them."""
         pipeline = self._base.pipeline
         network.eval()
         latents = [self._latent(pipeline, network, i) for i in range(len(self.prompts))]
