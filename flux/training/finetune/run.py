@@ -22,6 +22,7 @@ from flux.errors import FluxError
 from flux.training import optimizers
 from flux.training.checkpointing import checkpoint_blocks
 from flux.training.ema import EMA, averaged
+from flux.training.finetune import fit
 from flux.training.finetune.console import LINES, Console
 from flux.training.finetune.features import Features, sample_key
 from flux.training.finetune.length import Length
@@ -110,6 +111,20 @@ class FineTuning:
                 f"captions or options have changed): restore it, or start anew with another --output-dir"
             )
         self.length = Length.of(options, self._plan.batches_per_epoch, self._group.size())
+        self._say_whether_it_fits()
+
+    def _say_whether_it_fits(self) -> None:
+        plan, flow = self._plan, self._base.pipeline.flow
+        shape = {
+            "image_size": max((bucket for _, bucket in plan.bucket_table()), key=math.prod),
+            "batch": max(group.batch_size for group in plan.groups),
+            "text_tokens": self._base.checkpoint.spec.t5_length,
+            "element_size": flow.dtype.size,
+        }
+        line, advice = fit.describe(self.options, flow.params, shape, fit.machine_memory())
+        self._console.say(line)
+        if advice and self.first:
+            warnings.warn(advice, stacklevel=2)
 
     def _encode(self) -> None:
         """Fills the cache and lets go of the encoders. Ranks share the work where they share the disk."""
