@@ -230,9 +230,11 @@ def test_a_data_set_that_is_gone_or_changed(model, tmp_path):
     (tmp_path / "pictures/1.txt").write_text("something else")
     with pytest.raises(FluxError, match="pictures is not the one that this run was begun with"):
         FineTuning.resume(tmp_path / "run", {"iterations": 4}, quiet=True).execute()
-    shutil.rmtree(tmp_path / "pictures")
-    with pytest.raises(FluxError, match="pictures: no such folder"):
-        FineTuning.resume(tmp_path / "run", {"iterations": 4}, quiet=True).execute()
+    moved = finetuning.write_data(tmp_path / "moved")
+    FineTuning.resume(tmp_path / "run", {"iterations": 4, "data": moved}, quiet=True).execute()
+    shutil.rmtree(moved)
+    with pytest.raises(FluxError, match="moved: no such folder"):
+        FineTuning.resume(tmp_path / "run", {"iterations": 6}, quiet=True).execute()
 
 
 def test_options_that_contradict_a_resumed_run_are_refused_by_name(model, data, tmp_path):
@@ -241,7 +243,7 @@ def test_options_that_contradict_a_resumed_run_are_refused_by_name(model, data, 
     FineTuning.resume(tmp_path / "run", {**same, "progress_every": 7, "format": "kohya"}, quiet=True)
     changes = [
         ({"rank": 4}, r"--lora-rank 4 \(the run has 2\)"),
-        ({"learning_rate": 0.5, "data": "other"}, r"--learning-rate 0\.5 .*--data other"),
+        ({"learning_rate": 0.5, "model": "schnell"}, r"--learning-rate 0\.5 .*--model schnell"),
         ({"data_options": {"flip_aug": True}}, "--data-options flip_aug True"),
     ]
     for change, message in changes:

@@ -17,10 +17,19 @@ AUTO = "auto"
 ITERATIONS = 1000  # where neither iterations nor epochs are given
 WARMUP = 100  # updates at most, and a tenth of all
 SMALL = 256  # a resolution below the usual smallest bucket
-# What changes neither the result nor its meaning: these may be given anew when a run is resumed.
+# What changes neither the result nor its meaning: these may be given anew when a run is resumed. A data set
+# may have moved; that it is the same one is seen from its digest.
 CHANGEABLE = (
     *("iterations", "epochs", "format", "save_every", "save_every_epochs", "state_every", "keep_states"),
-    *("validate_every", "progress_prompts", "progress_every", "progress_seed", "trigger", "cache_dir"),
+    *(
+        "data",
+        "validate_every",
+        "progress_prompts",
+        "progress_every",
+        "progress_seed",
+        "trigger",
+        "cache_dir",
+    ),
 )
 
 
@@ -187,6 +196,8 @@ class Options:
                 f"another --output-dir"
             )
         given = {name: value for name, value in changes.items() if name in CHANGEABLE}
+        if "data" in given:
+            given["data"] = _absolute(given["data"])
         if given.keys() & {"iterations", "epochs"}:
             given = {"iterations": None, "epochs": None, **given}
         new = replace(self, **given)
