@@ -24,7 +24,7 @@ class LoRA(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         # The weights go to x's type, not x to theirs: 16-bit activations stay small beside float32 weights.
         down, up = self.down.astype(x.dtype), self.up.astype(x.dtype)
-        return (self.alpha / down.shape[0]) * ((x @ down.T) @ up.T)
+        return ((self.alpha / down.shape[0]) * (x @ down.T)) @ up.T  # the factor where it is small: (..., r)
 
     def change(self) -> LowRank:
         return LowRank(self.down, self.up, self.alpha)

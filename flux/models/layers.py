@@ -32,6 +32,7 @@ def silu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(x)
 
 
+@mx.checkpoint  # its float32 steps are twice as wide as x each: better made again for a gradient than kept
 @fused
 def gelu(x: mx.array) -> mx.array:
     """GELU in its tanh form, 0.5 x (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks & Gimpel 2016).
@@ -181,6 +182,8 @@ class SelfAttention(nn.Module):
 class DoubleStreamBlock(nn.Module):
     """Text and picture have weights of their own and meet in one joint attention, text first."""
 
+    attend = staticmethod(attention)  # training puts another in its place
+
     def __init__(self, hidden_size: int, num_heads: int, mlp_size: int, qkv_bias: bool):
         super().__init__()
         head_dim = hidden_size // num_heads
@@ -205,7 +208,7 @@ class DoubleStreamBlock(nn.Module):
         img_qkv = self.img_attn.heads(modulate(img, img_shift, img_scale))
         # q, k and v of both: (B, H, Lt+Li, D)
         joint = [mx.concatenate(pair, axis=2) for pair in zip(txt_qkv, img_qkv, strict=True)]
-        txt_out, img_out = mx.split(attention(*joint, pe), [txt.shape[1]], axis=1)
+        txt_out, img_out = mx.split(self.attend(*joint, pe), [txt.shape[1]], axis=1)
         txt = txt + txt_gate * self.txt_attn.proj(txt_out)
         img = img + img_gate * self.img_attn.proj(img_out)
         return feed_forward(txt, self.txt_mlp, *txt_rest), feed_forward(img, self.img_mlp, *img_rest)
@@ -213,6 +216,8 @@ class DoubleStreamBlock(nn.Module):
 
 class SingleStreamBlock(nn.Module):
     """Text and picture as one sequence; attention and feed-forward side by side (Dehghani et al. 2023)."""
+
+    attend = staticmethod(attention)
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_size: int):
         super().__init__()
@@ -228,7 +233,7 @@ class SingleStreamBlock(nn.Module):
         h = self.linear1(modulate(x, shift, scale))
         part, whole = self.qkv_share  # a ratio, not a width: a sharded linear1 gives less of both
         qkv, hidden = mx.split(h, [h.shape[-1] * part // whole], axis=-1)
-        attended = attention(*self.norm.split_heads(qkv), pe)
+        attended = self.attend(*self.norm.split_heads(qkv), pe)
         return clip_float16(x + gate * self.linear2(mx.concatenate([attended, gelu(hidden)], axis=-1)))
 
 

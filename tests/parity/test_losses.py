@@ -1,4 +1,4 @@
-"""The losses of training from scratch and their gradients, against PyTorch's automatic differentiation."""
+"""The losses of the trainings and their gradients, against PyTorch's automatic differentiation."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,6 +33,25 @@ def test_kl(free_bits):
     assert relative(value, expected) < 1e-6
     assert relative(gradients[0], m.grad) < 1e-6
     assert relative(gradients[1], v.grad) < 1e-6
+
+
+@pytest.mark.parametrize("delta", [0.1, 2.0])
+@pytest.mark.parametrize("name", losses.LOSSES)
+def test_errors_of_fine_tuning(name, delta):
+    """The formulas of sd-scripts (library/train_util.py, conditional_loss), in float64."""
+    x, y = (mx.random.normal((3, 4, 5), key=mx.random.key(i)) for i in (3, 4))
+    a, b = to_torch(x), to_torch(y)
+    error, c = a.double() - b.double(), delta
+    expected = {
+        "mse": error**2,
+        "l1": error.abs(),
+        "huber": 2 * c * ((error**2 + c**2).sqrt() - c),
+        "smooth_l1": 2 * ((error**2 + c**2).sqrt() - c),
+    }[name]
+    assert relative(losses.error(name, x, y, delta), expected) < 1e-6
+    gradient = mx.grad(lambda x: losses.error(name, x, y, delta).sum())(x)
+    expected.sum().backward()
+    assert relative(gradient, a.grad) < 1e-6
 
 
 def test_hinge():
