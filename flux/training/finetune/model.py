@@ -37,7 +37,7 @@ class Base:
         self._options = options
         self._dtype = getattr(mx, options.dtype) if options.dtype else checkpoints.default_dtype()
         bits, mode = QUANTIZE.get(options.quantize, (None, "affine"))
-        parts = pipeline.load(self.checkpoint, self._dtype, bits, weighted, options.fuse_adapters, mode)
+        parts = pipeline.load(self.checkpoint, self._dtype, bits, weighted, options.fuse_adapters, mode=mode)
         self.pipeline = FluxPipeline.from_parts(parts)
         self.ae_params = parts.ae.params
         self.end_token = parts.clip_tokenizer.eos_token_id
