@@ -15,6 +15,7 @@ from flux.errors import FluxError
 from flux.training import losses, optimizers
 from flux.training.finetune import FineTuning, Options, Stopped
 from flux.training.finetune.options import ITERATIONS, QUANTIZE, WARMUP
+from flux.training.objective import DELTA_SCHEDULES
 from flux.weights import registry
 
 PARTS = ("transformer", "ae", "clip", "t5")
@@ -197,7 +198,12 @@ def build_parser() -> Parser:
     add("--clip-norm", type=finite, metavar="X", help=f"of the gradient, 0: none ({usual.clip_norm:g})")
     add("--ema", type=finite, metavar="X", help="average of the weights, X such as 0.99: saved and shown")
     add("--time-sampling", choices=("auto", *losses.TIME_SAMPLING), help="default: sigmoid; schnell's times")
+    add("--time-scale", type=finite, metavar="X", help="spread of sigmoid, shift and flux_shift (1)")
+    add("--time-mean", type=finite, metavar="X", help="of logit_normal (0)")
+    add("--time-std", type=finite, metavar="X", help="of logit_normal (1)")
     add("--loss", choices=tuple(losses.LOSSES), help=f"default {usual.loss}")
+    add("--huber-delta", dest="delta", type=finite, metavar="X", help="of huber and smooth_l1 (0.1)")
+    add("--huber-schedule", dest="delta_schedule", choices=DELTA_SCHEDULES, help="of delta over the time")
     add("--guidance", type=finite, metavar="X", help=f"that the model is told ({usual.guidance:g})")
     add("--prior-weight", type=finite, metavar="X", help="of regularisation pictures' loss (1)")
     add("--grad-checkpoint", **on, help="far less memory for some more time")

@@ -9,6 +9,7 @@ from flux.adapters.writers import WRITERS
 from flux.data import schema
 from flux.errors import FluxError
 from flux.training import losses, optimizers
+from flux.training.objective import DELTA_SCHEDULES
 from flux.weights import registry
 
 QUANTIZE = {"8": (8, "affine"), "4": (4, "affine"), "mxfp4": (4, "mxfp4")}  # -> bits, mode
@@ -70,7 +71,12 @@ class Options:
     clip_norm: float = 1.0  # 0: none
     ema: float | None = None
     time_sampling: str = AUTO  # schnell's four times for its kind, else sigmoid
+    time_scale: float = 1.0  # of sigmoid, shift and flux_shift
+    time_mean: float = 0.0  # of logit_normal, as time_std
+    time_std: float = 1.0
     loss: str = "mse"
+    delta: float = 0.1  # of huber and smooth_l1
+    delta_schedule: str = "constant"
     guidance: float = 1.0
     prior_weight: float = 1.0
     grad_checkpoint: bool = False
@@ -106,6 +112,7 @@ class Options:
             "schedule": optimizers.SCHEDULES,
             "time_sampling": (AUTO, *losses.TIME_SAMPLING),
             "loss": tuple(losses.LOSSES),
+            "delta_schedule": DELTA_SCHEDULES,
             "format": tuple(WRITERS),
         }
         for name, known in choices.items():
@@ -120,7 +127,7 @@ class Options:
         for name in at_least_1:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise FluxError(f"{shown(name)} {getattr(self, name)}: give 1 or more")
-        for name in ("learning_rate", "alpha"):
+        for name in ("learning_rate", "alpha", "time_scale", "time_std", "delta"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise FluxError(f"{shown(name)} {value}: give a number above 0")
@@ -160,7 +167,7 @@ class Options:
         own = {name: value for name, value in self.data_options.items() if value is not None}
         resolution = own.setdefault("resolution", image_size)
         if min(resolution) < SMALL:
-            own.setdefault("min_bucket_reso", min(resolution) // 32 * 16)
+            own.setdefault("min_bucket_reso", max(schema.SIZE_STEP, min(resolution) // 32 * 16))
             own.setdefault("bucket_reso_steps", schema.SIZE_STEP)
         own.setdefault("max_bucket_reso", max(1024, *resolution))
         return own
@@ -222,6 +229,8 @@ def shown(name: str) -> str:
         "fuse_adapters": "fuse-adapter",
         "progress_prompts": "progress-prompt",
         "schedule": "lr-schedule",
+        "delta": "huber-delta",
+        "delta_schedule": "huber-schedule",
     }
     return "--" + other.get(name, name.replace("_", "-"))
 
