@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
 from flux import adapters
@@ -112,6 +113,15 @@ class FineTuning:
             )
         self.length = Length.of(options, self._plan.batches_per_epoch, self._group.size())
         self._say_whether_it_fits()
+        # Faults of these options must show now, not after an hour of encoding.
+        self._optimizer = self._make_optimizer()
+        adapters.targets(self._base.pipeline.flow, options.targets, options.last_blocks)
+
+    def _make_optimizer(self) -> Optimizer:
+        options, updates = self.options, self.length.updates
+        warmup = min(WARMUP, updates // 10) if options.warmup is None else options.warmup
+        rate = optimizers.schedule(options.schedule, options.learning_rate, updates, warmup, options.restarts)
+        return optimizers.make(options.optimizer, rate, options.weight_decay)
 
     def _say_whether_it_fits(self) -> None:
         plan, flow = self._plan, self._base.pipeline.flow
@@ -149,24 +159,18 @@ class FineTuning:
     # --- training ---
 
     def _prepare_training(self) -> None:
-        options, pipeline, length = self.options, self._base.pipeline, self.length
+        options, pipeline = self.options, self._base.pipeline
         self.network = Network(pipeline.flow, pipeline.clip if options.train_clip else None)
         self._adapters = inject(self.network, options)
         if options.grad_checkpoint:
             checkpoint_blocks(pipeline.flow)
         self.network.train()
         self._loss = self._make_loss()
-        warmup = min(WARMUP, length.updates // 10) if options.warmup is None else options.warmup
-        if warmup >= length.updates:
-            raise FluxError(f"a warm-up of {warmup} updates is not shorter than the run's {length.updates}")
-        rate = optimizers.schedule(
-            options.schedule, options.learning_rate, length.updates, warmup, options.restarts
-        )
         self.trainer = Trainer(
             self.network,
             self._loss_with_dropout,
             self._batch,
-            optimizers.make(options.optimizer, rate, options.weight_decay),
+            self._optimizer,
             ema=None if options.ema is None else EMA(self.network, options.ema),
             average=average_gradients(self._group) if self._group.size() > 1 else None,
             accumulate=options.accumulate,
