@@ -115,7 +115,7 @@ def test_a_data_toml_qlora_and_every_kind_of_option(call, folder):
     found = sorted(path.name for path in (folder / "out").glob("*.safetensors"))
     assert found == ["dog-000001.safetensors", "dog-000002.safetensors", "dog.safetensors"]
     progress = sorted((folder / "out/progress").iterdir())
-    assert [path.name for path in progress] == ["step00000000.png", f"step{2 * 4:08d}.png"]
+    assert [path.name for path in progress] == ["step00000000.png", f"step{2 * 3:08d}.png"]
     assert images.load(progress[0])[0].shape == (64, 128, 3)
     layers = adapters.load("out/dog.safetensors").modules
     assert {name.split(".")[1] for name in layers} == {"2", "3"}  # the last two of four single blocks
