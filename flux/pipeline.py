@@ -262,10 +262,11 @@ def load(
     bits: int | None,
     adapters: Sequence[Weighted],
     fuse_adapters: bool,
+    mode: str = "affine",
 ) -> Parts:
     """Load all parts, lazily. The order of what changes a model stands here, and here alone:
 
-    load -> (fuse adapters) -> quantize -> (put adapters beside) -> shard.
+    load -> (fuse adapters) -> quantize (mode: see `flux.weights.quantize`) -> (put adapters beside) -> shard.
     """
     flow, clip, t5 = checkpoint.load_flux(dtype), checkpoint.load_clip(dtype), checkpoint.load_t5(dtype)
     networks = {"flux": flow, "clip": clip, "t5": t5}
@@ -273,8 +274,8 @@ def load(
     for own in fused.values():
         own.fuse()
     if bits is not None:
-        quantize(flow, bits)
-        quantize(t5, bits)
+        quantize(flow, bits, mode=mode)
+        quantize(t5, bits, mode=mode)
     for part in fused:
         evaluate(networks[part])
     if not fuse_adapters:

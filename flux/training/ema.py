@@ -1,5 +1,8 @@
 """An exponential moving average of a model's parameters: smoother than those of the last step."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
@@ -32,3 +35,15 @@ class EMA:
     def copy_to(self, model: nn.Module) -> None:
         """Puts the average in the place of the model's parameters."""
         model.update(self.state["average"])
+
+
+@contextmanager
+def averaged(model: nn.Module, ema: EMA | None) -> Iterator[None]:
+    """Within the block the model has the averaged parameters, if there is an average."""
+    own = model.trainable_parameters()
+    if ema is not None:
+        ema.copy_to(model)
+    try:
+        yield
+    finally:
+        model.update(own)

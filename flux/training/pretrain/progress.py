@@ -1,8 +1,5 @@
 """How far a run has come, and its checkpoints: all that a killed run needs to go on as if it had not been."""
 
-import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,9 +8,7 @@ from typing import Any
 from flux.errors import FluxError
 from flux.training.pretrain.config import Config
 from flux.training.pretrain.schedules import Plateau
-
-STATE = "state.safetensors"
-PROGRESS = "progress.json"
+from flux.training.states import States
 
 
 @dataclass
@@ -64,38 +59,20 @@ class Progress:
         return cls(**table)
 
 
-class Checkpoints:
-    """Folders, each complete or not there at all: they are written under another name and then renamed."""
+class Checkpoints(States):
+    """The states of a run, which only a run of the same config goes on from."""
 
     def __init__(self, folder: Path, keep: int, identity: dict[str, Any]):
-        self._folder = folder
-        self._keep = keep
+        super().__init__(folder, keep)
         self._identity = identity
 
-    def latest(self) -> Path | None:
-        """The checkpoint that has come farthest."""
-        return max(self._complete(), default=None)
+    def save_progress(self, progress: Progress, save_arrays: Callable[[Path], None]) -> None:
+        name = f"{progress.global_step:09d}-{progress.index:03d}"
+        self.save(name, {"identity": self._identity, "progress": asdict(progress)}, save_arrays)
 
-    def save(self, progress: Progress, save_state: Callable[[Path], None]) -> None:
-        """Writes one, and removes the oldest; `save_state(file)` writes the arrays."""
-        partial = self._folder / ".partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_state(partial / STATE)
-        table = {"identity": self._identity, "progress": asdict(progress)}
-        with (partial / PROGRESS).open("w", encoding="utf-8") as file:
-            json.dump(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        target = self._folder / f"{progress.global_step:09d}-{progress.index:03d}"
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(partial, target)
-        for old in sorted(self._complete())[: -self._keep]:
-            shutil.rmtree(old)
-
-    def read(self, path: Path) -> Progress:
+    def read_progress(self, path: Path) -> Progress:
         """The progress of a checkpoint. FluxError if it is of another config."""
-        table = json.loads((path / PROGRESS).read_text(encoding="utf-8"))
+        table = self.read(path)
         own, found = self._identity, table["identity"]
         if other := [name for name in own if found.get(name) != own[name]]:
             names = ", ".join(other)
@@ -103,12 +80,6 @@ class Checkpoints:
                 f"{path} is of a run with another {names}: give the config that it was begun with"
             )
         return Progress.from_json(table["progress"])
-
-    def _complete(self) -> list[Path]:
-        if not self._folder.is_dir():
-            return []
-        found = [path for path in self._folder.iterdir() if path.name[0] != "."]
-        return [path for path in found if (path / STATE).is_file() and (path / PROGRESS).is_file()]
 
 
 def identity(config: Config, processes: int) -> dict[str, Any]:

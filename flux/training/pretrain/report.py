@@ -1,15 +1,14 @@
 """What a run leaves behind of its numbers: metrics as JSON lines, plots and a summary drawn from them."""
 
-import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flux import images
-from flux.training.pretrain.plots import Curve, figure
+from flux.training.plots import Curve, figure
+from flux.training.report import Events, read_lines
 
 PLOTS = {
     "losses": ("loss", "vae", "mse", "lpips", "generator", "discriminator", "r1", "flow"),
@@ -25,13 +24,8 @@ class MetricsFile:
     """
 
     def __init__(self, folder: Path, step: str, global_step: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / f"training_metrics_{step}.jsonl"
-        if self._path.is_file():
-            kept = [line for line in read_lines(self._path) if line["global_step"] <= global_step]
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            partial.replace(self._path)
+        path = folder / f"training_metrics_{step}.jsonl"
+        self._events = Events(path, lambda line: line["global_step"] <= global_step)
 
     def write(
         self,
@@ -48,17 +42,7 @@ class MetricsFile:
             "learning_rates": rates,
             "batch_time": round(batch_time, 4),
         }
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file; a last one that a kill has cut short is left out."""
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
+        self._events.write(line)
 
 
 def draw(folder: Path, steps: list[str]) -> None:

@@ -16,6 +16,7 @@ from mlx.utils import tree_unflatten
 
 from flux.errors import FluxError
 from flux.training.convolution import use_products
+from flux.training.ema import averaged
 from flux.training.pretrain import lpips, report
 from flux.training.pretrain.batches import Batches, Share, open_dataset
 from flux.training.pretrain.config import Config, Step
@@ -24,11 +25,12 @@ from flux.training.pretrain.encoded import Encoded
 from flux.training.pretrain.encoded import identity as encoded_identity
 from flux.training.pretrain.networks import Networks, Tokenizers
 from flux.training.pretrain.objectives import Objective, encode
-from flux.training.pretrain.progress import STATE, Checkpoints, Progress, identity
-from flux.training.pretrain.samples import averaged, export, write_samples
+from flux.training.pretrain.progress import Checkpoints, Progress, identity
+from flux.training.pretrain.samples import export, write_samples
 from flux.training.pretrain.stage import Stage
 from flux.training.pretrain.validate import save_interval
 from flux.training.pretrain.vocabularies import save_clip, train_clip, train_t5
+from flux.training.states import STATE
 
 LATENTS = "latents"  # the folder
 MEASURED_PICTURES = 1024  # for the latents' mean and deviation
@@ -68,7 +70,7 @@ class Run:
                 use_products(self._perceptual)
         self.progress = Progress()
         if self._latest is not None:
-            self.progress = self._checkpoints.read(self._latest)
+            self.progress = self._checkpoints.read_progress(self._latest)
             self.progress.session += 1
 
     def _used_datasets(self) -> list[str]:
@@ -195,7 +197,7 @@ class Run:
 
     def _save(self, stage: Stage) -> None:
         if self.first:
-            self._checkpoints.save(self.progress, stage.trainer.save)
+            self._checkpoints.save_progress(self.progress, stage.trainer.save)
             report.draw(self.folder / "graph", [step.name for step in self.config.steps])
 
     def _sample(self, stage: Stage) -> None:

@@ -1,7 +1,5 @@
 """Pictures during a training, and the trained model as files. Neither touches the training's random state."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -9,7 +7,6 @@ import numpy as np
 
 from flux import images, sampler
 from flux.pipeline import FluxPipeline, Parts
-from flux.training.ema import EMA
 from flux.training.pretrain.batches import Batches
 from flux.training.pretrain.config import Config, Step
 from flux.training.pretrain.networks import Networks, Tokenizers
@@ -18,18 +15,6 @@ from flux.weights import save
 from flux.weights.registry import ModelSpec
 
 SEED = 1000  # of the first sample; the same at every checkpoint, so that they can be compared
-
-
-@contextmanager
-def averaged(networks: Networks, ema: EMA | None) -> Iterator[None]:
-    """Within the block the networks have the averaged parameters, if there is an average."""
-    own = networks.parameters()
-    if ema is not None:
-        ema.copy_to(networks)
-    try:
-        yield
-    finally:
-        networks.update(own)
 
 
 def write_samples(

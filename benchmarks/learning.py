@@ -1,0 +1,155 @@
+"""Does fine-tuning teach a subject? One that the built-in model never saw, from five pictures of it.
+
+    python -m benchmarks.learning [--subject "teddy bear"] [--quantize 4] [--formats] [--folder DIR]
+
+The pictures are renderings on five of the ten backgrounds, each in another place, captioned with a trigger
+word. Asked for is then the subject on the other five backgrounds, in all places and both sizes; and before
+and after, for held-out prompts of subjects that the model knows. The judge is that of `pretrain.evaluate`.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flux  # noqa: F401  (before mlx.core, so that OpenBLAS is there first)
+
+# isort: split
+import mlx.core as mx
+import numpy as np
+from PIL import Image
+
+from flux import adapters, images
+from flux.conditioning import encode_texts
+from flux.pipeline import Conditioning, FluxPipeline
+from flux.training.finetune import FineTuning, Options
+from flux.training.pretrain.emoji import COLOURS, PLACES, SIZES, Composition, Renderer, captions, subjects
+from flux.training.pretrain.evaluate import Share, held_out_prompts, judge
+from flux.training.pretrain.tiny import SUBJECTS
+
+Asked = list[tuple[Composition, str]]  # what a picture should show, and the prompt that says so
+
+SHOWN = tuple(COLOURS)[::2]  # the backgrounds of the pictures to learn from
+TRIGGER = "sks"  # a word that the model knows nothing of
+REGULAR = 30  # pictures of known subjects, so that these are not forgotten
+SETTINGS = {"iterations": 300, "rank": 16, "learning_rate": 2e-3, "validate_every": 10**6}
+BATCH = 5
+
+
+def lessons(subject: str) -> Asked:
+    """Five pictures of a subject, each on another background and in another place."""
+    sizes = ("large", "small")
+    return [
+        asked(subject, colour, sizes[i % 2], place)
+        for i, (colour, place) in enumerate(zip(SHOWN, PLACES, strict=True))
+    ]
+
+
+def questions(subject: str) -> Asked:
+    """The subject on the backgrounds that no lesson has, in all places and sizes: 50."""
+    others = [colour for colour in COLOURS if colour not in SHOWN]
+    return [asked(subject, c, size, place) for c in others for size in SIZES for place in PLACES]
+
+
+def asked(subject: str, colour: str, size: str, place: str) -> tuple[Composition, str]:
+    """With the plainest caption, where the trigger stands for the subject's name."""
+    composition = Composition((subject,), colour, size, place)
+    return composition, captions(composition)[0].replace(subject, TRIGGER)
+
+
+def regular(count: int = REGULAR) -> Asked:
+    """Known subjects for prior preservation: compositions that the model may have been trained on."""
+    rng = np.random.default_rng(0)
+    known = [str(name) for name in rng.permutation(list(subjects())[:SUBJECTS])]
+    out = []
+    for i in range(count):
+        size, place = ("large", "small")[i % 2], PLACES[i % len(PLACES)]
+        shown = [Composition((known[i % len(known)],), colour, size, place) for colour in COLOURS]
+        shown = [composition for composition in shown if not composition.held_out]
+        composition = shown[int(rng.integers(len(shown)))]
+        out.append((composition, captions(composition)[0]))
+    return out
+
+
+def write(folder: Path, subject: str) -> Path:
+    """A data.toml with the lessons and the pictures for prior preservation."""
+    toml = f"[[datasets]]\nresolution = 64\nbatch_size = {BATCH}\n"
+    for name, rows in (("subject", lessons(subject)), ("others", regular())):
+        _write_pictures(folder / name, rows)
+        repeats = REGULAR // 5 if name == "subject" else 1
+        toml += f"[[datasets.subsets]]\nimage_dir = '{name}'\nnum_repeats = {repeats}\n"
+        toml += f"is_reg = {str(name == 'others').lower()}\n"
+    (folder / "data.toml").write_text(toml, encoding="utf-8")
+    return folder / "data.toml"
+
+
+def _write_pictures(folder: Path, rows: Asked) -> None:
+    render = Renderer()
+    folder.mkdir(parents=True)
+    for i, (composition, caption) in enumerate(rows):
+        Image.fromarray(render(composition)).save(folder / f"{i:02}.png")
+        (folder / f"{i:02}.txt").write_text(caption, encoding="utf-8")
+
+
+def train(folder: Path, subject: str, **settings: Any) -> Path:
+    """The adapter's file."""
+    data = write(folder / "data", subject)
+    options = {"data": str(data), "model": "tiny", "output_dir": str(folder / "run"), **SETTINGS, **settings}
+    return FineTuning(Options(**options), quiet=True).execute()
+
+
+def right(pipeline: FluxPipeline, prompts: Asked) -> dict[str, Share]:
+    """How many pictures of these prompts show what they say: subject, background, place."""
+    shown, texts = zip(*prompts, strict=True)
+    return judge(draw(pipeline, texts), shown)
+
+
+def draw(pipeline: FluxPipeline, prompts: Sequence[str]) -> np.ndarray:
+    """A picture of each prompt, (B, 64, 64, 3) uint8, all in one batch: faster than one by one."""
+    spec, size = pipeline.spec, pipeline.latent_size(pipeline.spec.image_size)
+    parts = (pipeline.t5, pipeline.clip, pipeline.t5_tokenizer, pipeline.clip_tokenizer)
+    conditioning = Conditioning(encode_texts(prompts, *parts), encode_texts([""], *parts))
+    noise = pipeline.noise(range(len(prompts)), size)
+    settings = (noise, size, spec.steps, spec.guidance, spec.cfg_scale)
+    for x in pipeline.denoise(pipeline.prepare(conditioning, *settings)):
+        mx.eval(x)
+    return images.to_uint8(pipeline.decode(x, size))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--subject", default="teddy bear", help="one of the last ten of subjects.tsv")
+    parser.add_argument("--quantize", choices=("8", "4"), help="QLoRA, and pictures of a quantized model")
+    parser.add_argument("--formats", action="store_true", help="also after a round trip through each format")
+    parser.add_argument("--count", type=int, default=60, help="prompts of known subjects (default 60)")
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=JSON", help="of the training")
+    parser.add_argument("--folder", type=Path, help="keep everything here")
+    args = parser.parse_args()
+    folder = args.folder or Path(tempfile.mkdtemp())
+    settings = {name: json.loads(value) for name, value in (text.split("=", 1) for text in args.set)}
+    start = time.perf_counter()
+    path = train(folder, args.subject, quantize=args.quantize, **settings)
+    print(f"trained in {time.perf_counter() - start:.0f} s, {time.process_time():.0f} s of CPU", flush=True)
+    files = {"before": [], "after": [(path, 1.0)]}
+    for name in ("native", "kohya", "diffusers") if args.formats else ():
+        adapters.save(folder / f"{name}.safetensors", adapters.load(path), name)
+        files[f"after, as {name}"] = [(folder / f"{name}.safetensors", 1.0)]
+    bits = args.quantize and int(args.quantize)
+    for label, chosen in files.items():
+        pipeline = FluxPipeline("tiny", bits=bits, adapters=chosen)
+        for what, prompts in (
+            (args.subject, questions(args.subject)),
+            ("known", held_out_prompts(args.count)),
+        ):
+            shares = right(pipeline, prompts)
+            text = ", ".join(f"{name} {share.right}/{share.total}" for name, share in shares.items())
+            print(f"{label}: {what}: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

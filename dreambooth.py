@@ -1,0 +1,235 @@
+"""Teach FLUX a subject from a few pictures: python dreambooth.py --iterations 1200 path/to/dog6."""
+
+import argparse
+import math
+import signal
+import sys
+import warnings
+from typing import Any
+
+import flux
+from flux.adapters import TARGETS
+from flux.adapters.writers import WRITERS
+from flux.data import check, samples
+from flux.errors import FluxError
+from flux.training import losses, optimizers
+from flux.training.finetune import FineTuning, Options, Stopped
+from flux.training.finetune.options import ITERATIONS, QUANTIZE, WARMUP
+from flux.training.objective import DELTA_SCHEDULES
+from flux.weights import registry
+
+PARTS = ("transformer", "ae", "clip", "t5")
+DATA_OPTIONS = (
+    *("resolution", "batch_size", "num_repeats", "class_tokens", "enable_bucket", "bucket_no_upscale"),
+    *("flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens", "caption_dropout_rate"),
+    *("alpha_mask", "validation_split"),
+)
+
+
+def main() -> int:
+    """Run the program; its exit status: 0, 2 for bad input or a failed training, 130 when interrupted."""
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        return run(build_parser().parse_args(sys.argv[1:]))
+    except FluxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the arguments ask for; the exit status."""
+    given = vars(args)
+    check_only, folder = given.pop("check_data", False), given.pop("resume", None)
+    options = to_options(given)
+    if check_only:
+        return check_data(options)
+    if folder is None and "data" not in options:
+        raise FluxError("no data set; name a folder, a data.toml (--config) or a data set of the Hub")
+    training = FineTuning(Options(**options)) if folder is None else FineTuning.resume(folder, options)
+    signal.signal(signal.SIGINT, lambda *_: training.interrupt())
+    try:
+        path = training.execute()
+    except Stopped:
+        print(f"stopped; go on with: python dreambooth.py --resume {training.folder}", file=sys.stderr)
+        return 130
+    if training.first:
+        print(path)
+    return 0
+
+
+def check_data(given: dict[str, Any]) -> int:
+    """Print everything wrong with the data set; 2 where it cannot be trained on."""
+    if "data" not in given:
+        raise FluxError("--check-data needs a data set; name a folder, a data.toml or a data set of the Hub")
+    options = Options(**given)
+    spec = registry.find(options.model) or registry.get("dev")
+    report = check.check(samples.load(options.data, options.with_size(spec.image_size)))
+    print(check.render(report))
+    return 2 if report.errors else 0
+
+
+# --- Arguments ---
+
+
+class Parser(argparse.ArgumentParser):
+    """Wrong arguments are bad input like any other: one line."""
+
+    def error(self, message: str) -> None:
+        raise FluxError(f"{message} (see {self.prog} --help)")
+
+
+def to_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that were given, as fields of Options."""
+    given = dict(given)
+    config = given.pop("config", None)
+    if config is not None and given.get("data"):
+        raise FluxError(f"the data set is {given['data']} or --config {config}, not both")
+    data = config or given.pop("data", None)
+    tables = {
+        "data_options": {name: given.pop(name) for name in DATA_OPTIONS if name in given},
+        "files": {part: given.pop(part) for part in PARTS if part in given},
+    }
+    given |= {name: table for name, table in tables.items() if table}
+    for name in ("progress_prompts", "adapters"):
+        if name in given:
+            given[name] = tuple(given[name])
+    return given | ({"data": data} if data else {})
+
+
+def count(text: str) -> int:
+    """A whole number from 1 on."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """A number that is neither infinite nor none."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
+    return number
+
+
+def size(text: str) -> tuple[int, int]:
+    """(height, width) of "256x512", or of "256" for a square."""
+    height, _, width = text.lower().partition("x")
+    try:
+        return count(height), count(width or height)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 256x512, not {text}") from None
+
+
+def adapter(text: str) -> tuple[str, float]:
+    """(file, strength) of "a.safetensors:0.8", where 0.8 may be left out and is then 1."""
+    file, colon, number = text.rpartition(":")
+    try:
+        return (file, finite(number)) if colon else (text, 1.0)
+    except ValueError:  # what is no number belongs to the file's name
+        return text, 1.0
+
+
+def build_parser() -> Parser:
+    """Nothing has a default here: what is not given is left to Options, or to the run that is resumed."""
+    usual = Options(data="")
+    parser = Parser(
+        description="Teach FLUX.1 a subject or a style from a few pictures, by LoRA or QLoRA.",
+        argument_default=argparse.SUPPRESS,
+    )
+    on = {"action": "store_true"}
+
+    add = parser.add_argument_group("what to learn").add_argument
+    add("data", nargs="?", metavar="DATA", help="a folder (train.jsonl, index.json, data.toml, or pictures "
+        "with caption files), one of these files, or a data set of the Hub")  # fmt: skip
+    add("--config", metavar="FILE", help="the same, for a data.toml")
+    add("--check-data", **on, help="report all that is wrong with the data set, without a model, and end")
+    add("--resume", metavar="DIR", help="go on with the run in DIR, with its own options")
+
+    add = parser.add_argument_group("pictures and captions (a data.toml goes before these)").add_argument
+    add("--resolution", type=size, metavar="HxW", help="in pixels; default: the model's; one is a square")
+    add("--batch-size", type=count, metavar="N", help="pictures an iteration (default 1)")
+    add("--repeats", dest="num_repeats", type=count, metavar="N", help="of every picture an epoch (1)")
+    add("--class-prompt", dest="class_tokens", metavar="TEXT", help="caption of pictures that have none")
+    add("--buckets", dest="enable_bucket", **on, help="keep aspect ratios: pictures of several shapes")
+    add("--no-upscale", dest="bucket_no_upscale", **on, help="with --buckets: only ever shrink pictures")
+    add("--flip", dest="flip_aug", **on, help="mirror pictures, by chance")
+    add("--color-aug", **on, help="vary colours a little, a variant a repeat")
+    add("--random-crop", **on, help="crop anywhere rather than in the middle, a variant a repeat")
+    add("--shuffle-caption", **on, help="shuffle the comma-separated tags of captions")
+    add("--keep-tokens", type=int, metavar="N", help="but leave the first N (0) in their places")
+    add("--caption-dropout", dest="caption_dropout_rate", type=finite, metavar="P", help="drop captions (0)")
+    add("--alpha-mask", **on, help="learn only where pictures are opaque")
+    add("--validation-split", type=finite, metavar="P", help="hold out this share of the pictures (0)")
+
+    add = parser.add_argument_group("the model").add_argument
+    add("--model", help=f"schnell, dev, krea, tiny, a folder, a Hub repository (default {usual.model})")
+    for part in PARTS:
+        add(f"--{part}", metavar="FILE", help=f"take the {part} from FILE instead of the model's")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
+    add("--quantize", nargs="?", const="4", metavar="BITS", help=f"QLoRA: {', '.join(QUANTIZE)} (default 4)")
+    add("--adapter", dest="adapters", action="append", type=adapter, metavar="FILE[:X]",
+        help="begin with this LoRA, X (1) times as strong; it is not trained further")  # fmt: skip
+    add("--fuse-adapter", dest="fuse_adapters", **on, help="that adapter into the weights, not beside them")
+
+    add = parser.add_argument_group("the adapter").add_argument
+    add("--lora-rank", dest="rank", type=count, metavar="N", help=f"default {usual.rank}")
+    add("--lora-alpha", dest="alpha", type=finite, metavar="X", help="default: the rank")
+    add("--lora-dropout", dest="dropout", type=finite, metavar="P", help="default 0")
+    add("--lora-targets", dest="targets", metavar="WHICH", help=f"{', '.join(TARGETS)}, or a pattern for "
+        f"layers' names (default {usual.targets})")  # fmt: skip
+    add("--lora-blocks", dest="last_blocks", type=count, metavar="N", help="only the last N blocks")
+    add("--dora", **on, help="weight-decomposed: a magnitude and a direction")
+    add("--train-clip", **on, help="the CLIP text encoder, too")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--iterations", type=count, metavar="N", help=f"batches (default {ITERATIONS}); on several "
+        "machines, of each")  # fmt: skip
+    add("--epochs", type=count, metavar="N", help="rounds of the data set, instead of --iterations")
+    add("--grad-accumulate", dest="accumulate", type=count, metavar="N", help="iterations an update (1); "
+        "what is left at the end is rounded up to a whole update")  # fmt: skip
+    add("--optimizer", choices=optimizers.OPTIMIZERS, help=f"default {usual.optimizer}")
+    add("--learning-rate", type=finite, metavar="X", help="default 1e-4; with prodigy 1")
+    add("--lr-schedule", dest="schedule", choices=optimizers.SCHEDULES, help=f"default {usual.schedule}")
+    add("--restarts", type=count, metavar="N", help="of cosine_with_restarts (1)")
+    add("--warmup", type=int, metavar="N", help=f"updates (default: a tenth, at most {WARMUP})")
+    add("--weight-decay", type=finite, metavar="X", help="default 0.01 with adamw, else 0")
+    add("--clip-norm", type=finite, metavar="X", help=f"of the gradient, 0: none ({usual.clip_norm:g})")
+    add("--ema", type=finite, metavar="X", help="average of the weights, X such as 0.99: saved and shown")
+    add("--time-sampling", choices=("auto", *losses.TIME_SAMPLING), help="default: sigmoid; schnell's times")
+    add("--time-scale", type=finite, metavar="X", help="spread of sigmoid, shift and flux_shift (1)")
+    add("--time-mean", type=finite, metavar="X", help="of logit_normal (0)")
+    add("--time-std", type=finite, metavar="X", help="of logit_normal (1)")
+    add("--loss", choices=tuple(losses.LOSSES), help=f"default {usual.loss}")
+    add("--huber-delta", dest="delta", type=finite, metavar="X", help="of huber and smooth_l1 (0.1)")
+    add("--huber-schedule", dest="delta_schedule", choices=DELTA_SCHEDULES, help="of delta over the time")
+    add("--guidance", type=finite, metavar="X", help=f"that the model is told ({usual.guidance:g})")
+    add("--prior-weight", type=finite, metavar="X", help="of regularisation pictures' loss (1)")
+    add("--grad-checkpoint", **on, help="far less memory for some more time")
+    add("--seed", type=int, metavar="N", help=f"default {usual.seed}")
+
+    add = parser.add_argument_group("watching").add_argument
+    add("--progress-prompt", dest="progress_prompts", action="append", metavar="TEXT",
+        help="draw this now and then, always from the same noise; may be given several times")  # fmt: skip
+    add("--progress-every", type=count, metavar="N", help=f"iterations ({usual.progress_every})")
+    add("--progress-seed", type=int, metavar="N", help=f"default {usual.progress_seed}")
+    add("--validate-every", type=count, metavar="N", help=f"iterations ({usual.validate_every})")
+
+    add = parser.add_argument_group("output").add_argument
+    add("--output-dir", metavar="DIR", help=f"default {usual.output_dir}")
+    add("--name", help="of the adapter's files (default adapters, at the end final_adapters)")
+    add("--format", choices=tuple(WRITERS), help=f"of the adapter's files (default {usual.format})")
+    add("--trigger", metavar="TEXT", help="the words that call the subject: noted in the files")
+    add("--save-every", type=count, metavar="N", help="iterations from one adapter file to the next")
+    add("--save-every-epochs", type=count, metavar="N", help="epochs from one adapter file to the next")
+    add("--state-every", type=count, metavar="N", help="iterations from one state for --resume to the next "
+        f"({usual.state_every})")  # fmt: skip
+    add("--keep-states", type=count, metavar="N", help=f"states that stay on disk ({usual.keep_states})")
+    add("--cache-dir", metavar="DIR", help="of encoded pictures and texts (default: cache in --output-dir)")
+    add("--version", action="version", version=flux.__version__, help="print the version and end")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""The model that a fine-tuning begins with, and the adapter that it trains."""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from flux import adapters, pipeline
+from flux.adapters import Adapter, Adapters
+from flux.adapters.training import DEFAULT_TARGET
+from flux.data import latents
+from flux.models.clip import CLIPTextModel
+from flux.models.transformer import Flux
+from flux.pipeline import FluxPipeline
+from flux.training.finetune.options import QUANTIZE, Options
+from flux.weights import checkpoints
+from flux.weights.checkpoints import Checkpoint
+
+LEARNED = "learned"  # the name of the trained adapter among those of the network
+
+
+class Network(nn.Module):
+    """What a fine-tuning trains parts of: the transformer, and CLIP where that is trained too."""
+
+    def __init__(self, flow: Flux, clip: CLIPTextModel | None):
+        super().__init__()
+        self.flow = flow
+        if clip is not None:
+            self.clip = clip
+
+
+class Base:
+    """A model's files, and its pipeline, lazily loaded with its adapters and quantized."""
+
+    def __init__(self, options: Options):
+        """FluxError for a model or an adapter that cannot be found or loaded."""
+        weighted = adapters.read_weighted(options.adapters)
+        self.checkpoint: Checkpoint = checkpoints.find(options.model, **options.files)
+        self._options = options
+        self._dtype = getattr(mx, options.dtype) if options.dtype else checkpoints.default_dtype()
+        bits, mode = QUANTIZE.get(options.quantize, (None, "affine"))
+        parts = pipeline.load(self.checkpoint, self._dtype, bits, weighted, options.fuse_adapters, mode=mode)
+        self.pipeline = FluxPipeline.from_parts(parts)
+        self.ae_params = parts.ae.params
+        self.end_token = parts.clip_tokenizer.eos_token_id
+
+    def identities(self) -> tuple[str, str]:
+        """Of the autoencoder, and of the text encoders: what features on disk were made by."""
+        parts, options = self.checkpoint.parts, self._options
+        files = [*parts["clip"].files, *parts["t5"].files]
+        for folder in (self.checkpoint.clip_tokenizer, self.checkpoint.t5_tokenizer):
+            files += sorted(path for path in folder.iterdir() if path.is_file())
+        settings = (self._dtype, options.quantize, options.adapters, self.checkpoint.spec.t5_length)
+        return latents.identity(parts["ae"].files, self._dtype), latents.identity(files, settings)
+
+    def drop_encoders(self, keep_clip: bool) -> None:
+        """Lets go of what only encoding needed: the autoencoder, T5 and, unless it is trained, CLIP."""
+        del self.pipeline.ae, self.pipeline.t5
+        if not keep_clip:
+            del self.pipeline.clip
+        mx.clear_cache()
+
+    def load_ae(self) -> None:
+        """The autoencoder again, for `pipeline.decode`; `del pipeline.ae` lets go of it."""
+        self.pipeline.ae = self.checkpoint.load_ae(self._dtype)
+
+
+def inject(network: Network, options: Options) -> dict[str, Adapters]:
+    """Puts a new adapter beside the weights and leaves its own as the only ones that are trained.
+
+    Returns the adapters of each part, "flux" and maybe "clip". FluxError for targets that are no layers.
+    """
+    network.freeze()
+    found = {}
+    keys = mx.random.split(mx.random.key(options.seed), 2)
+    for part, key in zip(("flux", "clip"), keys, strict=True):
+        model = network.get({"flux": "flow"}.get(part, part))
+        if model is None:
+            continue
+        # A pattern of the user's is one for the transformer's layers.
+        preset = options.targets in adapters.TARGETS or part == "flux"
+        which, last = (options.targets if preset else DEFAULT_TARGET), options.last_blocks
+        names = adapters.targets(model, which, last if part == "flux" else None)
+        new = adapters.new_adapter(model, names, options.rank, options.alpha, key, options.dora)
+        found[part] = Adapters(model)
+        found[part].add(new, name=LEARNED, dropout=options.dropout, learns=True)
+        found[part].freeze_all_but(LEARNED)
+    mx.eval(network.trainable_parameters())
+    return found
+
+
+def extract(parts: dict[str, Adapters]) -> Adapter:
+    """The trained adapter as it is now, of all parts."""
+    modules = {}
+    for own in parts.values():
+        modules |= own.extract(LEARNED).modules
+    return Adapter(modules)

@@ -1,0 +1,250 @@
+"""The options of a fine-tuning, and which of them may change when it is resumed."""
+
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from flux.adapters.writers import WRITERS
+from flux.data import schema
+from flux.errors import FluxError
+from flux.training import losses, optimizers
+from flux.training.objective import DELTA_SCHEDULES
+from flux.weights import registry
+
+QUANTIZE = {"8": (8, "affine"), "4": (4, "affine"), "mxfp4": (4, "mxfp4")}  # -> bits, mode
+PARTS = ("transformer", "ae", "clip", "t5")
+AUTO = "auto"
+ITERATIONS = 1000  # where neither iterations nor epochs are given
+WARMUP = 100  # updates at most, and a tenth of all
+SMALL = 256  # a resolution below the usual smallest bucket
+# What changes neither the result nor its meaning: these may be given anew when a run is resumed. A data set
+# may have moved; that it is the same one is seen from its digest.
+CHANGEABLE = (
+    *("iterations", "epochs", "format", "save_every", "save_every_epochs", "state_every", "keep_states"),
+    *(
+        "data",
+        "validate_every",
+        "progress_prompts",
+        "progress_every",
+        "progress_seed",
+        "trigger",
+        "cache_dir",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that a fine-tuning depends on. None: by the model or by other options, see `resolved`."""
+
+    data: str  # a folder, a list, a data.toml or a data set of the Hub
+    data_options: dict[str, Any] = field(default_factory=dict)  # of flux.data.schema
+    output_dir: str = "mlx_output"
+    cache_dir: str | None = None  # output_dir/cache
+    name: str | None = None  # of the adapter's files
+
+    model: str = "dev"
+    files: dict[str, str] = field(default_factory=dict)  # part -> file
+    dtype: str | None = None
+    quantize: str | None = None  # one of QUANTIZE
+    adapters: tuple[tuple[str, float], ...] = ()  # files and strengths to begin with; they are not trained
+    fuse_adapters: bool = False
+
+    rank: int = 16
+    alpha: float | None = None  # the rank
+    dropout: float = 0.0
+    targets: str = "attention-mlp"
+    last_blocks: int | None = None
+    dora: bool = False
+    train_clip: bool = False
+
+    iterations: int | None = None  # batches on each machine; see `updates`
+    epochs: int | None = None
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    learning_rate: float | None = None  # 1e-4; Prodigy 1
+    schedule: str = "constant"
+    restarts: int = 1
+    warmup: int | None = None  # updates
+    weight_decay: float | None = None  # 0.01 for AdamW, else 0
+    clip_norm: float = 1.0  # 0: none
+    ema: float | None = None
+    time_sampling: str = AUTO  # schnell's four times for its kind, else sigmoid
+    time_scale: float = 1.0  # of sigmoid, shift and flux_shift
+    time_mean: float = 0.0  # of logit_normal, as time_std
+    time_std: float = 1.0
+    loss: str = "mse"
+    delta: float = 0.1  # of huber and smooth_l1
+    delta_schedule: str = "constant"
+    guidance: float = 1.0
+    prior_weight: float = 1.0
+    grad_checkpoint: bool = False
+    seed: int = 0
+
+    validate_every: int = 100  # iterations, as the following
+    progress_prompts: tuple[str, ...] = ()
+    progress_every: int = 500
+    progress_seed: int = 0
+    save_every: int | None = None
+    save_every_epochs: int | None = None
+    format: str = "native"
+    trigger: str | None = None
+    state_every: int = 200
+    keep_states: int = 2
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        if self.iterations is not None and self.epochs is not None:
+            raise FluxError("give iterations or epochs, not both")
+        if self.fuse_adapters and not self.adapters:
+            raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
+        if not all(prompt.strip() for prompt in self.progress_prompts):
+            raise FluxError("a progress prompt is empty; say what the picture should show")
+        schema.check_defaults(self.data_options)
+
+    def _check_choices(self) -> None:
+        choices = {
+            "quantize": (None, *QUANTIZE),
+            "dtype": (None, "float32", "bfloat16", "float16"),
+            "optimizer": optimizers.OPTIMIZERS,
+            "schedule": optimizers.SCHEDULES,
+            "time_sampling": (AUTO, *losses.TIME_SAMPLING),
+            "loss": tuple(losses.LOSSES),
+            "delta_schedule": DELTA_SCHEDULES,
+            "format": tuple(WRITERS),
+        }
+        for name, known in choices.items():
+            value = getattr(self, name)
+            if value not in known:
+                words = ", ".join(choice for choice in known if choice)
+                raise FluxError(f"{shown(name)} {value!r}: choose {words}")
+
+    def _check_numbers(self) -> None:
+        at_least_1 = ("rank", "iterations", "epochs", "accumulate", "restarts", "last_blocks", "save_every")
+        at_least_1 += ("save_every_epochs", "state_every", "keep_states", "validate_every", "progress_every")
+        for name in at_least_1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise FluxError(f"{shown(name)} {getattr(self, name)}: give 1 or more")
+        for name in ("learning_rate", "alpha", "time_scale", "time_std", "delta"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise FluxError(f"{shown(name)} {value}: give a number above 0")
+        for name in ("weight_decay", "clip_norm", "guidance", "prior_weight", "warmup"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise FluxError(f"{shown(name)} {value}: give 0 or more")
+        for name in ("dropout", "ema"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise FluxError(f"{shown(name)} {value}: give 0 or more and less than 1")
+        for name in ("seed", "progress_seed"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise FluxError(f"{shown(name)} {getattr(self, name)}: give 0 to {2**32 - 1}")
+
+    def resolved(self) -> "Options":
+        """With what follows from other options filled in, and files by their whole paths."""
+        prodigy, adamw = self.optimizer == "prodigy", self.optimizer == "adamw"
+        model = _absolute(self.model) if registry.find(self.model) is None else self.model
+        return replace(
+            self,
+            data=_absolute(self.data),
+            model=model,
+            files={part: _absolute(file) for part, file in self.files.items()},
+            adapters=tuple((_absolute(file), strength) for file, strength in self.adapters),
+            iterations=ITERATIONS if self.iterations is None and self.epochs is None else self.iterations,
+            alpha=float(self.rank) if self.alpha is None else self.alpha,
+            learning_rate=self.learning_rate or (1.0 if prodigy else 1e-4),
+            weight_decay=(0.01 if adamw else 0.0) if self.weight_decay is None else self.weight_decay,
+        )
+
+    def with_size(self, image_size: tuple[int, int]) -> dict[str, Any]:
+        """The data set's options where the model's pictures have this (height, width) by default.
+
+        The usual bounds of buckets are widened where the resolution is outside of them.
+        """
+        own = {name: value for name, value in self.data_options.items() if value is not None}
+        resolution = own.setdefault("resolution", image_size)
+        if min(resolution) < SMALL:
+            own.setdefault("min_bucket_reso", max(schema.SIZE_STEP, min(resolution) // 32 * 16))
+            own.setdefault("bucket_reso_steps", schema.SIZE_STEP)
+        own.setdefault("max_bucket_reso", max(1024, *resolution))
+        return own
+
+    def as_table(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_table(cls, table: dict[str, Any]) -> "Options":
+        """The inverse of `as_table`."""
+        table = dict(table)
+        table["adapters"] = tuple((file, strength) for file, strength in table["adapters"])
+        table["progress_prompts"] = tuple(table["progress_prompts"])
+        data = table["data_options"]
+        if data.get("resolution"):
+            data["resolution"] = tuple(data["resolution"])
+        return cls(**table)
+
+    def changed(self, changes: dict[str, Any]) -> "Options":
+        """For a resumed run: with the options that were given anew. FluxError for those that contradict."""
+        wrong = []
+        for name, value in changes.items():
+            own = getattr(self, name)
+            same = value == own or (isinstance(value, str) and _absolute(value) == own)
+            if isinstance(own, dict):
+                same = all(own.get(key) == each for key, each in value.items())
+            if not same and name not in CHANGEABLE:
+                wrong.append(f"{shown(name)} {_words(value)} (the run has {_words(own)})")
+        if wrong:
+            raise FluxError(
+                f"another {', another '.join(wrong)} makes another run: leave it out, or start anew with "
+                f"another --output-dir"
+            )
+        given = {name: value for name, value in changes.items() if name in CHANGEABLE}
+        if "data" in given:
+            given["data"] = _absolute(given["data"])
+        if given.keys() & {"iterations", "epochs"}:
+            given = {"iterations": None, "epochs": None, **given}
+        new = replace(self, **given)
+        longer = (new.iterations, new.epochs) != (self.iterations, self.epochs)
+        if longer and self.schedule != "constant":
+            raise FluxError(
+                f"the schedule {self.schedule} depends on the run's length, which therefore cannot change"
+            )
+        return new
+
+
+def shown(name: str) -> str:
+    """An option as the command line calls it."""
+    other = {
+        "accumulate": "grad-accumulate",
+        "targets": "lora-targets",
+        "last_blocks": "lora-blocks",
+        "rank": "lora-rank",
+        "alpha": "lora-alpha",
+        "dropout": "lora-dropout",
+        "adapters": "adapter",
+        "fuse_adapters": "fuse-adapter",
+        "progress_prompts": "progress-prompt",
+        "schedule": "lr-schedule",
+        "delta": "huber-delta",
+        "delta_schedule": "huber-schedule",
+    }
+    return "--" + other.get(name, name.replace("_", "-"))
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {each}" for key, each in value.items()) or "none"
+    return "none" if value is None else str(value)
+
+
+def _absolute(path: str) -> str:
+    """A path that exists, from the root: the run may be resumed from another folder."""
+    expanded = Path(path).expanduser()
+    return str(expanded.absolute()) if expanded.exists() else path
+
+
+NAMES = {option.name for option in fields(Options)}

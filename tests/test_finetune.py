@@ -1,0 +1,366 @@
+"""Fine-tuning: stop and resume equal a straight run, watching disturbs nothing, faults have their lines."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from flux import adapters
+from flux.errors import FluxError
+from flux.training.finetune import FineTuning, Stopped, fit
+from flux.training.finetune.length import Length
+from flux.training.finetune.options import QUANTIZE
+from flux.training.report import Events, draw_loss, read_lines
+from flux.training.states import States
+
+from . import finetuning
+from .finetuning import assert_same_run, events, options, run
+
+ROOT = Path(__file__).parents[1]
+EVERYTHING = {
+    "accumulate": 2,
+    "iterations": 12,
+    "dropout": 0.3,
+    "ema": 0.9,
+    "train_clip": True,
+    "grad_checkpoint": True,
+    "progress_prompts": ("two green birds",),
+    "progress_every": 4,
+    "validate_every": 4,
+    "save_every": 4,
+    "save_every_epochs": 2,
+    "data_options": {"validation_split": 0.25, "flip_aug": True, "caption_dropout_rate": 0.3},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return finetuning.write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> str:
+    return finetuning.write_data(tmp_path_factory.mktemp("data") / "pictures")
+
+
+def trained(made: FineTuning) -> dict[str, np.ndarray]:
+    return {name: np.array(a) for name, a in tree_flatten(made.network.trainable_parameters())}
+
+
+# --- stop and resume ---
+
+
+@pytest.fixture(scope="module")
+def straight(model, data, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    run(options(model, data, folder, **EVERYTHING))
+    return folder
+
+
+def test_what_a_run_leaves_behind(straight):
+    names = sorted(path.name for path in straight.iterdir())
+    files = ["adapters-000002.safetensors", "adapters-000004.safetensors"]
+    files += [f"adapters-step{step:08d}.safetensors" for step in (4, 8, 12)]
+    files += ["cache", "events.jsonl", "final_adapters.safetensors", "loss.png", "progress", "states"]
+    assert names == sorted(files)
+    assert sorted(p.name for p in (straight / "progress").iterdir()) == [
+        f"step{step:08d}.png" for step in (0, 4, 8, 12)
+    ]
+    assert sorted(p.name for p in (straight / "states").iterdir()) == ["00000010", "00000012"]
+    lines = events(straight)
+    updates = [line for line in lines if line["event"] == "update"]
+    assert [line["iteration"] for line in updates] == [2, 4, 6, 8, 10, 12]
+    assert [line["epoch"] for line in updates] == [1, 2, 2, 3, 4, 4]  # three pictures an epoch
+    assert [line["iteration"] for line in lines if line["event"] == "validation"] == [0, 4, 8, 12]
+    adapter = adapters.load(straight / "final_adapters.safetensors")
+    assert adapter.parts() == ["flux", "clip"]
+    facts = adapters.read_facts(adapter.metadata)
+    assert (facts["base_model"], facts["steps"], len(facts["dataset_hash"])) == ("dev", "12", 64)
+    assert set(adapter.ranks().values()) == {2}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
+def test_stop_and_resume_is_the_straight_run_to_the_bit(model, data, tmp_path, straight, optimizer):
+    chosen = {**EVERYTHING, "optimizer": optimizer, "schedule": "cosine", "warmup": 2}
+    run(options(model, data, tmp_path / "a", **chosen))
+    first = FineTuning(options(model, data, tmp_path / "b", **chosen), quiet=True)
+    batches = []
+
+    def between() -> None:  # asked to stop in the middle of the fourth update
+        batches.append(1)
+        if len(batches) == 4:
+            first.interrupt()
+        type(first)._between_batches(first)
+
+    first._between_batches = between
+    with pytest.raises(Stopped):
+        first.execute()
+    assert max((tmp_path / "b/states").iterdir()).name == "00000006"
+    FineTuning.resume(tmp_path / "b", {}, quiet=True).execute()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_more_iterations_go_on_as_if_they_had_been_asked_for(model, data, tmp_path):
+    run(options(model, data, tmp_path / "a", iterations=6))
+    run(options(model, data, tmp_path / "b", iterations=3))
+    FineTuning.resume(tmp_path / "b", {"iterations": 6}, quiet=True).execute()
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_killed_at_ten_moments_it_is_the_straight_run(model, data, tmp_path, straight):
+    """kill -9 of the program, at moments that know nothing of its steps."""
+    chosen = options(model, data, tmp_path / "run", **EVERYTHING)
+    code = (
+        "import flux, sys\nfrom flux.training.finetune import FineTuning, Options\n"
+        f"folder, options = {chosen.output_dir!r}, Options.from_table({chosen.as_table()!r})\n"
+        "try:\n    made = FineTuning.resume(folder, {}, quiet=True)\n"
+        "except ValueError:\n    made = FineTuning(options, quiet=True)\n"
+        "print('begun', flush=True)\nmade.execute()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    rng, kills = random.Random(1), 0
+    while True:
+        command = [sys.executable, "-c", code]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if kills < 10:
+            process.stdout.readline()
+            time.sleep(rng.uniform(0, 0.5))
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+        _, error = process.communicate()
+        assert process.returncode in (0, -9), error.decode()
+        if process.returncode == 0:
+            break
+    assert kills >= 5  # so many at least hit it at work
+    assert_same_run(straight, tmp_path / "run")
+
+
+# --- what must not disturb it ---
+
+
+def test_watching_does_not_change_the_training(model, data, tmp_path):
+    common = {"dropout": 0.3, "data_options": {"validation_split": 0.25}}
+    watched = {"progress_prompts": ("a dog",), "progress_every": 2, "validate_every": 1}
+    one = run(options(model, data, tmp_path / "a", **common, **watched))
+    other = run(options(model, data, tmp_path / "b", **common, validate_every=1000))
+    a, b = trained(one), trained(other)
+    assert all(a[name].tobytes() == b[name].tobytes() for name in a | b)
+    pictures = sorted((tmp_path / "a/progress").iterdir())
+    assert len(pictures) == 4
+    assert pictures[0].read_bytes() != pictures[-1].read_bytes()  # the adapter shows
+
+
+def test_the_validation_loss_is_of_fixed_noise(model, data, tmp_path):
+    """Whatever the run's seed: at the start, where the adapter does nothing, it is the same to the bit."""
+    split = {"validation_split": 0.25}
+    for name, seed in (("a", 1), ("b", 2)):
+        run(options(model, data, tmp_path / name, seed=seed, data_options=split))
+    a, b = (
+        [line["loss"] for line in events(tmp_path / n) if line["event"] == "validation"] for n in ("a", "b")
+    )
+    assert a[0] == b[0]
+    assert a[1] != b[1]
+
+
+def test_only_the_adapter_moves_and_quantized_weights_too_can_be_trained(model, data, tmp_path):
+    before = run(options(model, data, tmp_path / "a", iterations=1))
+    for i, how in enumerate(("8", "4", "mxfp4")):
+        made = run(options(model, data, tmp_path / str(i), quantize=how, rank=4))
+        names = set(dict(tree_flatten(made.network.trainable_parameters())))
+        assert all(".shares.0." in name for name in names)
+        base = made.network.flow.double_blocks[0].img_attn.qkv.base
+        assert (base.bits, base.mode) == QUANTIZE[how]
+        ups = [a for name, a in trained(made).items() if name.endswith(".up")]
+        assert ups
+        assert all(np.abs(up).max() > 0 for up in ups)
+    assert trained(before).keys() == trained(made).keys()
+
+
+# --- faults ---
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_the_last_state_stays(model, data, tmp_path, monkeypatch):
+    def poisoned(self, number):
+        arrays = batch(self, number)
+        return arrays | {"mean": arrays["mean"] * (math_nan if number == 3 else 1.0)}
+
+    math_nan, batch = float("nan"), FineTuning._batch
+    monkeypatch.setattr(FineTuning, "_batch", poisoned)
+    with pytest.raises(FluxError, match=r"the loss is nan .* at iteration 4: .*00000003"):
+        run(options(model, data, tmp_path / "run"))
+    assert not (tmp_path / "run/final_adapters.safetensors").exists()
+    assert len(events(tmp_path / "run")) == 3
+    monkeypatch.setattr(FineTuning, "_batch", batch)
+    FineTuning.resume(tmp_path / "run", {}, quiet=True).execute()
+    run(options(model, data, tmp_path / "straight"))
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_a_full_disk(model, data, tmp_path):
+    """A limit on the size of files stands for it: the states that there were stay, nothing of a new one."""
+    run(options(model, data, tmp_path / "run", iterations=2))
+    code = (
+        "import resource, flux\nfrom flux.training.finetune import FineTuning\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        f"FineTuning.resume({str(tmp_path / 'run')!r}, {{'iterations': 4}}, quiet=True).execute()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "FluxError" in done.stderr
+    assert "00000003: the state cannot be written" in done.stderr
+    assert sorted(p.name for p in (tmp_path / "run/states").iterdir()) == ["00000001", "00000002"]
+    FineTuning.resume(tmp_path / "run", {"iterations": 4}, quiet=True).execute()
+    run(options(model, data, tmp_path / "straight", iterations=4))
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_a_data_set_that_is_gone_or_changed(model, tmp_path):
+    data = finetuning.write_data(tmp_path / "pictures")
+    run(options(model, data, tmp_path / "run", iterations=2))
+    (tmp_path / "pictures/1.txt").write_text("something else")
+    with pytest.raises(FluxError, match="pictures is not the one that this run was begun with"):
+        FineTuning.resume(tmp_path / "run", {"iterations": 4}, quiet=True).execute()
+    moved = finetuning.write_data(tmp_path / "moved")
+    FineTuning.resume(tmp_path / "run", {"iterations": 4, "data": moved}, quiet=True).execute()
+    shutil.rmtree(moved)
+    with pytest.raises(FluxError, match="moved: no such folder"):
+        FineTuning.resume(tmp_path / "run", {"iterations": 6}, quiet=True).execute()
+
+
+def test_options_that_contradict_a_resumed_run_are_refused_by_name(model, data, tmp_path):
+    run(options(model, data, tmp_path / "run", iterations=2))
+    same = {"learning_rate": 1e-2, "data": data, "model": model, "data_options": {"resolution": (64, 64)}}
+    FineTuning.resume(tmp_path / "run", {**same, "progress_every": 7, "format": "kohya"}, quiet=True)
+    changes = [
+        ({"rank": 4}, r"--lora-rank 4 \(the run has 2\)"),
+        ({"learning_rate": 0.5, "model": "schnell"}, r"--learning-rate 0\.5 .*--model schnell"),
+        ({"data_options": {"flip_aug": True}}, "--data-options flip_aug True"),
+    ]
+    for change, message in changes:
+        with pytest.raises(FluxError, match=message):
+            FineTuning.resume(tmp_path / "run", change)
+    run(options(model, data, tmp_path / "cosine", iterations=2, schedule="cosine"))
+    with pytest.raises(FluxError, match="schedule cosine depends on the run's length"):
+        FineTuning.resume(tmp_path / "cosine", {"iterations": 3})
+
+
+def test_a_folder_with_a_run_is_not_overwritten_and_one_without_not_resumed(model, data, tmp_path):
+    run(options(model, data, tmp_path / "run", iterations=1))
+    with pytest.raises(FluxError, match=r"run holds a run .* --resume"):
+        run(options(model, data, tmp_path / "run"))
+    with pytest.raises(FluxError, match="no state of a run to go on from"):
+        FineTuning.resume(tmp_path / "nothing", {})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 0}, "--lora-rank 0"),
+        ({"quantize": "5"}, "--quantize '5': choose 8, 4, mxfp4"),
+        ({"learning_rate": -1.0}, "--learning-rate -1"),
+        ({"dropout": 1.0}, r"--lora-dropout 1\.0"),
+        ({"iterations": 3, "epochs": 2}, "iterations or epochs"),
+        ({"seed": 2**32}, "--seed"),
+        ({"progress_prompts": (" ",)}, "progress prompt is empty"),
+        ({"fuse_adapters": True}, "needs an adapter"),
+    ],
+)
+def test_options_that_cannot_be(change, message):
+    with pytest.raises(FluxError, match=message):
+        options("tiny", "data", Path("run"), **change)
+
+
+# --- parts ---
+
+
+def test_length():
+    length = Length(1200, 8, 20)
+    assert (length.updates, length.epochs) == (150, 60)
+    assert [u for u in range(1, 151) if length.due(600, u)] == [75, 150]
+    assert [length.epoch_due(25, u) for u in (62, 63, 125)] == [0, 25, 50]  # 62.5 updates are 25 epochs
+    assert Length.of(options("m", "d", Path("o"), iterations=10, accumulate=4), 5, 1).iterations == 12
+    four = Length.of(options("m", "d", Path("o"), iterations=None, epochs=3, accumulate=2), 20, 4)
+    assert (four.iterations, four.updates, four.epochs) == (16, 8, 4)  # 15 batches on each of four ranks
+
+
+def test_states_keep_the_last_and_ignore_what_is_incomplete(tmp_path):
+    states = States(tmp_path / "states", keep=2)
+    assert states.latest() is None
+    for name in ("1", "2", "3"):
+        states.save(name, {"name": name}, lambda path: path.write_bytes(b"arrays"))
+    assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["2", "3"]
+    (tmp_path / "states/4").mkdir()
+    (tmp_path / "states/4/state.safetensors").write_bytes(b"half")
+    assert states.latest().name == "3"
+
+    def fails(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(FluxError, match="5: the state cannot be written: No space left on device"):
+        states.save("5", {}, fails)
+    assert States.read(states.latest()) == {"name": "3"}
+    states.save("6", {}, lambda path: path.write_bytes(b"arrays"))
+    assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["3", "6"]
+
+
+def test_events_are_neither_doubled_nor_torn(tmp_path):
+    path = tmp_path / "events.jsonl"
+    for update in (1, 2, 3):
+        Events(path, lambda line: True).write({"event": "update", "update": update})
+    with path.open("a") as file:
+        file.write('{"event": "upd')
+    Events(path, lambda line: line["update"] <= 2).write({"event": "update", "update": 3, "again": True})
+    assert [line["update"] for line in read_lines(path)] == [1, 2, 3]
+    assert "again" in list(read_lines(path))[-1]
+
+
+def test_the_loss_plot(tmp_path):
+    events = Events(tmp_path / "events.jsonl", lambda line: True)
+    for i in range(50):
+        events.write({"event": "update", "iteration": i + 1, "loss": 1 / (i + 1), "rate": 0.1})
+    draw_loss(events.path, tmp_path / "without.png")
+    events.write({"event": "validation", "iteration": 50, "loss": 0.5})
+    draw_loss(events.path, tmp_path / "with.png")
+    assert (tmp_path / "without.png").read_bytes() != (tmp_path / "with.png").read_bytes()
+
+
+def test_advice_where_it_does_not_fit():
+    from flux.models.transformer import FluxParams
+
+    shape = {"image_size": (1024, 1024), "batch": 1, "text_tokens": 512, "element_size": 2}
+    asked = options("dev", "data", Path("run"), rank=16)
+    line, advice = fit.describe(asked, FluxParams(), shape, 2**37)
+    assert line.startswith("memory: about ")
+    assert not advice
+    _, advice = fit.describe(asked, FluxParams(), shape, 16 * 2**30)
+    assert "with --grad-checkpoint --quantize 4 about" in advice
+    _, advice = fit.describe(asked, FluxParams(), shape, 2**30)
+    assert "will not fit, and even" in advice
+
+
+def test_data_parallel_ranks_take_the_plans_batches_in_turn(model, data, tmp_path, monkeypatch):
+    """Which pictures, captions and keys: rank r of n has the batches r, r + n, ... of one machine."""
+
+    class Group:
+        def __init__(self, rank: int, size: int):
+            self.rank, self.size = lambda: rank, lambda: size
+
+    made = run(options(model, data, tmp_path / "run", iterations=1, dropout=0.1))
+    alone = [made._batch(number) for number in range(8)]
+    for rank in range(2):
+        made._group = Group(rank, 2)
+        for number in range(4):
+            own, same = made._batch(number), alone[2 * number + rank]
+            assert own.keys() == same.keys()
+            assert all(mx.array_equal(own[name], same[name]) for name in own)
