@@ -14,9 +14,9 @@ from tqdm import tqdm
 from flux.captioning import files, pictures, records, sheet
 from flux.captioning.captioner import Captioner
 from flux.captioning.files import Picture
-from flux.captioning.ranks import Ranks
 from flux.captioning.tasks import TASKS, Task
 from flux.captioning.wording import Wording
+from flux.distributed import Ranks
 from flux.errors import FluxError
 from flux.weights import checkpoints, quantize
 from flux.weights.registry import CAPTIONERS

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from flux.errors import FluxError
 from flux.training.ema import EMA
@@ -111,24 +111,3 @@ class Trainer:
             self.ema.state = trees["ema"]
         self.step = json.loads(metadata["step"])
         self._compiled = None  # it has captured the old state
-
-
-def average_gradients(group: mx.distributed.Group) -> Callable[[dict], dict]:
-    """Mean of the gradients of all processes, in one message: many small ones would cost latency."""
-
-    def average(gradients: dict) -> dict:
-        flat = [array for _, array in tree_flatten(gradients)]
-        message = mx.concatenate([array.reshape(-1) for array in flat]) / group.size()
-        message = mx.distributed.all_sum(message, group=group)
-        parts = iter(mx.split(message, _ends(flat)))
-        return tree_map(lambda array: next(parts).reshape(array.shape), gradients)
-
-    return average
-
-
-def _ends(arrays: list[mx.array]) -> list[int]:
-    ends, total = [], 0
-    for array in arrays[:-1]:
-        total += array.size
-        ends.append(total)
-    return ends
