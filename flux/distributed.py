@@ -9,8 +9,8 @@ import platform
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from copy import copy
 from functools import partial
 from itertools import accumulate
@@ -45,10 +45,15 @@ class RanksError(FluxError):
 
 
 class Ranks:
-    """The group that this process is in; alone, a group of one."""
+    """The group that this process is in; alone, a group of one.
+
+    split: whether the ranks have parts of the networks (`shard`) and work on everything together; otherwise
+    each has them whole, and they take turns.
+    """
 
     def __init__(self):
         """FluxError where the other ranks cannot be reached, and where one has another version."""
+        self.split = False
         try:
             self.group = mx.distributed.init()
         except RuntimeError as error:
@@ -127,21 +132,26 @@ class Ranks:
                 words = "; ".join(f"{name}: {own.get(name)}, not {expected.get(name)}" for name in other)
                 raise RanksError(f"rank {rank} ({host}) differs from rank 0 in its {words}")
 
-    def deal(self, work: Callable[[Item], mx.array], items: Iterable[Item]) -> Iterator[mx.array]:
-        """As `map`: work of each item, in order, on every rank; the ranks take items in turn."""
-        items = list(items)
+    def own(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The items that `map` gives to this rank."""
+        return items if self.split else items[self.rank :: self.size]
+
+    def map(self, work: Callable[[Item], mx.array], items: Sequence[Item]) -> Iterator[mx.array]:
+        """work of each item, in order, on every rank: each item by one rank, or by all if they are `split`.
+
+        What work gives must then be evaluated. FluxError from work on one rank is raised on all.
+        """
+        if self.split or self.size == 1:
+            for item in items:
+                with self.waiting():
+                    result = work(item)
+                yield result
+            return
         for start in range(0, len(items), self.size):
             turn = items[start : start + self.size]
-            own = turn[self.rank] if self.rank < len(turn) else None
-            result = self.together(lambda own=own: None if own is None else work(own))
+            own = turn[self.rank : self.rank + 1]
+            result = self.together(lambda own=own: work(*own) if own else None)
             yield from self.exchange(result)[: len(turn)]
-
-    def abreast(self, work: Callable[[Item], Value], items: Iterable[Item]) -> Iterator[Value]:
-        """As `map`, where all ranks work on each item together: with networks that are split."""
-        for item in items:
-            with self.waiting():
-                result = work(item)
-            yield result
 
     @contextmanager
     def waiting(self, patience: float = PATIENCE) -> Iterator[None]:
@@ -170,16 +180,18 @@ class Ranks:
     def _name(self) -> str:
         return f"rank {self.rank} of {self.size} ({platform.node()})"
 
-    def tell(self, error: FluxError) -> None:
-        """Prints the error: one that all ranks have on rank 0 alone, before any of them goes on.
 
-        mlx.launch ends all ranks when one fails.
-        """
-        everywhere = isinstance(error, RanksError)
-        if self.first or not everywhere:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        if everywhere:
-            self.gather(None)
+def tell(error: FluxError, ranks: Ranks | None) -> None:
+    """Prints an error: one that all ranks have on rank 0 alone, and before any of them goes on.
+
+    Because mlx.launch ends all ranks when one fails. ranks: None where they have not met.
+    """
+    everywhere = ranks is not None and isinstance(error, RanksError)
+    if not everywhere or ranks.first:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if everywhere:
+        with suppress(FluxError):
+            ranks.gather(None)
 
 
 def share(total: int, rank: int, size: int) -> range:

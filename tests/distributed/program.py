@@ -1,12 +1,21 @@
-"""Run on every rank: networks that are split, beside the same networks whole. Arguments: the report's file."""
+"""What every rank runs, in one start: split networks beside whole ones, faults, and txt2image.py.
 
+Arguments: a folder with a folder of its own for each rank, and a JSON list of txt2image.py's arguments. Leaves
+report.json, and status, output and errors of the scripts, in the rank's folder.
+"""
+
+import io
 import json
+import os
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
-import flux  # noqa: F401  (before mlx.core: it puts OpenBLAS into the process)
+import flux  # (before mlx.core: it puts OpenBLAS into the process)
 
 # isort: split
 import mlx.core as mx
@@ -14,7 +23,8 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from flux import adapters, sampler
+import txt2image
+from flux import adapters, distributed, sampler
 from flux.adapters import Adapter, Adapters, Delta, Dense, Kronecker, LowRank
 from flux.adapters.lora import linear_shape, linears
 from flux.distributed import Ranks, average_gradients, shard
@@ -93,7 +103,7 @@ def adapted(network: nn.Module, *kinds: str, fuse: bool = False) -> nn.Module:
 
 def from_file(network: Flux, ranks: Ranks, folder: Path) -> Flux:
     """The network with lazy weights, as a checkpoint's."""
-    path = folder / f"flux.{ranks.rank}.safetensors"
+    path = folder.parent / f"flux.{ranks.rank}.safetensors"
     tensors.save(path, dict(tree_flatten(network.parameters())))
     network.load_weights(list(tensors.load([path]).items()))
     return network
@@ -110,7 +120,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], mx.array]]
     "lora": (lambda: adapted(make_flux(), "lora"), run_flux),
     "lora on 4 bits": (lambda: adapted(quantize(make_flux(), 4, 32), "lora"), run_flux),
     "lora in the weights": (lambda: adapted(make_flux(), "lora", fuse=True), run_flux),
-    "lora in the weights of 4 bits": (lambda: quantize(adapted(make_flux(), "lora", fuse=True), 4, 32), run_flux),
+    "lora in the weights of 4 bits": (
+        lambda: quantize(adapted(make_flux(), "lora", fuse=True), 4, 32),
+        run_flux,
+    ),
     "dora, lokr and dense": (lambda: adapted(make_flux(), "dora", "lokr", "dense"), run_flux),
     "t5": (make_t5, run_t5),
     "t5 of 4 bits": (lambda: quantize(make_t5(), 4, 32), run_t5),
@@ -122,10 +135,15 @@ def error(a: mx.array, b: mx.array) -> float:
     return (mx.linalg.norm((a - b).flatten()) / mx.linalg.norm(b.flatten())).item()
 
 
+# What is run where the ranks are two or four; three, which divide nothing here, run all.
+FEW = ("transformer", "transformer of 4 bits", "lora", "lora in the weights", "t5")
+
+
 def compare(ranks: Ranks) -> dict[str, float]:
     """The relative error of each case's split network."""
     errors = {}
-    for name, (make, run) in CASES.items():
+    for name in CASES if ranks.size == 3 else FEW:
+        make, run = CASES[name]
         whole = run(make())
         network = make()
         shard(network, ranks)
@@ -134,8 +152,8 @@ def compare(ranks: Ranks) -> dict[str, float]:
 
 
 def memory(ranks: Ranks, folder: Path) -> dict[str, float]:
-    """Bytes of a network of 20 MB: whole, what every rank needs of it, and this rank's peak while it reads."""
-    params = replace(FLUX, hidden_size=160, depth=4, depth_single_blocks=12)
+    """Bytes of a network of 50 MB: whole, what every rank needs of it, and this rank's peak while it reads."""
+    params = replace(FLUX, hidden_size=192, num_heads=12, axes_dim=(4, 6, 6), depth=4, depth_single_blocks=12)
     network = from_file(tiny.randomize(Flux(params), 0), ranks, folder)
     total = sum(w.nbytes for _, w in tree_flatten(network.parameters()))
     embedders = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in")
@@ -150,17 +168,14 @@ def memory(ranks: Ranks, folder: Path) -> dict[str, float]:
 
 
 def messages(ranks: Ranks) -> dict[str, int]:
-    """How many a step of the transformer sends, and how many the modulation of all steps."""
+    """How many sums one call of the transformer takes, and how many gathers its modulation."""
     network = make_flux()
     shard(network, ranks)
-    counts = {"all_sum": 0, "all_gather": 0}
-    for name in counts:
-        def counted(x, *, group, own=getattr(mx.distributed, name), name=name):
-            counts[name] += 1
-            return own(x, group=group)
-
-        setattr(mx.distributed, name, counted)
-    run_flux(network)
+    counts = {}
+    for name in ("all_sum", "all_gather"):
+        with mock.patch.object(mx.distributed, name, wraps=getattr(mx.distributed, name)) as function:
+            mx.eval(run_flux(network))
+        counts[name] = function.call_count
     return counts
 
 
@@ -180,33 +195,51 @@ def faults(ranks: Ranks) -> dict[str, str]:
             raise FluxError("no such file")
 
     note("together", lambda: ranks.together(work))
+    note("map", lambda: list(ranks.map(lambda _: work() or mx.zeros((1,)), range(5))))
     note("agree", lambda: ranks.agree({"weights": "ab", "size": str(ranks.rank)}))
     note("agree on all", lambda: ranks.agree({"weights": "ab"}))
     note("group", lambda: shard(quantize(make_flux(), 4, 64), ranks))
+    other = "0.0" if ranks.rank == 1 else flux.__version__
+    with mock.patch.object(distributed, "__version__", other):
+        note("version", Ranks)
     note("heads", lambda: shard(make_flux(hidden_size=32, num_heads=1), ranks))
     return said
 
 
 def dealt(ranks: Ranks) -> list:
-    """Five items of different lengths: who worked on which, and whether a work of None comes through."""
-    items = list(ranks.deal(lambda i: mx.full((i, 2), 10 * i + ranks.rank, mx.uint8), range(1, 6)))
+    """Five items of different lengths: 10 times the item, and who worked on it."""
+    items = ranks.map(lambda i: mx.full((i, 2), 10 * i + ranks.rank, mx.uint8), range(1, 6))
     return [item.tolist() for item in items]
 
 
+def scripts(ranks: Ranks, folder: Path, commands: list[list[str]]) -> list[tuple[int, str, str]]:
+    """Status, output and errors of txt2image.py with each of the arguments, run in the rank's folder."""
+    os.chdir(folder)
+    ended = []
+    for arguments in commands:
+        out, err = io.StringIO(), io.StringIO()
+        with mock.patch.object(sys, "argv", ["txt2image.py", *arguments]), warnings.catch_warnings():
+            with redirect_stdout(out), redirect_stderr(err):
+                status = txt2image.main()
+        ended.append((status, out.getvalue(), err.getvalue()))
+    return ended
+
+
 def main() -> None:
-    ranks, path = Ranks(), Path(sys.argv[1])
+    ranks = Ranks()
+    folder = Path(sys.argv[1]) / f"rank{ranks.rank}"
     gradients = {"a": mx.full((2, 3), ranks.rank, mx.float32), "b": [mx.full((4,), 1, mx.bfloat16)]}
     mean = average_gradients(ranks.group)(gradients)
     report = {
         "errors": compare(ranks),
-        "memory": memory(ranks, path.parent),
+        "memory": memory(ranks, folder),
         "faults": faults(ranks),
         "dealt": dealt(ranks),
         "mean": [mean["a"].tolist(), mean["b"][0].tolist(), str(mean["b"][0].dtype)],
-        "exchanged": [None if x is None else x.tolist() for x in ranks.exchange(mx.array([1.5]) if ranks.first else None)],
         "messages": messages(ranks),
+        "scripts": scripts(ranks, folder, json.loads(sys.argv[2])),
     }
-    path.with_name(f"{path.name}.{ranks.rank}").write_text(json.dumps(report))
+    (folder.parent / f"report{ranks.rank}.json").write_text(json.dumps(report))
 
 
 if __name__ == "__main__":
