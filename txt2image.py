@@ -50,7 +50,7 @@ def main() -> int:
     try:
         ranks = Ranks()
         if not ranks.first:
-            sys.stdout = Path(os.devnull).open("w")
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (to the process's end)
             warnings.simplefilter("ignore")
         # Rank 0 alone needs the files that the arguments are read from, and a place to write.
         run(argparse.Namespace(**ranks.from_first(lambda: vars(parse(sys.argv[1:])))), ranks)
