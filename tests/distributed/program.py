@@ -1,7 +1,7 @@
 """What every rank runs, in one start: split networks beside whole ones, faults, and txt2image.py.
 
-Arguments: a folder with a folder of its own for each rank, and a JSON list of txt2image.py's arguments. Leaves
-report.json, and status, output and errors of the scripts, in the rank's folder.
+Arguments: a folder that has a folder for each rank to work in, and txt2image.py's arguments, a JSON list of
+lists. Leaves a report0.json, report1.json, ... there, with how the scripts ended among the rest.
 """
 
 import io
@@ -152,7 +152,7 @@ def compare(ranks: Ranks) -> dict[str, float]:
 
 
 def memory(ranks: Ranks, folder: Path) -> dict[str, float]:
-    """Bytes of a network of 50 MB: whole, what every rank needs of it, and this rank's peak while it reads."""
+    """Bytes of a network of 50 MB: whole, what every rank has of it, and this rank's peak while it reads."""
     params = replace(FLUX, hidden_size=192, num_heads=12, axes_dim=(4, 6, 6), depth=4, depth_single_blocks=12)
     network = from_file(tiny.randomize(Flux(params), 0), ranks, folder)
     total = sum(w.nbytes for _, w in tree_flatten(network.parameters()))
@@ -198,7 +198,8 @@ def faults(ranks: Ranks) -> dict[str, str]:
     note("map", lambda: list(ranks.map(lambda _: work() or mx.zeros((1,)), range(5))))
     note("agree", lambda: ranks.agree({"weights": "ab", "size": str(ranks.rank)}))
     note("agree on all", lambda: ranks.agree({"weights": "ab"}))
-    note("group", lambda: shard(quantize(make_flux(), 4, 64), ranks))
+    cut = quantize(Flux(replace(FLUX, hidden_size=320, num_heads=10)), 4, 64)  # heads of 32
+    note("group", lambda: shard(cut, ranks))
     other = "0.0" if ranks.rank == 1 else flux.__version__
     with mock.patch.object(distributed, "__version__", other):
         note("version", Ranks)
@@ -218,9 +219,9 @@ def scripts(ranks: Ranks, folder: Path, commands: list[list[str]]) -> list[tuple
     ended = []
     for arguments in commands:
         out, err = io.StringIO(), io.StringIO()
-        with mock.patch.object(sys, "argv", ["txt2image.py", *arguments]), warnings.catch_warnings():
-            with redirect_stdout(out), redirect_stderr(err):
-                status = txt2image.main()
+        argv = mock.patch.object(sys, "argv", ["txt2image.py", *arguments])
+        with argv, warnings.catch_warnings(), redirect_stdout(out), redirect_stderr(err):
+            status = txt2image.main()
         ended.append((status, out.getvalue(), err.getvalue()))
     return ended
 
