@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flux import FluxPipeline, images, sampler
-from flux.distributed import DOWNLOAD, Ranks, tell
+from flux.distributed import DOWNLOAD, PATIENCE, Ranks, tell
 from flux.errors import FluxError
 from flux.pipeline import Conditioning, Plan, check_sampling
 from flux.weights import tensors
@@ -53,7 +53,9 @@ def main() -> int:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (to the process's end)
             warnings.simplefilter("ignore")
         # Rank 0 alone needs the files that the arguments are read from, and a place to write.
-        run(argparse.Namespace(**ranks.from_first(lambda: vars(parse(sys.argv[1:])))), ranks)
+        args = argparse.Namespace(**ranks.from_first(lambda: vars(parse(sys.argv[1:]))))
+        with ranks.waiting(None):
+            run(args, ranks)
     except FluxError as error:
         tell(error, ranks)
         return 2
@@ -328,7 +330,8 @@ def make_pictures(
 ) -> list[np.ndarray]:
     """All pictures (H, W, 3), uint8, prompt by prompt; a stage at a time in memory, unless preloaded."""
     singles = batches(args, len(args.prompts), 1)
-    texts = encode(pipeline, args, args.prompts, ranks.own(singles), stages)
+    with ranks.waiting(len(args.prompts) * PATIENCE):
+        texts = encode(pipeline, args, args.prompts, ranks.own(singles), stages)
     with stages("denoise"), progress(args, singles, ranks) as bar:
         # One by one: in a batch, sums would be in another order, and the bits depend on who is with whom.
         latents = list(ranks.map(denoiser(pipeline, args, texts, bar), singles))
@@ -365,7 +368,8 @@ def make_folder(pipeline: FluxPipeline, args: argparse.Namespace, ranks: Ranks, 
     if not numbers:
         return
     groups = batches(args, len(numbers), args.decoding_batch_size)
-    texts = encode(pipeline, args, [args.prompts[i] for i in numbers], ranks.own(groups), stages)
+    with ranks.waiting(len(numbers) * PATIENCE):
+        texts = encode(pipeline, args, [args.prompts[i] for i in numbers], ranks.own(groups), stages)
     ranks.together(lambda: make_directory(args.output) if ranks.first else None)
     with stages("pictures"), progress(args, groups, ranks) as bar:
         denoise = denoiser(pipeline, args, texts, bar)

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import struct
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from flux import __version__
@@ -35,6 +37,7 @@ Item = TypeVar("Item")
 # machine that vanishes without a word: how long the others wait for it while it should work, or download.
 PATIENCE = 3600
 DOWNLOAD = 24 * 3600
+SHORT = 512  # bytes that go in a first message, of a length that all know
 
 
 # --- The group ---
@@ -70,53 +73,55 @@ class Ranks:
 
     def gather(self, value: Any, patience: float = PATIENCE) -> list[Any]:
         """Every rank's value, by rank, on every rank. A value is what JSON can say."""
-        if self.size == 1:
-            return [value]
-        content = mx.array(list(json.dumps(value).encode()), dtype=mx.uint8)
-        return [json.loads(bytes(part.tolist())) for part in self._gather_bytes(content, patience)]
+        return [value for value, _ in self._exchange(value, mx.zeros((0,), mx.uint8), patience)]
 
-    def exchange(self, x: mx.array | None) -> list[mx.array | None]:
-        """Every rank's array, by rank, on every rank; they may differ in shape, and be None."""
+    def _exchange(self, value: Any, content: mx.array, patience: float) -> list[tuple[Any, mx.array]]:
+        """Every rank's value and bytes (n,), in one message if they are few, else in two."""
         if self.size == 1:
-            return [x]
-        if x is None:
-            form, content = None, mx.zeros((0,), mx.uint8)
-        else:
-            form, content = (x.shape, str(x.dtype).rpartition(".")[2]), x.flatten().view(mx.uint8)
-        forms, parts = self.gather(form), self._gather_bytes(content, PATIENCE)
-        return [
-            form and part.view(getattr(mx, form[1])).reshape(form[0])
-            for form, part in zip(forms, parts, strict=True)
-        ]
-
-    def _gather_bytes(self, content: mx.array, patience: float) -> list[mx.array]:
-        """Every rank's bytes (n,); n may differ."""
+            return [(value, content)]
+        words = json.dumps(value).encode()
+        head = struct.pack("<QQ", len(words), content.size) + words
+        own = mx.concatenate([mx.array(list(head), dtype=mx.uint8), content])
         with self.waiting(patience):
-            lengths = mx.distributed.all_gather(mx.array([content.size]), group=self.group).tolist()
-            padded = mx.pad(content, (0, max(lengths) - content.size))
-            rows = mx.distributed.all_gather(padded[None], group=self.group)  # (ranks, the longest)
-            mx.eval(rows)
-        return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+            rows = self._all_gather(own[:SHORT], SHORT)
+            lengths = [sum(struct.unpack("<QQ", row[:16])) + 16 for row in rows]
+            if max(lengths) > SHORT:
+                rows = self._all_gather(own, max(lengths))
+        out = []
+        for row, length in zip(rows, lengths, strict=True):
+            end = 16 + struct.unpack("<QQ", row[:16])[0]
+            out.append((json.loads(row[16:end]), mx.array(np.frombuffer(row[end:length], np.uint8))))
+        return out
+
+    def _all_gather(self, x: mx.array, length: int) -> list[bytes]:
+        x = mx.pad(x, (0, length - x.size))
+        return [bytes(row) for row in np.array(mx.distributed.all_gather(x[None], group=self.group))]
 
     def together(self, work: Callable[[], Value], patience: float = PATIENCE) -> Value:
         """What work gives, here. Where it raises FluxError on any rank, every rank raises the first.
 
         SystemExit, by which a parser ends after --help, likewise.
         """
-        value, own_fault, own_end = None, None, None
+        value, outcome = self._try(work)
+        self._check(self.gather(outcome, patience))
+        return value
+
+    def _try(self, work: Callable[[], Value]) -> tuple[Value | None, tuple]:
+        """What work gives, and how it ended: (fault, exit status, host)."""
         try:
-            value = work()
+            return work(), (None, None, platform.node())
         except FluxError as error:
-            own_fault = str(error)
+            return None, (str(error), None, platform.node())
         except SystemExit as error:
-            own_end = error.code or 0
-        outcomes = self.gather((own_fault, own_end, platform.node()), patience)
-        for rank, (fault, end, host) in enumerate(outcomes):
-            if end is not None:
-                raise SystemExit(end)
+            return None, (None, error.code or 0, platform.node())
+
+    def _check(self, outcomes: list[tuple]) -> None:
+        """Raises what the first rank has raised, if any has."""
+        for rank, (fault, status, host) in enumerate(outcomes):
+            if status is not None:
+                raise SystemExit(status)
             if fault is not None:
                 raise RanksError(fault if rank == 0 else f"on rank {rank} ({host}): {fault}")
-        return value
 
     def from_first(self, work: Callable[[], Value]) -> Value:
         """What work gives on rank 0, the only one to do it; as JSON says it on the others."""
@@ -150,18 +155,27 @@ class Ranks:
         for start in range(0, len(items), self.size):
             turn = items[start : start + self.size]
             own = turn[self.rank : self.rank + 1]
-            result = self.together(lambda own=own: work(*own) if own else None)
-            yield from self.exchange(result)[: len(turn)]
+            result, outcome = self._try(lambda own=own: work(*own) if own else mx.zeros((0,)))
+            result = mx.zeros((0,)) if result is None else result
+            form = (result.shape, str(result.dtype).rpartition(".")[2])
+            parts = self._exchange((outcome, form), result.flatten().view(mx.uint8), PATIENCE)
+            self._check([outcome for (outcome, _), _ in parts])
+            for (_, (shape, dtype)), content in parts[: len(turn)]:
+                yield content.view(getattr(mx, dtype)).reshape(shape)
 
     @contextmanager
-    def waiting(self, patience: float = PATIENCE) -> Iterator[None]:
-        """For what waits for other ranks: FluxError when one is lost; ends the process when one is silent."""
+    def waiting(self, patience: float | None = PATIENCE) -> Iterator[None]:
+        """For what waits for other ranks: FluxError when one is lost.
+
+        patience: seconds, after which the process ends, with a line that says so; None for ever.
+        """
         if self.size == 1:
             yield
             return
-        timer = threading.Timer(patience, self._give_up, [patience])
+        timer = threading.Timer(patience or 0, self._give_up, [patience])
         timer.daemon = True
-        timer.start()
+        if patience is not None:
+            timer.start()
         try:
             yield
         except RuntimeError as error:

@@ -43,6 +43,7 @@ NAMES = (
     *("double_blocks.1.img_mlp.2", "double_blocks.1.txt_mlp.2", "single_blocks.0.linear1"),
     *("single_blocks.1.linear2", "single_blocks.2.modulation.lin", "img_in"),
 )
+ODD = {"guidance_embed": False, "qkv_bias": False, "mlp_ratio": 3.7}
 T5_NAMES = [
     *(f"encoder.block.1.layer.0.SelfAttention.{name}" for name in "qkvo"),
     *(f"encoder.block.1.layer.1.DenseReluDense.{name}" for name in ("wi_0", "wi_1", "wo")),
@@ -111,23 +112,16 @@ def from_file(network: Flux, ranks: Ranks, folder: Path) -> Flux:
 
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], mx.array]]] = {
     "transformer": (make_flux, run_flux),
-    "transformer without guidance": (lambda: make_flux(guidance_embed=False), run_flux),
-    "transformer without qkv's bias": (lambda: make_flux(qkv_bias=False), run_flux),
-    "transformer, an odd mlp": (lambda: make_flux(mlp_ratio=3.7), run_flux),
-    "transformer of 8 bits": (lambda: quantize(make_flux(), 8, 32), run_flux),
+    "no guidance, no qkv bias, an odd mlp": (lambda: make_flux(**ODD), run_flux),
     "transformer of 4 bits": (lambda: quantize(make_flux(), 4, 32), run_flux),
     "transformer of mxfp4": (lambda: quantize(make_flux(), 4, 32, "mxfp4"), run_flux),
     "lora": (lambda: adapted(make_flux(), "lora"), run_flux),
     "lora on 4 bits": (lambda: adapted(quantize(make_flux(), 4, 32), "lora"), run_flux),
     "lora in the weights": (lambda: adapted(make_flux(), "lora", fuse=True), run_flux),
-    "lora in the weights of 4 bits": (
-        lambda: quantize(adapted(make_flux(), "lora", fuse=True), 4, 32),
-        run_flux,
-    ),
+    "then 8 bits": (lambda: quantize(adapted(make_flux(), "lora", fuse=True), 8, 32), run_flux),
     "dora, lokr and dense": (lambda: adapted(make_flux(), "dora", "lokr", "dense"), run_flux),
     "t5": (make_t5, run_t5),
-    "t5 of 4 bits": (lambda: quantize(make_t5(), 4, 32), run_t5),
-    "t5 with lora": (lambda: adapted(make_t5(), "lora"), run_t5),
+    "t5 of 4 bits with lora": (lambda: adapted(quantize(make_t5(), 4, 32), "lora"), run_t5),
 }
 
 
