@@ -93,8 +93,11 @@ def reports(tmp_path_factory, model):
             commands = COMMANDS if size > 1 else COMMANDS[:4]
             program = [sys.executable, "-m", "tests.distributed.program", str(folder), json.dumps(commands)]
             launch = [LAUNCH, "-n", str(size), "--backend", "ring", "--"] if size > 1 else []
-            options = {"env": environment(), "stdin": subprocess.DEVNULL, "timeout": 600, "text": True}
+            stdin, never_written = os.pipe()  # at a file's end mlx.launch would spin on a full core
+            options = {"env": environment(), "stdin": stdin, "timeout": 600, "text": True}
             done = subprocess.run([*launch, *program], capture_output=True, **options)
+            os.close(stdin)
+            os.close(never_written)
             paths = [folder / f"report{rank}.json" for rank in range(size)]
             assert all(path.exists() for path in paths), done.stdout + done.stderr
             made[size] = folder, [json.loads(path.read_text()) for path in paths]
