@@ -14,9 +14,9 @@ from tqdm import tqdm
 from flux.captioning import files, pictures, records, sheet
 from flux.captioning.captioner import Captioner
 from flux.captioning.files import Picture
-from flux.captioning.ranks import Ranks
 from flux.captioning.tasks import TASKS, Task
 from flux.captioning.wording import Wording
+from flux.distributed import Ranks, tell
 from flux.errors import FluxError
 from flux.weights import checkpoints, quantize
 from flux.weights.registry import CAPTIONERS
@@ -26,14 +26,13 @@ SEVERAL = "With mlx.launch each rank captions its share; all must see the pictur
 
 
 def main() -> int:
-    """Run the program; its exit status: 0, 2 for bad input (on rank 0), 130 when interrupted."""
-    ranks = Ranks()
+    """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
+    ranks = None
     try:
-        return run(build_parser().parse_intermixed_args(), ranks)
+        ranks = Ranks()
+        return run(ranks.together(lambda: build_parser().parse_intermixed_args()), ranks)
     except FluxError as error:
-        if ranks.rank > 0:
-            return 0  # mlx.launch ends all ranks when one fails: rank 0 must have said why before
-        print(f"error: {error}", file=sys.stderr)
+        tell(error, ranks)
         return 2
     except KeyboardInterrupt:
         return 130

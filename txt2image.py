@@ -3,12 +3,15 @@
 import argparse
 import copy
 import math
+import os
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import flux  # before mlx.core, so that OpenBLAS is there first
 
@@ -18,8 +21,10 @@ import numpy as np
 from tqdm import tqdm
 
 from flux import FluxPipeline, images, sampler
+from flux.distributed import DOWNLOAD, PATIENCE, Ranks, tell
 from flux.errors import FluxError
 from flux.pipeline import Conditioning, Plan, check_sampling
+from flux.weights import tensors
 
 PARTS = ("transformer", "ae", "clip", "t5")
 # The options that make a picture what it is: written into it, read again by --remake. Prompts come beside.
@@ -29,6 +34,11 @@ RECIPE = (
 )
 FLAGS = ("fuse_adapter", "no_t5_padding")
 PROGRAM = "flux-mlx"
+SEVERAL = (
+    "With mlx.launch the ranks share out the pictures; where there are fewer pictures than ranks, each has a "
+    "part of the model instead, of its attention heads. All need the model under the same path; rank 0 alone "
+    "reads prompts and writes."
+)
 # Up to so many prompts, their modulation takes less memory than the weights that it is made with.
 MAX_PLANS = 16
 
@@ -36,37 +46,59 @@ MAX_PLANS = 16
 def main() -> int:
     """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    ranks = None
     try:
-        run(parse(sys.argv[1:]))
+        ranks = Ranks()
+        if not ranks.first:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (to the process's end)
+            warnings.simplefilter("ignore")
+        # Rank 0 alone needs the files that the arguments are read from, and a place to write.
+        args = argparse.Namespace(**ranks.from_first(lambda: vars(parse(sys.argv[1:]))))
+        with ranks.waiting(None):
+            run(args, ranks)
     except FluxError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error, ranks)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, ranks: Ranks) -> None:
     """Make the pictures that the arguments ask for, and print where they are."""
-    check(args)
-    stages = Stages(args.verbose)
+    ranks.split = ranks.size > 1 and (args.force_shard or len(args.prompts) * args.n_images < ranks.size)
+    stages = Stages(args.verbose and ranks.first)
     with stages("load"):
-        files = {part: getattr(args, part) for part in PARTS}
-        dtype = args.dtype and getattr(mx, args.dtype)
-        adapters = (args.adapter or (), args.fuse_adapter)
-        pipeline = FluxPipeline(args.model, not args.no_t5_padding, dtype, args.quantize, *adapters, **files)
-        fill_in(args, pipeline)
+        pipeline = ranks.together(lambda: load(args, ranks), DOWNLOAD)
+        if ranks.size > 1:
+            ranks.agree(ranks.together(lambda: fingerprints(args, pipeline)))
         if args.preload_models:
             pipeline.ensure_models_are_loaded()
     if args.prompts_folder:
-        make_folder(pipeline, args, stages)
+        make_folder(pipeline, args, ranks, stages)
         stages.report()
         return
-    pictures = make_pictures(pipeline, args, stages)
+    pictures = make_pictures(pipeline, args, ranks, stages)
     with stages("save"):
-        paths = save(args, pictures)
+        paths = ranks.together(lambda: save(args, pictures) if ranks.first else [])
     stages.report()
     print(*paths, sep="\n")
+
+
+def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
+    files = {part: getattr(args, part) for part in PARTS}
+    dtype = args.dtype and getattr(mx, args.dtype)
+    adapters = (args.adapter or (), args.fuse_adapter, ranks if ranks.split else None)
+    pipeline = FluxPipeline(args.model, not args.no_t5_padding, dtype, args.quantize, *adapters, **files)
+    fill_in(args, pipeline)
+    return pipeline
+
+
+def fingerprints(args: argparse.Namespace, pipeline: FluxPipeline) -> dict[str, str]:
+    """What must be the same on all ranks."""
+    return pipeline.checkpoint.fingerprints() | {
+        f"adapter {file}": tensors.fingerprint(Path(file)) for file, _ in args.adapter or ()
+    }
 
 
 # --- Arguments ---
@@ -118,7 +150,7 @@ def adapter(text: str) -> tuple[str, float]:
 
 
 def build_parser() -> Parser:
-    parser = Parser(description="Make pictures of what a prompt says, with a FLUX.1 model.")
+    parser = Parser(description="Make pictures of what a prompt says, with a FLUX.1 model.", epilog=SEVERAL)
     parser.set_defaults(picture=None)  # of a batch, which one to keep: only a recipe says so
 
     add = parser.add_argument_group("what to show").add_argument
@@ -149,6 +181,7 @@ def build_parser() -> Parser:
     )
     add("--fuse-adapter", action="store_true", help="adapters into the weights, not beside them: faster")
     add("--no-t5-padding", action="store_true", help="do not pad prompts to the model's length: faster")
+    add("--force-shard", action="store_true", help="split the model over mlx.launch's ranks in any case")
     add("--preload-models", action="store_true", help="load everything at once and keep it: more memory")
 
     add = parser.add_argument_group("sampling (where not given, the model's own)").add_argument
@@ -187,6 +220,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.prompts = prompts
     args.n_images = args.n_images or 1
     args.output = args.output or ("" if args.prompts_folder else "out.png")
+    args.random_seed = sampler.random_seed()  # for where none is given: here, so that all ranks have the same
+    check(args)
     return args
 
 
@@ -283,44 +318,75 @@ def fill_in(args: argparse.Namespace, pipeline: FluxPipeline) -> None:
     args.image_size = tuple(pipeline.downscale * side for side in args.latent_size)
     check_sampling(args.steps, args.n_images, args.latent_size, args.negative_prompt, args.cfg_scale)
     if args.seed is None:
-        args.seed = sampler.random_seed()
+        args.seed = args.random_seed
         print(f"seed: {args.seed}", flush=True)
 
 
 # --- Pictures ---
 
 
-def make_pictures(pipeline: FluxPipeline, args: argparse.Namespace, stages: "Stages") -> list[np.ndarray]:
+def make_pictures(
+    pipeline: FluxPipeline, args: argparse.Namespace, ranks: Ranks, stages: "Stages"
+) -> list[np.ndarray]:
     """All pictures (H, W, 3), uint8, prompt by prompt; a stage at a time in memory, unless preloaded."""
-    texts = encode(pipeline, args, args.prompts, stages)
-    with stages("denoise"):
-        latents = list(denoise(pipeline, args, texts))
+    singles = batches(args, len(args.prompts), 1)
+    with ranks.waiting(len(args.prompts) * PATIENCE):
+        texts = encode(pipeline, args, args.prompts, ranks.own(singles), stages)
+    with stages("denoise"), progress(args, singles, ranks) as bar:
+        # One by one: in a batch, sums would be in another order, and the bits depend on who is with whom.
+        latents = list(ranks.map(denoiser(pipeline, args, texts, bar), singles))
     if not args.preload_models:
         del pipeline.flow
         mx.clear_cache()
+    if ranks.split and not ranks.first:
+        return []
     with stages("decode"):
-        pictures = [picture for x in latents for picture in decode(pipeline, x, args)]
+        pictures = []
+        groups = batches(args, len(args.prompts), args.decoding_batch_size)
+        tokens = mx.concatenate(latents)  # (pictures, L, channels)
+
+        def work(batch: Batch) -> mx.array:
+            first = batch.prompt * args.n_images
+            return decode(pipeline, tokens[first + batch.start : first + batch.stop], args)
+
+        for group in ranks.map(work, groups):
+            pictures += list(np.array(group))
     return pictures if args.picture is None else [pictures[args.picture]]
 
 
-def make_folder(pipeline: FluxPipeline, args: argparse.Namespace, stages: "Stages") -> None:
+def make_folder(pipeline: FluxPipeline, args: argparse.Namespace, ranks: Ranks, stages: "Stages") -> None:
     """Every prompt's pictures, each written as soon as it is made: a stopped run loses one prompt's at most.
 
     For that, the transformer stays in memory beside the autoencoder. Pictures that are there already with the
     same recipe are kept, if no file that it names has changed since; all others are written over.
     """
+    tasks = ranks.together(lambda: folder_tasks(args) if ranks.first else [])
     changed = last_change(args)
-    tasks = [task for task in folder_tasks(args) if not is_done(task, changed)]
-    if kept := len(args.prompts) - len(tasks):
+    numbers = ranks.from_first(lambda: [i for i, task in enumerate(tasks) if not is_done(task, changed)])
+    if (kept := len(args.prompts) - len(numbers)) and ranks.first:
         print(f"kept, made before in the same way: {kept} of {len(args.prompts)} prompts", file=sys.stderr)
-    if not tasks:
+    if not numbers:
         return
-    texts = encode(pipeline, args, [task.prompts[0] for task in tasks], stages)
-    make_directory(args.output)
-    with stages("pictures"):
-        for task, x in zip(tasks, denoise(pipeline, args, texts), strict=True):
-            for path in save(task, list(decode(pipeline, x, args))):
-                tqdm.write(str(path))
+    groups = batches(args, len(numbers), args.decoding_batch_size)
+    with ranks.waiting(len(numbers) * PATIENCE):
+        texts = encode(pipeline, args, [args.prompts[i] for i in numbers], ranks.own(groups), stages)
+    ranks.together(lambda: make_directory(args.output) if ranks.first else None)
+    with stages("pictures"), progress(args, groups, ranks) as bar:
+        denoise = denoiser(pipeline, args, texts, bar)
+
+        def work(batch: Batch) -> mx.array | None:
+            tokens = mx.concatenate([denoise(batch.one(k)) for k in range(batch.start, batch.stop)])
+            return decode(pipeline, tokens, args) if ranks.first or not ranks.split else None
+
+        pictures = []
+        for group, batch in zip(ranks.map(work, groups), groups, strict=True):
+            if not ranks.first:
+                continue
+            pictures += list(np.array(group))
+            if batch.stop == args.n_images:
+                for path in save(tasks[numbers[batch.prompt]], pictures):
+                    tqdm.write(str(path))
+                pictures = []
 
 
 def folder_tasks(args: argparse.Namespace) -> list[argparse.Namespace]:
@@ -358,12 +424,42 @@ def make_directory(folder: str) -> None:
         raise FluxError(f"cannot make the output's folder {folder}: {error.strerror}") from None
 
 
+class Batch(NamedTuple):
+    """Pictures start, ..., stop - 1 of a prompt."""
+
+    prompt: int
+    start: int
+    stop: int
+
+    def one(self, picture: int) -> "Batch":
+        return Batch(self.prompt, picture, picture + 1)
+
+
+def batches(args: argparse.Namespace, prompts: int, size: int) -> list[Batch]:
+    """All pictures, at most `size` of a prompt together."""
+    starts = range(0, args.n_images, size)
+    return [Batch(i, k, min(k + size, args.n_images)) for i in range(prompts) for k in starts]
+
+
+def progress(args: argparse.Namespace, items: list[Batch], ranks: Ranks) -> tqdm:
+    """A bar of rank 0's steps."""
+    total = args.steps * sum(batch.stop - batch.start for batch in ranks.own(items))
+    return tqdm(total=total, unit="step", disable=None if ranks.first else True)
+
+
 def encode(
-    pipeline: FluxPipeline, args: argparse.Namespace, prompts: list[str], stages: "Stages"
-) -> list[Conditioning]:
-    """The prompts' conditioning; unless preloaded, the text encoders leave memory."""
+    pipeline: FluxPipeline,
+    args: argparse.Namespace,
+    prompts: list[str],
+    items: list[Batch],
+    stages: "Stages",
+) -> dict[int, Conditioning]:
+    """The conditioning of the items' prompts; unless preloaded, the text encoders leave memory."""
     with stages("text"):
-        texts = [pipeline.encode(prompt, args.negative_prompt, args.cfg_scale) for prompt in prompts]
+        settings = (args.negative_prompt, args.cfg_scale)
+        texts = {
+            i: pipeline.encode(prompts[i], *settings) for i in dict.fromkeys(item.prompt for item in items)
+        }
         mx.eval(texts)
     if not args.preload_models:
         del pipeline.t5, pipeline.clip
@@ -371,30 +467,35 @@ def encode(
     return texts
 
 
-def denoise(
-    pipeline: FluxPipeline, args: argparse.Namespace, texts: list[Conditioning]
-) -> Iterator[mx.array]:
-    """Each text's finished latents (n, L, channels), with a progress bar of all steps."""
+def denoiser(
+    pipeline: FluxPipeline, args: argparse.Namespace, texts: dict[int, Conditioning], bar: tqdm
+) -> Callable[[Batch], mx.array]:
+    """A function that gives a picture's finished latents (1, L, channels)."""
     noise = pipeline.noise(range(args.seed, args.seed + args.n_images), args.latent_size)
     settings = (noise, args.latent_size, args.steps, args.guidance, args.cfg_scale)
-    plans: Iterable[Plan] = (pipeline.prepare(text, *settings) for text in texts)
-    if not args.preload_models and len(texts) <= MAX_PLANS:
-        plans = list(plans)
-        mx.eval(plans)
+    few = not args.preload_models and len(texts) <= MAX_PLANS
+
+    @lru_cache(maxsize=len(texts) if few else 1)
+    def plan(prompt: int) -> Plan:
+        return pipeline.prepare(texts[prompt], *settings)
+
+    if few:
+        mx.eval([plan(prompt) for prompt in texts])
         pipeline.flow.drop_modulation()
-    with tqdm(total=args.steps * len(texts), unit="step", disable=None) as bar:
-        for plan in plans:
-            for x in pipeline.denoise(plan):
-                mx.eval(x)
-                bar.update()
-            yield x
+
+    def denoise(picture: Batch) -> mx.array:
+        own = plan(picture.prompt)._replace(x=noise[picture.start : picture.stop])
+        for x in pipeline.denoise(own):
+            mx.eval(x)
+            bar.update()
+        return x
+
+    return denoise
 
 
-def decode(pipeline: FluxPipeline, x: mx.array, args: argparse.Namespace) -> Iterator[np.ndarray]:
-    """A prompt's pictures (H, W, 3), uint8."""
-    for i in range(0, len(x), args.decoding_batch_size):
-        batch = pipeline.decode(x[i : i + args.decoding_batch_size], args.latent_size)
-        yield from images.to_uint8(batch)
+def decode(pipeline: FluxPipeline, x: mx.array, args: argparse.Namespace) -> mx.array:
+    """Latents (B, L, channels) -> pictures (B, H, W, 3), uint8."""
+    return mx.array(images.to_uint8(pipeline.decode(x, args.latent_size)))
 
 
 # --- Files and their recipes ---

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from flux import machine, sampler
 from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.conditioning import TextConditioning, encode_texts
+from flux.distributed import Ranks, shard
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
@@ -78,6 +80,7 @@ class FluxPipeline:
         bits: int | None = None,
         adapters: Sequence[tuple[str | Path, float]] = (),
         fuse_adapters: bool = False,
+        ranks: Ranks | None = None,
         **files: str | None,
     ):
         """Find a model and load it lazily.
@@ -89,13 +92,16 @@ class FluxPipeline:
         adapters: files of LoRAs and their like, each with its strength (1: as trained); their changes add up.
         fuse_adapters: work them into the weights, before these are quantized, rather than keep them beside:
         steps are faster, and the networks that they change are in memory from the start.
+        ranks: to split the transformer and T5 over; all of them must then call `encode`, `prepare` and
+        `denoise` together, with the same arguments, and have the same results.
         files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
         Raises FluxError for a model that cannot be found or loaded, and for an adapter that cannot or does
         not fit it; warns of what else of an adapter is left out.
         """
         weighted = read_weighted(adapters)  # before a model is fetched
-        checkpoint = checkpoints.find(name, **files)
-        self._set(load(checkpoint, dtype, bits, weighted, fuse_adapters), t5_padding)
+        self.checkpoint = checkpoints.find(name, **files)
+        self._set(load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks), t5_padding)
+        self._split = ranks is not None
 
     @classmethod
     def from_parts(cls, parts: Parts, t5_padding: bool = True) -> "FluxPipeline":
@@ -107,6 +113,7 @@ class FluxPipeline:
     def _set(self, parts: Parts, t5_padding: bool) -> None:
         self.spec, self.flow, self.ae, self.clip, self.t5, self.clip_tokenizer, self.t5_tokenizer = parts
         self.t5_padding = t5_padding
+        self._split = False
 
     @property
     def downscale(self) -> int:
@@ -130,7 +137,14 @@ class FluxPipeline:
 
     def ensure_models_are_loaded(self) -> None:
         """Read all weights now rather than when they are first needed."""
-        mx.eval(*(part.parameters() for part in (self.flow, self.ae, self.clip, self.t5)))
+        for part in (self.flow, self.ae, self.clip, self.t5):
+            self._read(part)
+            mx.eval(part.parameters())
+
+    def _read(self, network: nn.Module) -> None:
+        """A network that is split is read before it is used, or whole layers would stand in memory."""
+        if self._split:
+            evaluate(network)
 
     def generate_latents(
         self,
@@ -183,6 +197,7 @@ class FluxPipeline:
 
     def encode(self, text: str, negative_prompt: str | None = None, cfg_scale: float = 1.0) -> Conditioning:
         """The conditioning of one prompt, not yet evaluated; with the negative one unless cfg_scale is 1."""
+        self._read(self.t5)
         positive = self._encode_text(text)
         return Conditioning(positive, self._encode_text(negative_prompt or "") if cfg_scale != 1 else None)
 
@@ -211,6 +226,7 @@ class FluxPipeline:
 
         After the plan's evaluation `flow.drop_modulation()` gives memory back, and `denoise` still works.
         """
+        self._read(self.flow)
         times = sampler.timesteps(num_steps, noise.shape[1], self.spec.shift)
         branches = [text and self._branch(text, latent_size, times, guidance) for text in conditioning]
         return Plan(noise, times, *branches, cfg_scale)
@@ -263,6 +279,7 @@ def load(
     adapters: Sequence[Weighted],
     fuse_adapters: bool,
     mode: str = "affine",
+    ranks: Ranks | None = None,
 ) -> Parts:
     """Load all parts, lazily. The order of what changes a model stands here, and here alone:
 
@@ -276,10 +293,13 @@ def load(
     if bits is not None:
         quantize(flow, bits, mode=mode)
         quantize(t5, bits, mode=mode)
-    for part in fused:
-        evaluate(networks[part])
     if not fuse_adapters:
         attach(networks, adapters)
+    if ranks is not None:
+        shard(flow, ranks)
+        shard(t5, ranks)
+    for part in fused:
+        evaluate(networks[part])
     return Parts(
         checkpoint.spec,
         flow,

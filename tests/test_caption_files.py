@@ -16,8 +16,8 @@ from PIL import Image
 
 from flux.captioning import files, pictures, records, sheet
 from flux.captioning.captioner import Captioner
-from flux.captioning.ranks import Ranks
 from flux.captioning.wording import Wording
+from flux.distributed import Ranks
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2, Florence2Params, GenerationParams, LanguageParams, VisionParams
 from flux.weights import checkpoints, quantize

@@ -103,14 +103,12 @@ def mlp(hidden_size: int, mlp_size: int) -> list[nn.Module]:
     return [nn.Linear(hidden_size, mlp_size), GELU(), nn.Linear(mlp_size, hidden_size)]
 
 
-def feed_forward(
-    x: mx.array, layers: list[nn.Module], shift: mx.array, scale: mx.array, gate: mx.array
-) -> mx.array:
-    """x (B, L, C) plus the gated output of an `mlp`; shift, scale, gate (B, 1, C). A block's last step."""
+def hidden_activations(x: mx.array, layers: list[nn.Module], shift: mx.array, scale: mx.array) -> mx.array:
+    """What the last layer of an `mlp` is given for x (B, L, C); shift, scale (B, 1, C)."""
     h = modulate(x, shift, scale)
-    for layer in layers:
+    for layer in layers[:-1]:
         h = layer(h)
-    return clip_float16(x + gate * h)
+    return h
 
 
 class MLPEmbedder(nn.Module):
@@ -209,9 +207,21 @@ class DoubleStreamBlock(nn.Module):
         # q, k and v of both: (B, H, Lt+Li, D)
         joint = [mx.concatenate(pair, axis=2) for pair in zip(txt_qkv, img_qkv, strict=True)]
         txt_out, img_out = mx.split(self.attend(*joint, pe), [txt.shape[1]], axis=1)
-        txt = txt + txt_gate * self.txt_attn.proj(txt_out)
-        img = img + img_gate * self.img_attn.proj(img_out)
-        return feed_forward(txt, self.txt_mlp, *txt_rest), feed_forward(img, self.img_mlp, *img_rest)
+        txt_out, img_out = self.last_layers(self.txt_attn.proj, self.img_attn.proj, txt_out, img_out)
+        txt, img = txt + txt_gate * txt_out, img + img_gate * img_out
+        txt_shift, txt_scale, txt_gate = txt_rest
+        img_shift, img_scale, img_gate = img_rest
+        txt_hidden = hidden_activations(txt, self.txt_mlp, txt_shift, txt_scale)
+        img_hidden = hidden_activations(img, self.img_mlp, img_shift, img_scale)
+        txt_out, img_out = self.last_layers(self.txt_mlp[-1], self.img_mlp[-1], txt_hidden, img_hidden)
+        return clip_float16(txt + txt_gate * txt_out), clip_float16(img + img_gate * img_out)
+
+    def last_layers(
+        self, txt_layer: nn.Module, img_layer: nn.Module, txt: mx.array, img: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """The layers that attention and MLP end with. By itself, so that what must act on both streams at
+        once, such as a sum over machines, can take its place."""
+        return txt_layer(txt), img_layer(img)
 
 
 class SingleStreamBlock(nn.Module):

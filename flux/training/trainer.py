@@ -190,24 +190,3 @@ class Trainer:
             self.ema.state = trees["ema"]
         self.step = json.loads(metadata["step"])
         self._step = None  # it has captured the old state
-
-
-def average_gradients(group: mx.distributed.Group) -> Callable[[dict], dict]:
-    """Mean of the gradients of all processes, in one message: many small ones would cost latency."""
-
-    def average(gradients: dict) -> dict:
-        flat = [array for _, array in tree_flatten(gradients)]
-        message = mx.concatenate([array.reshape(-1) for array in flat]) / group.size()
-        message = mx.distributed.all_sum(message, group=group)
-        parts = iter(mx.split(message, _ends(flat)))
-        return tree_map(lambda array: next(parts).reshape(array.shape), gradients)
-
-    return average
-
-
-def _ends(arrays: list[mx.array]) -> list[int]:
-    ends, total = [], 0
-    for array in arrays[:-1]:
-        total += array.size
-        ends.append(total)
-    return ends

@@ -2,6 +2,7 @@
 
 import errno
 import fnmatch
+import hashlib
 import json
 import os
 import re
@@ -36,7 +37,8 @@ DEFAULTS = "defaults.json"  # in a folder that this program wrote: the model's o
 TINY = "or use --model tiny, which is built in"  # what always works
 # huggingface_hub's own errors, those of the HTTP library below it (whichever it is), and the disk's.
 HUB_ERRORS = (OSError, RuntimeError, HFValidationError, *HfHubHTTPError.__bases__)
-CAPTIONER_FILES = ("*config.json", "tokenizer.json", "vocab.json", "merges.txt")  # beside the weights
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+CAPTIONER_FILES = ("*config.json", *TOKENIZER_FILES)  # beside the weights
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "transformer": Flux,
     "ae": AutoEncoder,
@@ -81,6 +83,17 @@ class Checkpoint:
     def load_t5_tokenizer(self, max_length: int | None = None) -> T5Tokenizer:
         """max_length: tokens; the model's own where None."""
         return T5Tokenizer.from_folder(self.t5_tokenizer, max_length or self.spec.t5_length)
+
+    def fingerprints(self) -> dict[str, str]:
+        """For each part and tokenizer a short text that differs where its files do."""
+        out = {kind: " ".join(map(tensors.fingerprint, part.files)) for kind, part in self.parts.items()}
+        for name, folder in (("CLIP tokenizer", self.clip_tokenizer), ("T5 tokenizer", self.t5_tokenizer)):
+            digest = hashlib.sha256()
+            for file in (*TOKENIZER_FILES, "spiece.model"):
+                if (folder / file).is_file():
+                    digest.update((folder / file).read_bytes())
+            out[name] = digest.hexdigest()[:12]
+        return out
 
 
 def load_part(part: Part, dtype: mx.Dtype | None = None) -> nn.Module:

@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from flux import adapters
 from flux.data import latents, samples
 from flux.data.epochs import Plan
+from flux.distributed import average_gradients
 from flux.errors import FluxError
 from flux.training import optimizers
 from flux.training.checkpointing import checkpoint_blocks
@@ -33,7 +34,7 @@ from flux.training.finetune.watch import Pictures, validation_loss
 from flux.training.objective import FlowLoss
 from flux.training.report import Events, draw_loss
 from flux.training.states import STATE, States
-from flux.training.trainer import Metrics, Trainer, average_gradients
+from flux.training.trainer import Metrics, Trainer
 
 DROPOUT_SEED = 0x44524F50  # apart from the samples' own
 

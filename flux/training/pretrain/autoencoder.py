@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 from PIL import Image
 
+from flux.distributed import average_gradients
 from flux.models.autoencoder import AutoEncoder
 from flux.training import losses
 from flux.training.convolution import use_products
@@ -31,7 +32,7 @@ from flux.training.pretrain.emoji import (
     draw_composition,
     subjects,
 )
-from flux.training.trainer import Trainer, average_gradients
+from flux.training.trainer import Trainer
 
 GRID = 8  # pixels, the stride of the latent
 CROP = 32

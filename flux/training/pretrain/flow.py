@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 
 from flux import sampler
+from flux.distributed import average_gradients
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
@@ -29,7 +30,7 @@ from flux.training.pretrain.callbacks import Log, Save
 from flux.training.pretrain.emoji import Composition, captions
 from flux.training.pretrain.latents import Latents, read, training_compositions
 from flux.training.pretrain.vocabularies import save_clip, train_clip, train_t5
-from flux.training.trainer import Trainer, average_gradients
+from flux.training.trainer import Trainer
 
 
 class TextToLatent(nn.Module):

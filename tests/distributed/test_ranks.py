@@ -1,0 +1,326 @@
+"""Several ranks on one machine, over the ring backend, as mlx.launch starts them and by hand."""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from flux import __version__, images
+from flux.distributed import share
+from tests import tiny_pipeline
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = Path(sys.executable).parent / "mlx.launch"
+SIZES = (1, 2, 3, 4)
+PROMPT = "a red apple on a blue background"
+COMMON = ("--seed", "5", "--image-size", "32x48", "--save-raw")
+# As many pictures as no number of ranks divides; two prompts; a grid that is split; prompts of a folder.
+MANY = (
+    "--model",
+    "model",
+    "--prompts-file",
+    "prompts.txt",
+    "--n-images",
+    "3",
+    *COMMON,
+    "--output",
+    "many.png",
+)
+MANY = (*MANY, "--cfg-scale", "2", "--negative-prompt", "two green birds", "--decoding-batch-size", "2")
+SPLIT = ("--model", "tiny", "--steps", "2", "--force-shard", *COMMON, "--output", "split.png", PROMPT)
+ONE = (
+    "--model",
+    "model",
+    "--steps",
+    "2",
+    "--seed",
+    "9",
+    "--image-size",
+    "32x48",
+    "--output",
+    "one.png",
+    PROMPT,
+)
+FOLDER = (
+    "--model",
+    "model",
+    "--steps",
+    "2",
+    "--prompts",
+    "prompts",
+    "--n-images",
+    "2",
+    *COMMON,
+    "--output",
+    "made",
+)
+BAD = ("--model", "none", PROMPT)
+MISSING = ("--model", "model", "--ae", "only0.safetensors", PROMPT)  # rank 0 alone has the file
+OTHER = ("--model", "model", "--transformer", "own.safetensors", PROMPT)  # rank 1 has another
+WRONG = ("--nonsense", PROMPT)
+COMMANDS = (MANY, SPLIT, ONE, FOLDER, BAD, MISSING, OTHER, WRONG)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_pipeline.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory, model):
+    """Folder and every rank's report of the program, by the number of ranks, each started once."""
+    made: dict[int, tuple[Path, list[dict]]] = {}
+
+    def report(size: int) -> tuple[Path, list[dict]]:
+        if size not in made:
+            folder = tmp_path_factory.mktemp(f"ranks{size}")
+            for rank in range(size):
+                prepare(folder / f"rank{rank}", rank, model)
+            commands = COMMANDS if size > 1 else COMMANDS[:4]
+            program = ["-m", "tests.distributed.program", str(folder), json.dumps(commands)]
+            run_program(size, program, folder)
+            paths = [folder / f"report{rank}.json" for rank in range(size)]
+            assert all(path.exists() for path in paths)
+            made[size] = folder, [json.loads(path.read_text()) for path in paths]
+        return made[size]
+
+    return report
+
+
+def run_program(size: int, program: list[str], folder: Path) -> None:
+    """Two ranks by mlx.launch; more by hand, because it spins on a core of its own."""
+    if size == 2:
+        program = [str(LAUNCH), "-n", "2", "--backend", "ring", "--", sys.executable, *program]
+        stdin, never_written = os.pipe()  # of a file that is at its end it would read without end
+        subprocess.run(program, env=environment(), stdin=stdin, timeout=600, check=True)
+        os.close(stdin)
+        os.close(never_written)
+        return
+    ranks = start(size, program, folder)
+    try:
+        for rank in ranks:
+            out, err = rank.communicate(timeout=600)
+            assert rank.returncode == 0, out + err
+    finally:
+        end(ranks)
+
+
+def prepare(folder: Path, rank: int, model: Path) -> None:
+    """What a rank's machine has; prompts are on rank 0 alone."""
+    folder.mkdir()
+    (folder / "model").symlink_to(model)
+    own = mx.load(str(next((model / "transformer").glob("*.safetensors"))))
+    own["x_embedder.bias"] = own["x_embedder.bias"] + (rank == 1)
+    mx.save_safetensors(str(folder / "own.safetensors"), own)
+    if rank == 0:
+        shutil.copy(next((model / "vae").glob("*.safetensors")), folder / "only0.safetensors")
+        (folder / "prompts.txt").write_text(f"{PROMPT}\ntwo green birds\n")
+        (folder / "prompts").mkdir()
+        for name in "abc":
+            (folder / f"prompts/{name}.txt").write_text(f"{PROMPT} {name}\n")
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_split_networks_give_the_same(reports, size):
+    for report in reports(size)[1]:
+        assert len(report["errors"]) == (11 if size == 3 else 5)
+        assert max(report["errors"].values()) <= 1e-5, report["errors"]
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_as_few_messages_as_can_be(reports, size):
+    """Two sums for each of two double blocks, one for each of three single blocks; gathers for modulation."""
+    for report in reports(size)[1]:
+        assert report["messages"] == {"all_sum": 2 * 2 + 3, "all_gather": 2 * 2 + 3 + 1}
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_a_rank_has_its_part_in_memory_and_no_more(reports, size):
+    for report in reports(size)[1]:
+        memory = report["memory"]
+        assert memory["peak"] <= 1.15 * memory["total"] / size + memory["replicated"]
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_work_is_shared_out(reports, size):
+    average = sum(range(size)) / size
+    for report in reports(size)[1]:
+        assert report["dealt"] == [[[10 * i + (i - 1) % size] * 2] * i for i in range(1, 6)]
+        assert report["mean"] == [[[average] * 3] * 2, [1.0] * 4, "mlx.core.bfloat16"]
+
+
+VERSION = "differs from rank 0 in its version of flux-mlx"
+OR = "or make a picture for each rank"
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_what_goes_wrong_on_one_rank_is_said_on_all(reports, size):
+    last = size - 1
+    for report in reports(size)[1]:
+        said = {name: text.replace(platform.node(), "HOST") for name, text in report["faults"].items()}
+        group = (
+            f" cannot be split over {size} ranks: its inputs are quantized in groups of 64, and one would "
+        )
+        assert group in said.pop("group")
+        assert said == {
+            "together": f"on rank {last} (HOST): no such file",
+            "map": f"on rank {last} (HOST): no such file",
+            "agree": "rank 1 (HOST) differs from rank 0 in its size: 1, not 0",
+            "agree on all": "",
+            "version": f"rank 1 (HOST) {VERSION}: 0.0, not {__version__}",
+            "heads": f"the model's 1 heads cannot be split over {size} ranks: start 1 at most, {OR}",
+        }
+
+
+# --- txt2image.py ---
+
+
+def pictures(folder: Path, names: list[str]) -> dict[str, np.ndarray]:
+    return {name: images.load(folder / "rank0" / name)[0] for name in names}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.png"))
+
+
+MANY_FILES = [f"many.{i}.png" for i in range(6)]
+FOLDER_FILES = [f"made/{name}.{i}.png" for name in "abc" for i in range(2)]
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_shared_out_pictures_are_the_same_files(reports, size):
+    alone, several = reports(1)[0], reports(size)[0]
+    for name in MANY_FILES + FOLDER_FILES:
+        assert (alone / "rank0" / name).read_bytes() == (several / "rank0" / name).read_bytes(), name
+    first = pictures(alone, MANY_FILES)
+    assert len({picture.tobytes() for picture in first.values()}) == 6
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_split_models_make_the_same_pictures(reports, size):
+    """Up to the rounding to 8 bits. The one picture is also split without being asked for."""
+    names = ["one.png"] if size == 4 else ["split.0.png", "one.png"]
+    alone, several = pictures(reports(1)[0], names), pictures(reports(size)[0], names)
+    for name in names:
+        difference = np.abs(alone[name].astype(int) - several[name])
+        assert difference.max() <= 1
+        assert difference.mean() < 0.01
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_rank_0_alone_prints_and_writes(reports, size):
+    folder, (first, *others) = reports(size)
+    written = {path.split("/", 1)[0] for path in files(folder)}
+    assert written == {"rank0"}
+    split = [(2, "", "")] if size == 4 else [(0, "", "")]
+    for report in others:
+        ended = [tuple(end) for end in report["scripts"]]
+        assert ended == [(0, "", ""), *split, (0, "", ""), (0, "", ""), *[(2, "", "")] * 4]
+    ended = [tuple(end) for end in first["scripts"]]
+    lines = dict(
+        zip(("many", "split", "one", "folder", "bad", "missing", "other", "wrong"), ended, strict=True)
+    )
+    assert lines["many"][:2] == (0, "\n".join(MANY_FILES) + "\n")
+    assert lines["one"] == (0, "one.png\n", "")
+    assert lines["folder"][1].split() == FOLDER_FILES
+    if size == 4:
+        heads = "error: the model's 3 heads cannot be split over 4 ranks: start 3 at most"
+        assert lines["split"][2] == f"{heads}, {OR}\n"
+    assert lines["bad"][2].startswith("error: 'none' is neither a model")
+    missing = f"error: on rank 1 ({platform.node()}): only0.safetensors"
+    assert lines["missing"][2].startswith(missing)
+    other = f"error: rank 1 ({platform.node()}) differs from rank 0 in its transformer: "
+    assert lines["other"][2].startswith(other)
+    for name in ("bad", "missing", "other", "wrong"):
+        status, out, err = lines[name]
+        assert (status, err.count("\n")) == (2, 1)
+        assert out == "" or out.startswith("seed: ")
+
+
+# --- Ranks that die ---
+
+
+def start(size: int, command: list, folder: Path) -> list[subprocess.Popen]:
+    """Ranks as mlx.launch starts them, but nobody ends the others when one dies."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(size)]
+    hosts = [[f"127.0.0.1:{own.getsockname()[1]}"] for own in sockets]
+    for own in sockets:
+        own.close()
+    (folder / "hosts.json").write_text(json.dumps(hosts))
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    variables = environment() | {"MLX_HOSTFILE": str(folder / "hosts.json")}
+    return [
+        subprocess.Popen(
+            list(map(str, [sys.executable, *command])),
+            cwd=folder,
+            env=variables | {"MLX_RANK": str(rank)},
+            **pipes,
+        )
+        for rank in range(size)
+    ]
+
+
+def test_a_rank_is_killed(tmp_path):
+    script = [ROOT / "txt2image.py", "--model", "tiny", "--steps", 100000, "--force-shard", PROMPT]
+    ranks = start(3, script, tmp_path)
+    try:
+        assert ranks[0].stdout.readline().startswith("seed: ")
+        time.sleep(0.5)
+        ranks[2].send_signal(signal.SIGKILL)
+        for rank in range(2):
+            _, err = ranks[rank].communicate(timeout=60)
+            assert ranks[rank].returncode == 2
+            name = f"error: rank {rank} of 3 ({platform.node()}): another rank has ended or cannot be reached"
+            assert name in err
+            assert "Traceback" not in err
+    finally:
+        end(ranks)
+    assert files(tmp_path) == []
+
+
+SILENT = """
+import flux, sys, time
+from flux.distributed import Ranks
+ranks = Ranks()
+if ranks.rank == 1:
+    time.sleep(600)
+ranks.gather(None, patience=1)
+"""
+
+
+def test_a_rank_says_nothing(tmp_path):
+    ranks = start(2, ["-c", SILENT], tmp_path)
+    try:
+        _, err = ranks[0].communicate(timeout=60)
+    finally:
+        end(ranks)
+    assert ranks[0].returncode == 2
+    assert err == f"error: rank 0 of 2 ({platform.node()}): no word from another rank in 1 s\n"
+
+
+def end(ranks: list[subprocess.Popen]) -> None:
+    for rank in ranks:
+        rank.kill()
+        rank.communicate()
+
+
+def test_shares():
+    for total in (3, 5, 24, 24576):
+        for size in (1, 2, 3, 4):
+            shares = [share(total, rank, size) for rank in range(size)]
+            assert [i for own in shares for i in own] == list(range(total))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
