@@ -17,7 +17,7 @@ from flux.captioning.tokenizer import FLORENCE_TOKENS
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2
 from flux.training.captioner import evaluate, export, recipe
-from flux.training.captioner.__main__ import caption_loss
+from flux.training.captioner.__main__ import PROBE_WEIGHT, Pupil, pupil_loss
 from flux.training.captioner.pictures import augment, batches
 from flux.training.convolution import use_products
 from flux.training.pretrain import emoji
@@ -77,15 +77,18 @@ def test_batches_are_functions_of_the_step_and_hold_nothing_out(tokenizer):
     assert all(mx.array_equal(first[name], again[name]) for name in first)
     assert not mx.array_equal(first["pictures"], other["pictures"])
     prompts = {f"<s>{TASKS[task].ask()}</s>" for task in recipe.CAPTION_TASKS}
-    rows = zip(*(first[name].tolist() for name in ("answers", "prompts", "mask")), strict=True)
+    rows = zip(*(first[name].tolist() for name in ("answers", "prompts", "mask", "subjects")), strict=True)
     seen = set()
-    for answer, prompt, mask in rows:
+    for answer, prompt, mask, shares in rows:
         shown = emoji.parse(tokenizer.decode(answer).replace("<pad>", "")[3:-4])
         assert shown is not None
         assert not shown.held_out
         kept = tokenizer.decode(token for token, is_seen in zip(prompt, mask, strict=True) if is_seen)
         assert kept in prompts
         seen.add(kept)
+        names = [list(emoji.subjects())[i] for i in np.flatnonzero(shares)]
+        assert sorted(names) == sorted(shown.subjects)
+        assert sum(shares) == 1
     assert seen == prompts
 
 
@@ -105,7 +108,7 @@ def test_damaged_pictures_are_still_the_pictures():
 def test_loss_is_of_the_next_token_and_not_of_padding(tokenizer):
     """By hand, from the network's own scores; and the products that training computes with change nothing."""
     mx.random.seed(0)
-    model = Florence2(recipe.params(tokenizer))
+    model = Pupil(recipe.params(tokenizer))
     rng = np.random.default_rng(0)
     prompts, mask = tokenizer([TASKS["caption"].ask(), TASKS["detailed"].ask()])
     rows = [tokenizer.encode(text) for text in ("a red apple", "an owl on a red background")]
@@ -113,19 +116,27 @@ def test_loss_is_of_the_next_token_and_not_of_padding(tokenizer):
     for answer, row in zip(answers, rows, strict=True):
         answer[: len(row)] = row
     pictures = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
-    batch = {"pictures": mx.array(pictures), "prompts": prompts, "mask": mask, "answers": mx.array(answers)}
+    shown = np.eye(2, recipe.SUBJECTS, dtype=np.float32)
+    batch = {"pictures": mx.array(pictures), "prompts": prompts, "mask": mask}
+    batch |= {"answers": mx.array(answers), "subjects": mx.array(shown)}
 
-    pixels = (pictures / 255 - recipe.PICTURES.mean) / recipe.PICTURES.deviation
+    pixels = mx.array(
+        ((pictures / 255 - recipe.PICTURES.mean) / recipe.PICTURES.deviation).astype(np.float32)
+    )
     losses = []
     for i, row in enumerate(rows):
         own = slice(i, i + 1)
-        known = mx.array([[2, *row[:-1]]])
-        scores = model(mx.array(pixels[own].astype(np.float32)), prompts[own], known, mask[own])[0]
+        scores = model.captioner(pixels[own], prompts[own], mx.array([[2, *row[:-1]]]), mask[own])[0]
         log_probs = np.array(scores - mx.logsumexp(scores, axis=-1, keepdims=True))
         losses += [-log_probs[place, token] for place, token in enumerate(row)]
+    features = model.captioner.vision_tower(pixels)
+    named = model.probe(model.probe_norm(features).mean((1, 2)))
+    probe = np.array(mx.logsumexp(named, axis=-1) - mx.diagonal(named)).mean()
+
     use_products(model)
-    loss, _ = caption_loss(model, batch, mx.random.key(0), tokenizer.pad_token_id)
-    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
+    loss, metrics = pupil_loss(model, batch, mx.random.key(0), tokenizer.pad_token_id)
+    assert metrics["caption"].item() == pytest.approx(np.mean(losses), rel=1e-5)
+    assert loss.item() == pytest.approx(np.mean(losses) + PROBE_WEIGHT * probe, rel=1e-5)
 
 
 @needs_font
@@ -146,7 +157,8 @@ def test_training_resumes_exports_and_is_read(tmp_path):
     captioner = Captioner.from_folder(tmp_path / "out", mx.float32)
     trained = mx.load(str(tmp_path / "whole" / state))
     name = "language_model.decoder.layers.1.fc2.weight"
-    halved = trained[f"model.{name}"].astype(mx.float16).astype(mx.float32)
+    assert "model.probe.weight" in trained
+    halved = trained[f"model.captioner.{name}"].astype(mx.float16).astype(mx.float32)
     assert mx.array_equal(captioner.model.language_model.decoder.layers[1].fc2.weight, halved)
     assert captioner.pictures == recipe.PICTURES
     assert captioner.generation == recipe.GENERATION

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -71,14 +72,22 @@ class Pool:
 def batches(
     tokenizer: BartTokenizer, count: int, seed: int, pool: Pool | None = None
 ) -> Callable[[int], dict[str, mx.array]]:
-    """step -> `count` pictures (B, 64, 64, 3) uint8, prompts and their mask (B, P), padded answers (B, L)."""
+    """step -> a batch of `count` pictures.
+
+    pictures (B, 64, 64, 3) uint8; prompts (B, P) and their mask; answers (B, L), padded; subjects (B, S): the
+    share that each subject has in a picture.
+    """
     render, names = Renderer(), list(subjects())[: recipe.SUBJECTS]
     prompts, mask = tokenizer([TASKS[task].ask() for task in recipe.CAPTION_TASKS])  # (3, P)
+    ids_of = cache(lambda word: tokenizer.encode(word)[1:-1])  # a caption is its words one by one
+    index = {name: i for i, name in enumerate(names)}
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def batch(step: int) -> dict[str, mx.array]:
         rng = np.random.default_rng((seed, step))
         pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
         answers = np.full((count, recipe.ANSWER_LENGTH), tokenizer.pad_token_id, np.int32)
+        shown = np.zeros((count, len(names)), np.float32)
         tasks = rng.choice(len(recipe.CAPTION_TASKS), count, p=recipe.TASK_SHARES)
         for i, task in enumerate(tasks):
             if pool is not None and rng.random() < POOL_SHARE:
@@ -88,14 +97,18 @@ def batches(
                 composition = draw_composition(rng, names)
                 picture = render(composition)
             pictures[i] = augment(picture, COLOURS[composition.colour], rng)
-            ids = tokenizer.encode(recipe.answers(composition)[task])
+            words = tokenizer.WORDS.findall(recipe.answers(composition)[task])
+            ids = [bos, *(i for word in words for i in ids_of(word)), eos]
             answers[i, : len(ids)] = ids
+            for name in composition.subjects:
+                shown[i, index[name]] = 1 / len(composition.subjects)
         chosen = mx.array(tasks)
         return {
             "pictures": mx.array(pictures),
             "prompts": prompts[chosen],
             "mask": mask[chosen],
             "answers": mx.array(answers),
+            "subjects": mx.array(shown),
         }
 
     return batch
