@@ -1,5 +1,6 @@
 """The built-in captioner's folder is a real checkpoint: transformers reads it and says the same."""
 
+import re
 from pathlib import Path
 
 import mlx.core as mx
@@ -52,7 +53,7 @@ def test_transformers_says_the_same(which, request):
     for task in recipe.CAPTION_TASKS:
         inputs = processor(text=[TASKS[task].token] * len(images), images=images, return_tensors="pt")
         rows = theirs.eval().generate(**inputs)
-        expected = processor.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        expected = processor.tokenizer.batch_decode(rows)  # tokens of places are special, and are compared
         said = ours.answers(images, TASKS[task])
-        assert said == [text.strip() for text in expected]
+        assert said == [re.sub("</?s>|<pad>", "", text).strip() for text in expected]
         assert len(set(said)) > 3

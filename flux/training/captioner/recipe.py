@@ -15,7 +15,7 @@ CAPTION_TASKS = ("caption", "detailed", "more_detailed")
 TASK_SHARES = (0.5, 0.25, 0.25)  # of the training pictures
 ANSWER_LENGTH = 20  # tokens with start and end; the longest caption has so many
 PICTURES = PictureParams(SIDE, SIDE)
-GENERATION = GenerationParams(num_beams=1, max_new_tokens=32, no_repeat_ngram_size=0)
+GENERATION = GenerationParams(num_beams=1, max_new_tokens=32, no_repeat_ngram_size=0, early_stopping=False)
 VISION = VisionParams(
     depths=(1, 1, 1),
     # Patches that touch and do not overlap are plain matrix products, forwards and backwards.

@@ -116,7 +116,7 @@ def save_bart(vocab: dict[str, int], merges: list[str], folder: Path) -> None:
         zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), BART_TOKENS, strict=True)
     )
     config = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": False, **named}
-    config |= {"cls_token": "<s>", "sep_token": "</s>", "extra_special_tokens": [IMAGE_TOKEN]}
+    config |= {"cls_token": "<s>", "sep_token": "</s>", "extra_special_tokens": {"image_token": IMAGE_TOKEN}}
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in (("tokenizer_config", config), ("tokenizer", content)):
         partial = folder / f"{name}.partial"
