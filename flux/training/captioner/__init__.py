@@ -1,6 +1,6 @@
 """The recipe of the built-in captioner: a small Florence-2 for pictures of `flux.training.pretrain.emoji`.
 
-    python -m flux.training.captioner --run DIR --steps 700
+    python -m flux.training.captioner --run DIR --steps 900
     python -m flux.training.captioner.export --run DIR --output flux/assets/tiny-captioner
     python -m flux.training.captioner.evaluate --read-back tiny
 
