@@ -20,7 +20,7 @@ from flux.captioning.ranks import Ranks
 from flux.captioning.wording import Wording
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2, Florence2Params, GenerationParams, LanguageParams, VisionParams
-from flux.weights import checkpoints, quantize
+from flux.weights import checkpoints, quantize, registry
 
 
 def draw(path: Path, colour: object = "red", mode: str = "RGB") -> Path:
