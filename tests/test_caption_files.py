@@ -20,7 +20,7 @@ from flux.captioning.wording import Wording
 from flux.distributed import Ranks
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2, Florence2Params, GenerationParams, LanguageParams, VisionParams
-from flux.weights import checkpoints, quantize
+from flux.weights import checkpoints, quantize, registry
 
 
 def draw(path: Path, colour: object = "red", mode: str = "RGB") -> Path:
@@ -267,19 +267,25 @@ def test_only_what_is_needed_is_downloaded(monkeypatch, tmp_path: Path, weights:
     assert sorted(wanted) == sorted([*SMALL, *weights])
 
 
+def test_the_built_in_captioner_asks_no_hub(monkeypatch, tmp_path: Path):
+    hub = Hub(monkeypatch, SMALL, tmp_path)
+    assert checkpoints.find_captioner("tiny") == registry.TINY_CAPTIONER_FOLDER
+    assert hub.repo is None
+
+
 def test_captioners_that_are_not_there(monkeypatch, tmp_path: Path):
     assert checkpoints.find_captioner(str(tmp_path)) == tmp_path
     Hub(monkeypatch, SMALL, tmp_path)
     with pytest.raises(FluxError, match=r"someone/x: no captioner there; expected model\*\.safetensors or"):
         checkpoints.find_captioner("someone/x")
     Hub(monkeypatch, None, tmp_path)
-    with pytest.raises(FluxError, match=r"no captioner here; .*\(HF_HUB_OFFLINE=1 forbids .*: unset it\)$"):
+    with pytest.raises(FluxError, match=r"no captioner here; .*\(HF_HUB_OFFLINE=1 forbids .* --model tiny"):
         checkpoints.find_captioner("base")
     (tmp_path / "model.safetensors").touch()
     assert checkpoints.find_captioner("base") == tmp_path
     (tmp_path / "a.bin").touch()
     for name in ("huge", str(tmp_path / "a.bin"), "a/../b"):
-        with pytest.raises(FluxError, match=r"is neither a captioner .base, large, base-ft, large-ft"):
+        with pytest.raises(FluxError, match=r"is neither a captioner .base, large, base-ft, large-ft, tiny"):
             checkpoints.find_captioner(name)
 
 

@@ -1,5 +1,7 @@
 """Convolutions as products against MLX's own: values and both gradients."""
 
+import copy
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -46,6 +48,40 @@ def test_value_and_gradients(inputs, outputs, size, kind):
         assert error(gradients[0][name], gradients[1][name]) <= 2e-6
 
 
+@pytest.mark.parametrize("size", [(8, 8), (12, 4), (1, 1), (2, 3)])
+def test_depthwise(size):
+    check(nn.Conv2d(6, 6, 3, padding=1, groups=6), "DepthwiseConv2d", (2, *size, 6))
+
+
+@pytest.mark.parametrize(("side", "size"), [(2, (4, 6)), (4, (8, 8)), (3, (3, 9))])
+def test_patches_that_touch(side, size):
+    check(nn.Conv2d(5, 7, side, stride=side), "PatchConv2d", (2, *size, 5))
+
+
+def check(ours: nn.Conv2d, kind: str, shape: tuple[int, ...]) -> None:
+    """The product against MLX's convolution: values and all gradients."""
+    mx.random.seed(0)
+    reference = copy.deepcopy(ours)
+    for layer in (ours, reference):
+        layer.bias = mx.arange(len(layer.weight)) / 3
+    use_products(ours)
+    assert type(ours).__name__ == kind
+    x = mx.random.normal(shape)
+    dy = mx.random.normal(reference(x).shape)
+
+    def gradients(layer: nn.Conv2d) -> list[mx.array]:
+        def loss(x: mx.array, weights: dict) -> mx.array:
+            layer.update(weights)
+            return (layer(x) * dy).sum()
+
+        dx, weights = mx.grad(loss, (0, 1))(x, layer.parameters())
+        return [dx, weights["weight"], weights["bias"]]
+
+    assert error(ours(x), reference(x)) <= 1e-6
+    for own, theirs in zip(gradients(ours), gradients(reference), strict=True):
+        assert error(own, theirs) <= 2e-6
+
+
 def test_a_whole_autoencoder_computes_the_same():
     mx.random.seed(0)
     params = AutoEncoderParams(ch=8, ch_mult=(1, 2, 4), num_res_blocks=1, z_channels=4, norm_groups=2)
@@ -61,6 +97,7 @@ def test_a_whole_autoencoder_computes_the_same():
 
 def test_other_convolutions_are_left():
     layers = [nn.Conv2d(2, 2, 5), nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3, padding=1, stride=2)]
+    layers += [nn.Conv2d(4, 4, 3, padding=1, groups=2), nn.Conv2d(4, 4, 3, groups=4)]
     for layer in layers:
         use_products(layer)
         assert type(layer) is nn.Conv2d

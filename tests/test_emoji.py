@@ -45,6 +45,30 @@ def test_captions_tell_compositions_apart():
                 assert owners.setdefault(caption, composition) == composition
 
 
+def test_parse_is_the_inverse_of_captions():
+    for composition in emoji.compositions(True)[::7] + emoji.compositions(False)[::50]:
+        assert {emoji.parse(caption) for caption in emoji.captions(composition)} == {composition}
+    names = list(emoji.subjects())
+    for first, second in zip(names, reversed(names), strict=True):
+        pair = Composition((first, second), "orange", "small", "pair")
+        assert {emoji.parse(caption) for caption in emoji.captions(pair)} == {pair}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a red apple",
+        "a red apple on a blue sky",
+        "a red apple on a blue background, framed",
+        "a red pear on a blue background",
+        "a red apple and an owl on the left of a blue background",
+    ],
+)
+def test_other_texts_are_no_captions(text):
+    assert emoji.parse(text) is None
+
+
 def test_one_in_ten_is_held_out_and_never_drawn():
     held, trained = emoji.compositions(True), emoji.compositions(False)
     assert 0.08 < len(held) / (len(held) + len(trained)) < 0.12

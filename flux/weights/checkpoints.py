@@ -199,12 +199,14 @@ def _defaults(folder: Path, spec: ModelSpec) -> ModelSpec:
 
 
 def find_captioner(model: str) -> Path:
-    """The folder of a captioner: by its name (base, large, base-ft, large-ft), a folder, or a repository.
+    """The folder of a captioner: by its name in the registry, a folder, or a repository.
 
     A repository is downloaded into the Hub's cache first, as by `find`. Raises FluxError, in one line that
     says what to do, where it is not found.
     """
     repo, path = registry.CAPTIONERS.get(model), Path(model).expanduser()
+    if repo == "":
+        return registry.TINY_CAPTIONER_FOLDER
     if repo is None and path.is_dir():
         return path
     if repo is None and (path.exists() or not re.fullmatch(REPOSITORY, model)):
@@ -212,11 +214,7 @@ def find_captioner(model: str) -> Path:
         raise FluxError(
             f"{model!r} is neither a captioner ({known}), nor a folder, nor a repository of the Hub"
         )
-    try:
-        return _captioner_from_hub(repo or model)
-    except FluxError as error:
-        # The built-in model makes pictures and cannot caption them.
-        raise FluxError(str(error).replace(f", {TINY}", "")) from None
+    return _captioner_from_hub(repo or model)
 
 
 # --- The Hub ---

@@ -68,11 +68,12 @@ MODELS: tuple[ModelSpec, ...] = (
     ),
 )
 
-CAPTIONERS = {  # by name: their repositories on the Hub
+CAPTIONERS = {  # by name: their repositories on the Hub, "" for the built-in one
     name: f"florence-community/Florence-2-{name}" for name in ("base", "large", "base-ft", "large-ft")
-}
+} | {"tiny": ""}
 
 TINY_FOLDER = Path(__file__).parents[1] / "assets" / "tiny"
+TINY_CAPTIONER_FOLDER = TINY_FOLDER.with_name("tiny-captioner")
 
 
 def find(name: str) -> ModelSpec | None:

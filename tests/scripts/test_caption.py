@@ -13,6 +13,8 @@ from PIL import Image, ImageOps
 
 import caption
 from flux.captioning.tasks import TASKS
+from flux.training.pretrain import emoji
+from flux.weights.registry import TINY_CAPTIONER_FOLDER
 from tests import florence2_reference as reference
 
 SCRIPT = Path(caption.__file__)
@@ -269,3 +271,20 @@ def test_help_is_complete(call, capsys):
         for action in group._group_actions:
             assert action.help
             assert (action.option_strings or [action.metavar])[-1] in text
+
+
+@pytest.mark.skipif(not TINY_CAPTIONER_FOLDER.is_dir(), reason="the built-in captioner is not there yet")
+@pytest.mark.skipif(not emoji.FONT.is_file(), reason="needs the font Noto Color Emoji")
+def test_the_built_in_captioner_needs_no_network(environment, tmp_path):
+    """Rendered pictures, in three sizes and formats: most captions are those that they were drawn from."""
+    shown = [c for c in emoji.compositions(True, ["red apple", "banana", "rocket"]) if c.size == "large"][:6]
+    (tmp_path / "photos").mkdir()
+    for i, composition in enumerate(shown):
+        picture = Image.fromarray(emoji.Renderer()(composition)).resize((64 << i % 3, 64 << i % 3))
+        picture.save(tmp_path / "photos" / f"{i}.{('png', 'jpg', 'webp')[i % 3]}")
+    run = start([sys.executable, SCRIPT, "photos", "--model", "tiny"], tmp_path, environment)
+    assert run.returncode == 0, run.stderr
+    found = captions(tmp_path / "photos" / "train.jsonl")
+    right = [emoji.parse(found[name]) == shown[int(name[0])] for name in found]
+    assert len(right) == 6
+    assert sum(right) >= 4

@@ -105,7 +105,12 @@ class Florence2(nn.Module):
         tokens and False at padding, None where no prompt is padded. -> (B, S, C) with S = picture's tokens +
         L, and (B, 1, 1, S) or None.
         """
-        image = self.image_features(pixels)
+        return self.read(self.image_features(pixels), tokens, prompt_mask)
+
+    def read(
+        self, image: mx.array, tokens: mx.array, prompt_mask: mx.array | None = None
+    ) -> tuple[mx.array, mx.array | None]:
+        """`encode` from the pictures' tokens (B, P, C) on."""
         mask = None
         if prompt_mask is not None:
             seen = mx.ones(image.shape[:2], dtype=mx.bool_)
@@ -118,8 +123,11 @@ class Florence2(nn.Module):
     ) -> mx.array:
         """Scores of the token that follows each of the answers' (B, L), which start with the start token.
 
-        The other arguments as in `encode`. -> (B, L, vocabulary). Training takes this; `generate` goes by
-        steps.
+        The other arguments as in `encode`. -> (B, L, vocabulary). `generate` goes by steps instead.
         """
-        cache = self.language_model.cache(*self.encode(pixels, tokens, prompt_mask))
+        return self.scores(*self.encode(pixels, tokens, prompt_mask), answers)
+
+    def scores(self, encoded: mx.array, mask: mx.array | None, answers: mx.array) -> mx.array:
+        """`__call__` from what `encode` gave on."""
+        cache = self.language_model.cache(encoded, mask)
         return self.language_model.logits(self.language_model.decode(answers, cache))

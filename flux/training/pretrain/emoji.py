@@ -12,6 +12,7 @@ pictures and models made with the font be used and passed on freely. The names a
 
 import argparse
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -139,6 +140,35 @@ def captions(composition: Composition) -> list[str]:
             texts.append(f"{noun} on {ground}")
         texts += [f"{noun} {at} of {ground}", f"{ground} with {noun} {at}"]
     return texts
+
+
+@cache
+def _grammar() -> tuple[dict[str, tuple[str, str]], list[re.Pattern[str]]]:
+    """What the subjects may be called, -> (name, size or ""); and all forms of `captions`."""
+    nouns = {_noun(name, size): (name, size) for name in subjects() for size in ("", *SIZES)}
+    noun = "|".join(map(re.escape, nouns))
+    ground = rf"an? (?P<colour>{'|'.join(COLOURS)}) background"
+    place = rf"(?:in|at|on) the (?P<place>{'|'.join(PLACES)})"
+    forms = (
+        rf"(?P<first>{noun}) on {ground}",
+        rf"(?P<first>{noun}) {place} of {ground}",
+        rf"{ground} with (?P<first>{noun}) {place}",
+        rf"(?P<first>{noun}) (?:and|next to) (?P<second>{noun}) on {ground}",
+    )
+    return nouns, [re.compile(form) for form in forms]
+
+
+def parse(caption: str) -> Composition | None:
+    """The composition that a caption is one of; None where it is no caption of ours."""
+    nouns, forms = _grammar()
+    found = next(filter(None, (form.fullmatch(caption) for form in forms)), None)
+    if found is None:
+        return None
+    parts = found.groupdict()
+    name, size = nouns[parts["first"]]
+    if "second" in parts:
+        return Composition((name, nouns[parts["second"]][0]), parts["colour"], "small", PAIR)
+    return Composition((name,), parts["colour"], size or "large", parts.get("place", "centre"))
 
 
 class Renderer:

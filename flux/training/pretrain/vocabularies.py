@@ -1,16 +1,22 @@
-"""Small vocabularies for small models: CLIP's byte-level BPE and T5's SentencePiece, trained on captions."""
+"""Small vocabularies for small models, trained on captions: byte-level BPE as CLIP and BART have it, and T5's
+SentencePiece.
+"""
 
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
 import regex
 import sentencepiece
 
+from flux.captioning.tokenizer import FLORENCE_TOKENS, BartTokenizer
 from flux.tokenizers import CLIPTokenizer, byte_letters
+
+BART_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # the last one after all pieces
+IMAGE_TOKEN = "<image>"  # transformers' place for a picture's features
 
 
 def train_clip(captions: Iterable[str], merges: int) -> tuple[dict[str, int], list[str]]:
@@ -21,9 +27,34 @@ def train_clip(captions: Iterable[str], merges: int) -> tuple[dict[str, int], li
     """
     letters = byte_letters()
     counts = Counter(word for text in captions for word in regex.findall(CLIPTokenizer.WORD, text.lower()))
-    words = {word: _bytes(word, letters) for word in counts}
+    learned = _learn({word: _bytes(word, letters) for word in counts}, counts, merges)
+    pieces = sorted(letters) + [letter + "</w>" for letter in sorted(letters)] + ["".join(m) for m in learned]
+    vocab = {
+        piece: i for i, piece in enumerate(dict.fromkeys([*pieces, CLIPTokenizer.BOS, CLIPTokenizer.EOS]))
+    }
+    return vocab, [" ".join(merge) for merge in learned]
+
+
+def train_bart(captions: Iterable[str]) -> tuple[dict[str, int], list[str]]:
+    """The same for BART, whose words begin with the space before them; every word becomes one piece.
+
+    The vocabulary ends with the tokens of Florence-2 and the one that stands for a picture in transformers.
+    """
+    letters = byte_letters()
+    counts = Counter(word for text in captions for word in BartTokenizer.WORDS.findall(text))
+    words = {word: [letters[byte] for byte in word.encode("utf-8")] for word in counts}
+    learned = _learn(words, counts)
+    pieces = [*BART_TOKENS[:-1], *sorted(letters), *("".join(pair) for pair in learned), BART_TOKENS[-1]]
+    vocab = {piece: i for i, piece in enumerate(dict.fromkeys([*pieces, *FLORENCE_TOKENS, IMAGE_TOKEN]))}
+    return vocab, [" ".join(pair) for pair in learned]
+
+
+def _learn(
+    words: dict[str, list[str]], counts: Mapping[str, int], most: int | None = None
+) -> list[tuple[str, str]]:
+    """The merges, `most` at most; words: word -> its letters, counts: word -> how often it occurs."""
     learned: list[tuple[str, str]] = []
-    while len(learned) < merges:
+    while most is None or len(learned) < most:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, pieces in words.items():
             for pair in pairwise(pieces):
@@ -33,11 +64,7 @@ def train_clip(captions: Iterable[str], merges: int) -> tuple[dict[str, int], li
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))  # ties by name, so that every run agrees
         learned.append(best)
         words = {word: _merge(pieces, best) for word, pieces in words.items()}
-    pieces = sorted(letters) + [letter + "</w>" for letter in sorted(letters)] + ["".join(m) for m in learned]
-    vocab = {
-        piece: i for i, piece in enumerate(dict.fromkeys([*pieces, CLIPTokenizer.BOS, CLIPTokenizer.EOS]))
-    }
-    return vocab, [" ".join(merge) for merge in learned]
+    return learned
 
 
 def _bytes(word: str, letters: list[str]) -> list[str]:
@@ -60,6 +87,41 @@ def save_clip(vocab: dict[str, int], merges: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def save_bart(vocab: dict[str, int], merges: list[str], folder: Path) -> None:
+    """tokenizer.json as a Florence-2's folder has it, and the settings that transformers wants beside it."""
+    special = {
+        token: i for token, i in vocab.items() if token in (*BART_TOKENS, *FLORENCE_TOKENS, IMAGE_TOKEN)
+    }
+    flags = dict.fromkeys(("single_word", "rstrip", "normalized"), False) | {"special": True}
+    added = [{"id": i, "content": t, "lstrip": t == "<mask>", **flags} for t, i in special.items()]
+    bytes_of = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
+    own = {token: i for token, i in vocab.items() if token not in special or token in BART_TOKENS}
+    content = {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": {**bytes_of, "add_prefix_space": False},
+        "post_processor": {
+            "type": "RobertaProcessing",
+            "sep": ["</s>", vocab["</s>"]],
+            "cls": ["<s>", vocab["<s>"]],
+            "trim_offsets": True,
+            "add_prefix_space": False,
+        },
+        "decoder": {**bytes_of, "add_prefix_space": True},
+        "model": {"type": "BPE", "vocab": own, "merges": [merge.split(" ") for merge in merges]},
+    }
+    named = dict(
+        zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), BART_TOKENS, strict=True)
+    )
+    config = {"tokenizer_class": "RobertaTokenizer", "add_prefix_space": False, **named}
+    config |= {"cls_token": "<s>", "sep_token": "</s>", "extra_special_tokens": {"image_token": IMAGE_TOKEN}}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in (("tokenizer_config", config), ("tokenizer", content)):
+        partial = folder / f"{name}.partial"
+        partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+        partial.replace(folder / f"{name}.json")
 
 
 def train_t5(captions: Iterable[str], size: int, file: Path) -> None:

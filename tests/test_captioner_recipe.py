@@ -1,0 +1,254 @@
+"""The recipe of the built-in captioner: vocabulary, pictures, loss, export, evaluation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from flux.captioning.captioner import Captioner
+from flux.captioning.tasks import TASKS
+from flux.captioning.tokenizer import FLORENCE_TOKENS
+from flux.errors import FluxError
+from flux.models.florence2 import Florence2
+from flux.training.captioner import evaluate, export, recipe
+from flux.training.captioner.__main__ import PROBE_WEIGHT, Pupil, pupil_loss
+from flux.training.captioner.pictures import augment, batches
+from flux.training.convolution import use_products
+from flux.training.pretrain import emoji
+from flux.training.pretrain.emoji import Composition
+
+ROOT = Path(__file__).parents[1]
+needs_font = pytest.mark.skipif(not emoji.FONT.is_file(), reason="needs the font Noto Color Emoji")
+APPLE = Composition(("red apple",), "blue", "large", "centre")
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("captioner") / "tokenizer"
+    recipe.load_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(vocabulary):
+    return recipe.load_tokenizer(vocabulary)
+
+
+# --- Vocabulary ---
+
+
+def test_every_word_of_every_subject_is_one_token(tokenizer):
+    for name in emoji.subjects():
+        for text in emoji.captions(Composition((name,), "gray", "small", "top")):
+            assert len(tokenizer.encode(text)) - 2 == len(tokenizer.WORDS.findall(text)), text
+            assert tokenizer.decode(tokenizer.encode(text)) == f"<s>{text}</s>"
+
+
+def test_it_encodes_any_text_and_has_florences_tokens(tokenizer):
+    text = "Ein Äpfelchen, 3 € <loc_17>"
+    assert tokenizer.decode(tokenizer.encode(text)) == f"<s>{text}</s>"
+    assert set(FLORENCE_TOKENS) <= tokenizer.special.keys()
+    assert sorted({**tokenizer.vocab, **tokenizer.special}.values()) == list(
+        range(recipe.params(tokenizer).language.vocab_size)
+    )
+
+
+# --- Pictures ---
+
+
+def test_the_tasks_say_ever_more():
+    assert recipe.answers(APPLE) == [
+        "a red apple on a blue background",
+        "a large red apple in the centre of a blue background",
+        "a blue background with a large red apple in the centre",
+    ]
+
+
+@needs_font
+def test_batches_are_functions_of_the_step_and_hold_nothing_out(tokenizer):
+    batch = batches(tokenizer, 40, seed=3)
+    first, again, other = batch(5), batch(5), batch(6)
+    assert all(mx.array_equal(first[name], again[name]) for name in first)
+    assert not mx.array_equal(first["pictures"], other["pictures"])
+    prompts = {f"<s>{TASKS[task].ask()}</s>" for task in recipe.CAPTION_TASKS}
+    rows = zip(*(first[name].tolist() for name in ("answers", "prompts", "mask", "subjects")), strict=True)
+    seen = set()
+    for answer, prompt, mask, shares in rows:
+        shown = emoji.parse(tokenizer.decode(answer).replace("<pad>", "")[3:-4])
+        assert shown is not None
+        assert not shown.held_out
+        kept = tokenizer.decode(token for token, is_seen in zip(prompt, mask, strict=True) if is_seen)
+        assert kept in prompts
+        seen.add(kept)
+        names = [list(emoji.subjects())[i] for i in np.flatnonzero(shares)]
+        assert sorted(names) == sorted(shown.subjects)
+        assert sum(shares) == 1
+    assert seen == prompts
+
+
+@needs_font
+def test_damaged_pictures_are_still_the_pictures():
+    picture, rng = emoji.Renderer()(APPLE), np.random.default_rng(0)
+    made = [augment(picture, emoji.COLOURS["blue"], rng) for _ in range(60)]
+    assert all(other.shape == (64, 64, 3) and other.dtype == np.uint8 for other in made)
+    distances = [np.abs(other.astype(float) - picture).mean() for other in made]
+    assert 0 < np.mean(distances) < max(distances) < 25
+    assert 0.0 in distances  # some are as they were
+
+
+# --- Training ---
+
+
+def test_loss_is_of_the_next_token_and_not_of_padding(tokenizer):
+    """By hand, from the network's own scores; and the products that training computes with change nothing."""
+    mx.random.seed(0)
+    model = Pupil(recipe.params(tokenizer))
+    rng = np.random.default_rng(0)
+    prompts, mask = tokenizer([TASKS["caption"].ask(), TASKS["detailed"].ask()])
+    rows = [tokenizer.encode(text) for text in ("a red apple", "an owl on a red background")]
+    answers = np.full((2, recipe.ANSWER_LENGTH), tokenizer.pad_token_id, np.int32)
+    for answer, row in zip(answers, rows, strict=True):
+        answer[: len(row)] = row
+    pictures = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    shown = np.eye(2, recipe.SUBJECTS, dtype=np.float32)
+    batch = {"pictures": mx.array(pictures), "prompts": prompts, "mask": mask}
+    batch |= {"answers": mx.array(answers), "subjects": mx.array(shown)}
+
+    pixels = mx.array(
+        ((pictures / 255 - recipe.PICTURES.mean) / recipe.PICTURES.deviation).astype(np.float32)
+    )
+    losses = []
+    for i, row in enumerate(rows):
+        own = slice(i, i + 1)
+        scores = model.captioner(pixels[own], prompts[own], mx.array([[2, *row[:-1]]]), mask[own])[0]
+        log_probs = np.array(scores - mx.logsumexp(scores, axis=-1, keepdims=True))
+        losses += [-log_probs[place, token] for place, token in enumerate(row)]
+    features = model.captioner.vision_tower(pixels)
+    named = model.probe(model.probe_norm(features).mean((1, 2)))
+    probe = np.array(mx.logsumexp(named, axis=-1) - mx.diagonal(named)).mean()
+
+    use_products(model)
+    loss, metrics = pupil_loss(model, batch, mx.random.key(0), tokenizer.pad_token_id)
+    assert metrics["caption"].item() == pytest.approx(np.mean(losses), rel=1e-5)
+    assert loss.item() == pytest.approx(np.mean(losses) + PROBE_WEIGHT * probe, rel=1e-5)
+
+
+@needs_font
+def test_training_resumes_exports_and_is_read(tmp_path):
+    """As programs, two steps of it: the parts fit together."""
+    environment = {**os.environ, "MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(ROOT)}
+
+    def call(*words: object) -> str:
+        command = [sys.executable, "-m", *map(str, words)]
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=200)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    program, state = "flux.training.captioner", "captioner.safetensors"
+    options = ("--batch", 2, "--pool", 2)
+    call(program, "--run", tmp_path / "whole", "--steps", 2, *options)
+    call(f"{program}.export", "--run", tmp_path / "whole", "--output", tmp_path / "out")
+    captioner = Captioner.from_folder(tmp_path / "out", mx.float32)
+    trained = mx.load(str(tmp_path / "whole" / state))
+    name = "language_model.decoder.layers.1.fc2.weight"
+    assert "model.probe.weight" in trained
+    halved = trained[f"model.captioner.{name}"].astype(mx.float16).astype(mx.float32)
+    assert mx.array_equal(captioner.model.language_model.decoder.layers[1].fc2.weight, halved)
+    assert captioner.pictures == recipe.PICTURES
+    assert captioner.generation == recipe.GENERATION
+    out = tmp_path / "figures.json"
+    call(f"{program}.evaluate", "--captioner", tmp_path / "out", "--count", 2, "--output", out)
+    assert json.loads(out.read_text())["true renderings"]["all"].startswith("0.0% (0 of 2;")
+
+
+def test_export_replaces_nothing(vocabulary, tokenizer, tmp_path):
+    network = Florence2(recipe.params(tokenizer))
+    with pytest.raises(FluxError, match="is there already"):
+        export.save(tmp_path, network, vocabulary)
+    (tmp_path / "file").touch()
+    with pytest.raises(FluxError, match=r"file/x: cannot be written"):
+        export.save(tmp_path / "file" / "x", network, vocabulary)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+# --- Evaluation ---
+
+
+def test_captions_that_agree_in_some_things():
+    others = {
+        "subject": Composition(("banana",), "blue", "large", "centre"),
+        "background": Composition(("red apple",), "red", "large", "centre"),
+        "place": Composition(("red apple",), "blue", "large", "left"),
+        "size": Composition(("red apple",), "blue", "small", "centre"),
+    }
+    for wrong, said in others.items():
+        for caption in emoji.captions(said):
+            shares = evaluate.agreement([caption], [APPLE])
+            missed = {name for name, share in shares.items() if not share.right}
+            both = {"subject and background"} if wrong in ("subject", "background") else set()
+            assert missed == {wrong, "all", *both}
+    pair = Composition(("owl", "key"), "red", "small", "pair")
+    swapped = Composition(("key", "owl"), "red", "small", "pair")
+    assert evaluate.agreement(emoji.captions(swapped), [pair, pair])["subject"].right == 0
+    assert evaluate.agreement(["a fine day"], [APPLE])["background"].right == 0
+
+
+@needs_font
+def test_a_captioner_that_knows_is_right_and_one_that_is_late_is_not():
+    """A stub that looks pictures up among the renderings; the damaged ones are for the other tests."""
+    shown = evaluate.held_out_singles(30) + evaluate.held_out_pairs(10)
+    assert all(composition.held_out for composition in shown)
+    known = {
+        image.tobytes(): emoji.captions(composition)[-1]
+        for image, composition in zip(evaluate.renderings(shown), shown, strict=True)
+    }
+
+    def say(images: list[Image.Image]) -> list[str]:
+        return [known.get(image.tobytes(), "") for image in images]
+
+    shares = evaluate.agreement(say(evaluate.renderings(shown)), shown)
+    assert {share.right for share in shares.values()} == {40}
+    late = evaluate.agreement(say(evaluate.renderings(shown)), shown[1:] + shown[:1])
+    assert late["all"].right == 0
+    assert late["subject"].right <= 2
+
+
+class Generator:
+    """Stands for a pipeline: what it draws of a prompt is the true rendering, or of another subject."""
+
+    def __init__(self, honest: bool):
+        self.honest, self.render = honest, emoji.Renderer()
+
+    def latent_size(self, size):
+        return size
+
+    def generate_latents(self, prompt, latent_size, seed):
+        shown = emoji.parse(prompt)
+        if not self.honest:
+            shown = Composition(("key",), shown.colour, shown.size, shown.place)
+        yield mx.array(self.render(shown)[None] / 255)
+
+    def decode(self, x, size):
+        return x
+
+
+@needs_font
+@pytest.mark.parametrize("honest", [True, False])
+def test_read_back(honest):
+    """Every rendering on a background is known: what the generator draws is what is read."""
+
+    def say(images: list[Image.Image]) -> list[str]:
+        render = emoji.Renderer()
+        known = {render(c).tobytes(): emoji.captions(c)[0] for c in emoji.compositions(True)}
+        return [known.get(image.tobytes(), "a key on a red background") for image in images]
+
+    shares, rows = evaluate.read_back(say, Generator(honest), 12)
+    assert shares["all"].right == (12 if honest else 0)
+    assert len(rows) == 12
+    assert rows[0].keys() == {"prompt", "caption"}
