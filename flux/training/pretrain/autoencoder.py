@@ -13,10 +13,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_map
 from PIL import Image
 
 from flux.distributed import average_gradients
 from flux.models.autoencoder import AutoEncoder
+from flux.pipeline import FluxPipeline
 from flux.training import losses
 from flux.training.convolution import use_products
 from flux.training.optimizers import muon, warmup_decay
@@ -149,10 +151,13 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate; AdamW's is an eighth")
     parser.add_argument("--mse-weight", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--init", metavar="MODEL", help="begin with this model's autoencoder (default: random)")
     arguments = parser.parse_args()
     trainer = make_trainer(
         arguments.batch, arguments.steps, arguments.rate, arguments.seed, arguments.mse_weight
     )
+    if arguments.init:
+        trainer.model.update(tree_map(lambda w: w.astype(mx.float32), FluxPipeline(arguments.init).ae.parameters()))
     state = arguments.run / "autoencoder.safetensors"
     if state.exists():
         trainer.load(state)

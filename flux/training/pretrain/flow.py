@@ -27,7 +27,7 @@ from flux.training.ema import EMA
 from flux.training.optimizers import muon, warmup_decay
 from flux.training.pretrain import tiny
 from flux.training.pretrain.callbacks import Log, Save
-from flux.training.pretrain.emoji import Composition, captions
+from flux.training.pretrain.emoji import PAIR, Composition, captions, compositions
 from flux.training.pretrain.latents import Latents, read, training_compositions
 from flux.training.pretrain.vocabularies import save_clip, train_clip, train_t5
 from flux.training.trainer import Trainer
@@ -131,9 +131,13 @@ def load_tokens(
 
 
 def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
-    """The vocabularies of a run, trained on all captions if they are not there yet."""
+    """The vocabularies of a run, trained if they are not there yet.
+
+    On captions of all subjects, also of those that are left for fine-tuning: their names are words like others.
+    """
     if not (run / "tokenizer_2" / "spiece.model").exists():
-        texts = [text for c in training_compositions(tiny.PAIRS) for text in captions(c)]
+        pairs = [c for c in training_compositions(tiny.PAIRS) if c.place == PAIR]
+        texts = [text for c in compositions(False) + pairs for text in captions(c)]
         vocab, merges = train_clip(texts, tiny.CLIP_MERGES)
         save_clip(vocab, merges, run / "tokenizer")
         train_t5(texts, tiny.T5_VOCABULARY, run / "tokenizer_2" / "spiece.model")

@@ -1,6 +1,7 @@
 """Between the stages: the latents of all training pictures, made once with the trained encoder.
 
-python -m flux.training.pretrain.latents --run DIR
+    python -m flux.training.pretrain.latents --run DIR
+    mlx.launch -n 2 --backend ring -- python -m flux.training.pretrain.latents ...
 """
 
 import argparse
@@ -79,7 +80,8 @@ def encode_shared(model: AutoEncoder, chosen: list[Composition]) -> list[mx.arra
     size = group.size()
     padded = chosen + chosen[: -len(chosen) % size]
     own = encode(model, padded[group.rank() :: size])  # (P / size, 8, 8, 16)
-    gathered = (mx.distributed.all_gather(mx.array(part)[None], group=group) for part in own)
+    gathered = [mx.distributed.all_gather(mx.array(part)[None], group=group) for part in own]
+    mx.eval(gathered)  # by every process, also by those that do not use it
     return [part.swapaxes(0, 1).flatten(0, 1)[: len(chosen)] for part in gathered]
 
 
@@ -106,10 +108,9 @@ def main() -> None:
     run = parser.parse_args().run
     model = AutoEncoder(tiny.AUTOENCODER)
     load_state(model, run / "autoencoder.safetensors")
-    mean, logvar = encode(model, training_compositions(tiny.PAIRS))
-    mx.save_safetensors(
-        str(run / "latents.safetensors"), {"mean": mx.array(mean), "logvar": mx.array(logvar)}
-    )
+    mean, logvar = encode_shared(model, training_compositions(tiny.PAIRS))
+    if mx.distributed.init().rank() == 0:
+        mx.save_safetensors(str(run / "latents.safetensors"), {"mean": mean, "logvar": logvar})
 
 
 if __name__ == "__main__":

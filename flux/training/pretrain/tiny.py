@@ -29,7 +29,7 @@ AUTOENCODER = AutoEncoderParams(
     scale_factor=1.0,
     shift_factor=0.0,
 )
-SUBJECTS = 48  # the first so many of the table are trained on
+SUBJECTS = 205  # the first so many of the table are trained on; the rest are for fine-tuning
 KL_WEIGHT = 1e-4
 LOG_STEPS = 50
 
