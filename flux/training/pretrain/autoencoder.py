@@ -151,13 +151,17 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate; AdamW's is an eighth")
     parser.add_argument("--mse-weight", type=float, default=4.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", metavar="MODEL", help="begin with this model's autoencoder (default: random)")
+    parser.add_argument(
+        "--init", metavar="MODEL", help="begin with this model's autoencoder (default: random)"
+    )
     arguments = parser.parse_args()
     trainer = make_trainer(
         arguments.batch, arguments.steps, arguments.rate, arguments.seed, arguments.mse_weight
     )
     if arguments.init:
-        trainer.model.update(tree_map(lambda w: w.astype(mx.float32), FluxPipeline(arguments.init).ae.parameters()))
+        trainer.model.update(
+            tree_map(lambda w: w.astype(mx.float32), FluxPipeline(arguments.init).ae.parameters())
+        )
     state = arguments.run / "autoencoder.safetensors"
     if state.exists():
         trainer.load(state)

@@ -133,7 +133,7 @@ def load_tokens(
 def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
     """The vocabularies of a run, trained if they are not there yet.
 
-    On captions of all subjects, also of those that are left for fine-tuning: their names are words like others.
+    On captions of all subjects, those left for fine-tuning too: their names are words like others.
     """
     if not (run / "tokenizer_2" / "spiece.model").exists():
         pairs = [c for c in training_compositions(tiny.PAIRS) if c.place == PAIR]

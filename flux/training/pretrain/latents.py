@@ -1,5 +1,7 @@
 """Between the stages: the latents of all training pictures, made once with the trained encoder.
 
+Alone, or by several processes that share the pictures out:
+
     python -m flux.training.pretrain.latents --run DIR
     mlx.launch -n 2 --backend ring -- python -m flux.training.pretrain.latents ...
 """
