@@ -126,7 +126,8 @@ def test_distance_and_gradient_are_the_packages(model, reference):
 
 def test_the_same_picture_has_no_distance_and_a_finite_gradient(model):
     x = mx.zeros((1, 16, 16, 3))
-    assert model(x, x).item() == 0
+    # Both go through the network as one batch, whose rows a BLAS may sum in different orders.
+    assert model(x, x).item() < 1e-12
     assert mx.isfinite(mx.grad(lambda x: model(x, mx.zeros_like(x)).sum())(x)).all().item()
 
 
