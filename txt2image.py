@@ -3,7 +3,6 @@
 import argparse
 import copy
 import math
-import os
 import sys
 import time
 import warnings
@@ -49,9 +48,7 @@ def main() -> int:
     ranks = None
     try:
         ranks = Ranks()
-        if not ranks.first:
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (to the process's end)
-            warnings.simplefilter("ignore")
+        ranks.hush()
         # Rank 0 alone needs the files that the arguments are read from, and a place to write.
         args = argparse.Namespace(**ranks.from_first(lambda: vars(parse(sys.argv[1:]))))
         with ranks.waiting(None):

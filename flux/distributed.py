@@ -10,11 +10,13 @@ import re
 import struct
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -137,6 +139,12 @@ class Ranks:
                 words = "; ".join(f"{name}: {own.get(name)}, not {expected.get(name)}" for name in other)
                 raise RanksError(f"rank {rank} ({host}) differs from rank 0 in its {words}")
 
+    def hush(self) -> None:
+        """On all ranks but the first: standard output leads nowhere, and nothing is warned of."""
+        if not self.first:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (to the process's end)
+            warnings.simplefilter("ignore")
+
     def own(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items that `map` gives to this rank."""
         return items if self.split else items[self.rank :: self.size]
@@ -162,6 +170,12 @@ class Ranks:
             self._check([outcome for (outcome, _), _ in parts])
             for (_, (shape, dtype)), content in parts[: len(turn)]:
                 yield content.view(getattr(mx, dtype)).reshape(shape)
+
+    def of_first(self, x: mx.array) -> mx.array:
+        """Rank 0's array, on every rank; the others give one of the same shape and type."""
+        if self.size == 1:
+            return x
+        return mx.distributed.all_sum(x if self.first else mx.zeros_like(x), group=self.group)
 
     @contextmanager
     def waiting(self, patience: float | None = PATIENCE) -> Iterator[None]:

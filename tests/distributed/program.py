@@ -193,7 +193,7 @@ def faults(ranks: Ranks) -> dict[str, str]:
     note("agree", lambda: ranks.agree({"weights": "ab", "size": str(ranks.rank)}))
     note("agree on all", lambda: ranks.agree({"weights": "ab"}))
     cut = quantize(Flux(replace(FLUX, hidden_size=320, num_heads=10)), 4, 64)  # heads of 32
-    note("group", lambda: shard(cut, ranks))
+    note("group", lambda: ranks.together(lambda: shard(cut, ranks)))
     other = "0.0" if ranks.rank == 1 else flux.__version__
     with mock.patch.object(distributed, "__version__", other):
         note("version", Ranks)

@@ -187,6 +187,23 @@ class Options:
             data["resolution"] = tuple(data["resolution"])
         return cls(**table)
 
+    def shared_out(self, before: int, now: int) -> "Options":
+        """The same training on another number of ranks: as many batches an update and in all.
+
+        What is counted in iterations, of each rank, is counted anew. FluxError where an update's batches
+        cannot be shared out evenly.
+        """
+        batches = self.accumulate * before
+        if batches % now:
+            raise FluxError(
+                f"an update of this run takes {batches} batches, which cannot be shared out over {now} ranks: "
+                f"start a number of ranks that divides {batches}"
+            )
+        counted = ("iterations", "validate_every", "progress_every", "save_every", "state_every")
+        given = {name: getattr(self, name) for name in counted if getattr(self, name) is not None}
+        given = {name: -(-value * before // now) for name, value in given.items()}
+        return replace(self, accumulate=batches // now, **given)
+
     def changed(self, changes: dict[str, Any]) -> "Options":
         """For a resumed run: with the options that were given anew. FluxError for those that contradict."""
         wrong = []
