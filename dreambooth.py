@@ -26,11 +26,11 @@ DATA_OPTIONS = (
     *("alpha_mask", "validation_split"),
 )
 SEVERAL = (
-    "With mlx.launch the ranks share out the batches. What counts is ranks x --iterations x --batch-size, the "
-    "pictures in all, and ranks x --grad-accumulate x --batch-size, those of an update: where both stay the "
-    "same, so does the adapter. 1200 iterations that accumulate 8 on one machine are 300 that accumulate 2 on "
-    "four; --resume does this by itself. All ranks need the model and the data set under the same path; rank 0 "
-    "alone writes, but for --cache-dir, and its options hold."
+    "With mlx.launch the ranks share out the batches. What counts is ranks x --iterations x --batch-size, "
+    "the pictures in all, and ranks x --grad-accumulate x --batch-size, those of an update: where both stay "
+    "the same, so does the adapter. 1200 iterations that accumulate 8 on one machine are 300 that accumulate "
+    "2 on four; --resume does this by itself. All ranks need the model and the data set under the same path; "
+    "rank 0 alone writes, but for --cache-dir, and its options hold."
 )
 
 

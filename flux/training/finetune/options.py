@@ -196,7 +196,7 @@ class Options:
         batches = self.accumulate * before
         if batches % now:
             raise FluxError(
-                f"an update of this run takes {batches} batches, which cannot be shared out over {now} ranks: "
+                f"an update of this run takes {batches} batches, which {now} ranks cannot share out evenly: "
                 f"start a number of ranks that divides {batches}"
             )
         counted = ("iterations", "validate_every", "progress_every", "save_every", "state_every")
