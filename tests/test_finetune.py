@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -351,15 +352,10 @@ def test_advice_where_it_does_not_fit():
 
 def test_data_parallel_ranks_take_the_plans_batches_in_turn(model, data, tmp_path, monkeypatch):
     """Which pictures, captions and keys: rank r of n has the batches r, r + n, ... of one machine."""
-
-    class Group:
-        def __init__(self, rank: int, size: int):
-            self.rank, self.size = lambda: rank, lambda: size
-
     made = run(options(model, data, tmp_path / "run", iterations=1, dropout=0.1))
     alone = [made._batch(number) for number in range(8)]
     for rank in range(2):
-        made._group = Group(rank, 2)
+        made._ranks = SimpleNamespace(rank=rank, size=2)
         for number in range(4):
             own, same = made._batch(number), alone[2 * number + rank]
             assert own.keys() == same.keys()
