@@ -227,6 +227,8 @@ def build_parser() -> Parser:
     add("--guidance", type=finite, metavar="X", help=f"that the model is told ({usual.guidance:g})")
     add("--prior-weight", type=finite, metavar="X", help="of regularisation pictures' loss (1)")
     add("--grad-checkpoint", **on, help="far less memory for some more time")
+    add("--shard-base", **on, help="on several machines: each keeps a part of the model, and they send each "
+        "other its layers, for one that does not fit; with --grad-checkpoint")  # fmt: skip
     add("--seed", type=int, metavar="N", help=f"default {usual.seed}")
 
     add = parser.add_argument_group("watching").add_argument

@@ -515,11 +515,12 @@ def scatter(network: Flux, ranks: Ranks) -> None:
 
     MLX's own `nn.fully_shard` does this for arrays of floats whose first axis the ranks divide; quantized
     layers it cannot gather, and over the ring it has no gradient for what is trained.
-    FluxError for a DoRA, which needs whole weights beside the layer.
+    FluxError for a DoRA that learns: it needs the whole weights beside the layer.
     """
     if ranks.size == 1:
         return
-    if any(isinstance(m, Share) and m.magnitude is not None for m in network.modules()):
+    shares = [module for module in network.modules() if isinstance(module, Share)]
+    if any(own.learns and own.magnitude is not None for own in shares):
         raise FluxError("the base cannot be shared out over ranks beside a DoRA: leave one of them out")
     kinds = nn.Linear | nn.QuantizedLinear
     for block in (*network.double_blocks, *network.single_blocks):

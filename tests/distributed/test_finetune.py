@@ -46,7 +46,7 @@ def commands(size: int) -> list[list[str]]:
         made = [(*train, *counted(UPDATES), "--output-dir", "run")]
         made += [(*train, *counted(UPDATES - 1), "--output-dir", "half")]
     else:
-        made = [("--resume", "half", *counted(UPDATES))]
+        made = [("--resume", "half", *counted(UPDATES), *(("--shard-base",) if size < 4 else ()))]
         made += [(*train, *counted(UPDATES), "--output-dir", "run"), *FAULTS.values()]
     return [list(map(str, command)) for command in made]
 
@@ -119,6 +119,7 @@ def test_the_same_adapter_from_any_number_of_ranks(reports, size):
 
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_resumed_by_another_number_of_ranks(reports, size):
+    """Two and three of them with the base shared out among them, too."""
     alone, half = reports(1)[0] / "rank0/run", reports(size)[0] / "rank0/half"
     assert losses(half) == pytest.approx(losses(alone), rel=2e-5)
     assert error(half / "final_adapters.safetensors", alone / "final_adapters.safetensors") < 1e-5

@@ -125,8 +125,13 @@ def test_as_few_messages_as_can_be(reports, size):
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_a_rank_has_its_part_in_memory_and_no_more(reports, size):
     for report in reports(size)[1]:
-        memory = report["memory"]
-        assert memory["peak"] <= 1.15 * memory["total"] / size + memory["replicated"]
+        for memory in report["memory"]:  # split, and gathered layer by layer
+            assert memory["peak"] <= 1.15 * memory["total"] / size + memory["replicated"]
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_layers_that_are_gathered_give_the_same_to_the_bit(reports, size):
+    assert [report["scattered"] for report in reports(size)[1]] == [[True] * 3] * size
 
 
 @pytest.mark.parametrize("size", SIZES[1:])

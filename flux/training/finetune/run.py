@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from flux import adapters
 from flux.data import latents, samples
 from flux.data.epochs import Plan
-from flux.distributed import DOWNLOAD, Ranks, RanksError, average_gradients
+from flux.distributed import DOWNLOAD, Ranks, RanksError, average_gradients, scatter
 from flux.errors import FluxError
 from flux.training import optimizers
 from flux.training.checkpointing import checkpoint_blocks
@@ -149,7 +149,13 @@ class FineTuning:
             "text_tokens": self._base.checkpoint.spec.t5_length,
             "element_size": flow.dtype.size,
         }
-        line, advice = fit.describe(self.options, flow.params, shape, fit.machine_memory())
+        line, advice = fit.describe(
+            self.options,
+            flow.params,
+            shape,
+            fit.machine_memory(),
+            self._ranks.size if self.options.shard_base else 1,
+        )
         self._console.say(line)
         if advice and self.first:
             warnings.warn(advice, stacklevel=2)
@@ -174,7 +180,9 @@ class FineTuning:
         options, pipeline = self.options, self._base.pipeline
         self.network = Network(pipeline.flow, pipeline.clip if options.train_clip else None)
         self._adapters = inject(self.network, options)
-        if options.grad_checkpoint:
+        if options.shard_base:
+            scatter(pipeline.flow, self._ranks)
+        if options.grad_checkpoint or options.shard_base:
             checkpoint_blocks(pipeline.flow)
         self.network.train()
         self._loss = self._make_loss()
@@ -318,9 +326,9 @@ class FineTuning:
 
     def _look(self, before: int, step: int) -> None:
         """Validation loss and progress pictures, where they are due; at the very start both are."""
-        if not self.first:
-            return
         options, length = self.options, self.length
+        if not self.first and not options.shard_base:  # where it is, all must work together
+            return
         start, last = step == 0, step == length.updates
         iteration = length.iterations_at(step)
         validates = self._plan.held_out and (start or last or length.due(options.validate_every, step))
@@ -331,12 +339,12 @@ class FineTuning:
             if validates:
                 loss = validation_loss(self.network, self._features, self._loss)
                 line = {"event": "validation", "update": step, "iteration": iteration, "loss": loss}
-                self._events.write(line)
+                if self.first:
+                    self._events.write(line)
                 self._console.say(f"iteration {iteration}: validation loss {loss:.5f}")
             if draws:
                 path = self.folder / "progress" / f"step{iteration:08d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._pictures.draw(self.network, path)
+                self._pictures.draw(self.network, path if self.first else None)
         self._clock = time.monotonic()
 
     # --- files ---
