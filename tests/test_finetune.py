@@ -360,3 +360,17 @@ def test_data_parallel_ranks_take_the_plans_batches_in_turn(model, data, tmp_pat
             own, same = made._batch(number), alone[2 * number + rank]
             assert own.keys() == same.keys()
             assert all(mx.array_equal(own[name], same[name]) for name in own)
+
+
+def test_the_same_training_on_another_number_of_ranks():
+    alone = options("dev", "data", Path("run"), iterations=1200, accumulate=8, save_every=100)
+    four = alone.shared_out(1, 4)
+    assert (four.iterations, four.accumulate, four.save_every) == (300, 2, 25)
+    assert four.shared_out(4, 1).iterations == 1200
+    by_epochs = options("dev", "data", Path("run"), iterations=None, epochs=7, accumulate=6)
+    for ranks in (1, 2, 3, 6):  # an update is rounded up alike
+        assert Length.of(by_epochs.shared_out(1, ranks), 20, ranks).updates == 24
+    with pytest.raises(FluxError, match="takes 8 batches, which 3 ranks cannot share out evenly"):
+        alone.shared_out(1, 3)
+    with pytest.raises(FluxError, match="--shard-base does not go with --dora"):
+        options("dev", "data", Path("run"), shard_base=True, dora=True)
