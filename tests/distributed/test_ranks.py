@@ -5,6 +5,7 @@ import platform
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from flux import __version__, images
 from flux.distributed import share
 from tests import tiny_pipeline
 
-from .launch import ROOT, by_hand, run_program
+from .launch import ROOT, TIMEOUT, by_hand, run_program
 
 SIZES = (1, 2, 3, 4)
 PROMPT = "a red apple on a blue background"
@@ -69,7 +70,8 @@ COMMANDS = (MANY, SPLIT, ONE, FOLDER, BAD, MISSING, OTHER, WRONG)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return tiny_pipeline.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    heads = replace(tiny_pipeline.FLUX, hidden_size=128, num_heads=4)  # one for each of four ranks
+    return tiny_pipeline.write_checkpoint(tmp_path_factory.mktemp("checkpoint"), flow=heads)
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +242,7 @@ def test_a_rank_is_killed(tmp_path):
         time.sleep(0.5)
         ranks[2].send_signal(signal.SIGKILL)
         for rank in range(2):
-            _, err = ranks[rank].communicate(timeout=60)
+            _, err = ranks[rank].communicate(timeout=TIMEOUT)
             assert ranks[rank].returncode == 2
             name = f"error: rank {rank} of 3 ({platform.node()}): another rank has ended or cannot be reached"
             assert name in err
@@ -260,7 +262,7 @@ ranks.gather(None, patience=1)
 
 def test_a_rank_says_nothing(tmp_path):
     with by_hand(2, ["-c", SILENT], tmp_path) as ranks:
-        _, err = ranks[0].communicate(timeout=60)
+        _, err = ranks[0].communicate(timeout=TIMEOUT)
         assert ranks[0].returncode == 2
     assert err == f"error: rank 0 of 2 ({platform.node()}): no word from another rank in 1 s\n"
 
