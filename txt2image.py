@@ -53,6 +53,7 @@ def main() -> int:
         args = argparse.Namespace(**ranks.from_first(lambda: vars(parse(sys.argv[1:]))))
         with ranks.waiting(None):
             run(args, ranks)
+            ranks.gather(None)  # until rank 0 has written everything
     except FluxError as error:
         tell(error, ranks)
         return 2

@@ -8,14 +8,17 @@ import math
 import os
 import platform
 import re
+import select
+import stat
 import struct
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -40,6 +43,8 @@ Item = TypeVar("Item")
 # machine that vanishes without a word: how long the others wait for it while it should work, or download.
 PATIENCE = 3600
 DOWNLOAD = 24 * 3600
+GRACE = 10  # seconds for MLX to say by itself that a connection is closed
+LOST = "another rank has ended or cannot be reached"
 SHORT = 512  # bytes that go in a first message, of a length that all know
 
 
@@ -60,12 +65,7 @@ class Ranks:
     def __init__(self):
         """FluxError where the other ranks cannot be reached, and where one has another version."""
         self.split = False
-        try:
-            self.group = mx.distributed.init()
-        except RuntimeError as error:
-            raise FluxError(
-                f"cannot meet the other ranks: {error}: check the host file and that all were started"
-            ) from None
+        self.group, self._links = _meet()
         self.rank, self.size = self.group.rank(), self.group.size()
         self.agree({"version of flux-mlx": __version__, "version of mlx": mx.__version__})
 
@@ -180,34 +180,77 @@ class Ranks:
 
     @contextmanager
     def waiting(self, patience: float | None = PATIENCE) -> Iterator[None]:
-        """For what waits for other ranks: FluxError when one is lost.
+        """For what waits for other ranks: FluxError when one is lost, or the process ends with such a line.
 
+        So no rank may leave before all have done what they do in here.
         patience: seconds, after which the process ends, with a line that says so; None for ever.
         """
         if self.size == 1:
             yield
             return
-        timer = threading.Timer(patience or 0, self._give_up, [patience])
-        timer.daemon = True
-        if patience is not None:
-            timer.start()
+        done = threading.Event()
+        threading.Thread(target=self._watch, args=(done, patience), daemon=True).start()
         try:
             yield
         except RuntimeError as error:
             if not re.match(r"\[(ring|jaccl|mpi|nccl|distributed)", str(error)):
                 raise
-            raise FluxError(f"{self._name()}: another rank has ended or cannot be reached: {error}") from None
+            raise FluxError(f"{self._name()}: {LOST}: {error}") from None
         finally:
-            timer.cancel()
+            done.set()
 
-    def _give_up(self, patience: float) -> None:
-        """In a thread: the main one is inside of MLX, where no exception reaches it."""
-        print(f"error: {self._name()}: no word from another rank in {patience:.0f} s", file=sys.stderr)
-        sys.stderr.flush()
+    def _watch(self, done: threading.Event, patience: float | None) -> None:
+        """In a thread: the main one is inside of MLX, where no exception reaches it.
+
+        MLX's ring raises an error where it is in the middle of a message; the next one it may wait for in
+        vain, for ever (0.32.4).
+        """
+        end = math.inf if patience is None else time.monotonic() + patience
+        while not done.wait(min(1, max(0, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                self._give_up(f"no word from another rank in {patience:.0f} s")
+            if _is_cut(self._links) and not done.wait(GRACE):
+                self._give_up(LOST)
+
+    def _give_up(self, why: str) -> None:
+        print(f"error: {self._name()}: {why}", file=sys.stderr, flush=True)
         os._exit(2)
 
     def _name(self) -> str:
         return f"rank {self.rank} of {self.size} ({platform.node()})"
+
+
+@cache
+def _meet() -> tuple[mx.distributed.Group, list[int]]:
+    """The group, and this process's connections to other ranks: of the ring, which keeps them to the end."""
+    before = set(_sockets())
+    try:
+        group = mx.distributed.init()
+    except RuntimeError as error:
+        raise FluxError(
+            f"cannot meet the other ranks: {error}: check the host file and that all were started"
+        ) from None
+    links = [link for link in _sockets() if link not in before]
+    return group, links if "MLX_HOSTFILE" in os.environ else []
+
+
+def _sockets() -> list[int]:
+    """The process's open sockets."""
+    found = []
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):  # the one that has listed the folder is closed by now
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                found.append(int(name))
+    return found
+
+
+def _is_cut(links: list[int]) -> bool:
+    """Whether the other end of a socket is closed: its process has ended, however it did."""
+    asked = getattr(select, "POLLRDHUP", 0)  # macOS says so by POLLHUP, which need not be asked for
+    poll = select.poll()
+    for link in links:
+        poll.register(link, asked)
+    return any(event & (asked | select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
 
 
 def tell(error: FluxError, ranks: Ranks | None) -> None:

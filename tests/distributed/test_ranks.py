@@ -243,7 +243,7 @@ def test_a_rank_is_killed(tmp_path):
         ranks[2].send_signal(signal.SIGKILL)
         for rank in range(2):
             _, err = ranks[rank].communicate(timeout=TIMEOUT)
-            assert ranks[rank].returncode == 2
+            assert ranks[rank].returncode == 2, err
             name = f"error: rank {rank} of 3 ({platform.node()}): another rank has ended or cannot be reached"
             assert name in err
             assert "Traceback" not in err

@@ -103,10 +103,13 @@ class FineTuning:
             self._prepare_training()
             self._train()
             path = self.folder / f"{self.options.name or 'final_adapters'}.safetensors"
-            self._save_adapter(path)
-            if self.first:
-                draw_loss(self._events.path, self.folder / "loss.png")
-            return path
+            self._ranks.together(lambda: self._finish(path))
+        return path
+
+    def _finish(self, path: Path) -> None:
+        self._save_adapter(path)
+        if self.first:
+            draw_loss(self._events.path, self.folder / "loss.png")
 
     # --- data ---
 
@@ -260,7 +263,7 @@ class FineTuning:
                 with self._ranks.waiting():
                     trainer.run(trainer.step + 1, (self._after_update,), self._between_batches)
         except Stopped:
-            self._save_state()
+            self._ranks.together(self._save_state)
             raise
         finally:
             self._training = False

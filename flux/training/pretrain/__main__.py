@@ -35,9 +35,11 @@ def main() -> int:
             for number, step in enumerate(config.steps, 1):
                 print(f"{number}. {step.name}: trains {', '.join(sorted(step.trained))}")
             return 0
-        with Ranks().waiting(None):
+        ranks = Ranks()
+        with ranks.waiting(None):
             run = Run(config, arguments.resume)
             result = run.execute()
+            ranks.gather(None)  # until rank 0 has written everything
         if run.first:
             print(result)
     except ConfigError as error:
