@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -45,6 +46,7 @@ PATIENCE = 3600
 DOWNLOAD = 24 * 3600
 GRACE = 10  # seconds for MLX to say by itself that a connection is closed
 LOST = "another rank has ended or cannot be reached"
+HEAD = 24  # bytes that a message begins with
 SHORT = 512  # bytes that go in a first message, of a length that all know
 
 
@@ -83,18 +85,29 @@ class Ranks:
         if self.size == 1:
             return [(value, content)]
         words = json.dumps(value).encode()
-        head = struct.pack("<QQ", len(words), content.size) + words
-        own = mx.concatenate([mx.array(list(head), dtype=mx.uint8), content])
+        body = words + np.array(content).tobytes()
+        sizes = struct.pack("<QQ", len(words), content.size)
+        # MLX's ring goes on after a rank has died, with whatever was in memory for its message (0.32.4).
+        head = sizes + struct.pack("<II", zlib.crc32(sizes), zlib.crc32(body))
+        own = mx.array(np.frombuffer(head + body, np.uint8))
         with self.waiting(patience):
             rows = self._all_gather(own[:SHORT], SHORT)
-            lengths = [sum(struct.unpack("<QQ", row[:16])) + 16 for row in rows]
+            lengths = [self._length(row) for row in rows]
             if max(lengths) > SHORT:
                 rows = self._all_gather(own, max(lengths))
-        out = []
-        for row, length in zip(rows, lengths, strict=True):
-            end = 16 + struct.unpack("<QQ", row[:16])[0]
-            out.append((json.loads(row[16:end]), mx.array(np.frombuffer(row[end:length], np.uint8))))
-        return out
+        return [self._read(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+    def _length(self, row: bytes) -> int:
+        """Of a message, by its head: number of words and of bytes, their check sum and that of the rest."""
+        if zlib.crc32(row[:16]) != struct.unpack("<I", row[16:20])[0]:
+            raise FluxError(f"{self._name()}: {LOST}")
+        return HEAD + sum(struct.unpack("<QQ", row[:16]))
+
+    def _read(self, row: bytes) -> tuple[Any, mx.array]:
+        if zlib.crc32(row[HEAD:]) != struct.unpack("<I", row[20:HEAD])[0]:
+            raise FluxError(f"{self._name()}: {LOST}")
+        end = HEAD + struct.unpack("<Q", row[:8])[0]
+        return json.loads(row[HEAD:end]), mx.array(np.frombuffer(row[end:], np.uint8))
 
     def _all_gather(self, x: mx.array, length: int) -> list[bytes]:
         x = mx.pad(x, (0, length - x.size))
@@ -159,6 +172,7 @@ class Ranks:
             for item in items:
                 with self.waiting():
                     result = work(item)
+                self.gather(None)  # a sum without one of the ranks is no error to MLX
                 yield result
             return
         for start in range(0, len(items), self.size):

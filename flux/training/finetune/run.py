@@ -302,9 +302,9 @@ class FineTuning:
             raise Stopped
 
     def _write_update(self, metrics: Metrics) -> None:
-        own = mx.stack([metrics["loss"], mx.array(float(self._asked_to_stop))])
-        loss, asked = mx.distributed.all_sum(own, group=self._ranks.group).tolist()
-        loss, self._stops = loss / self._ranks.size, asked > 0
+        # Also to see that all ranks are alive: a sum without one of them is no error to MLX.
+        losses, asked = zip(*self._ranks.gather((metrics["loss"].item(), self._asked_to_stop)), strict=True)
+        loss, self._stops = sum(losses) / len(losses), any(asked)
         iteration = self.length.iterations_at(self.trainer.step)
         norm = metrics["norm"].item() if "norm" in metrics else 0.0
         if not math.isfinite(loss) or not math.isfinite(norm):
