@@ -244,7 +244,8 @@ def _meet() -> tuple[mx.distributed.Group, list[int]]:
         raise FluxError(
             f"cannot meet the other ranks: {error}: check the host file and that all were started"
         ) from None
-    links = [link for link in _sockets() if link not in before]
+    # MLX leaves the sockets of attempts open that came before the other rank was there: they are none.
+    links = [link for link in _sockets() if link not in before and not _is_cut([link])]
     return group, links if "MLX_HOSTFILE" in os.environ else []
 
 

@@ -168,7 +168,10 @@ def test_each_ends_alike_and_rank_0_alone_says_why(reports, size):
 
 def wait_for(rank: subprocess.Popen, beginning: str) -> None:
     """Until the rank has said so on its standard error."""
-    assert any(line.startswith(beginning) for line in rank.stderr)
+    said = []
+    while not (said and said[-1].startswith(beginning)):
+        said.append(rank.stderr.readline())
+        assert said[-1], said
 
 
 def wait_for_file(path: Path) -> None:
