@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from functools import cache, partial
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -46,8 +46,9 @@ PATIENCE = 3600
 DOWNLOAD = 24 * 3600
 GRACE = 10  # seconds for MLX to say by itself that a connection is closed
 LOST = "another rank has ended or cannot be reached"
-HEAD = 24  # bytes that a message begins with
+HEAD = 40  # bytes that a message begins with
 SHORT = 512  # bytes that go in a first message, of a length that all know
+_NUMBERS = count()  # of this process's messages
 
 
 # --- The group ---
@@ -86,27 +87,30 @@ class Ranks:
             return [(value, content)]
         words = json.dumps(value).encode()
         body = words + np.array(content).tobytes()
-        sizes = struct.pack("<QQ", len(words), content.size)
-        # MLX's ring goes on after a rank has died, with whatever was in memory for its message (0.32.4).
-        head = sizes + struct.pack("<II", zlib.crc32(sizes), zlib.crc32(body))
+        # MLX's ring goes on after a rank has died, with whatever was in memory for its message, be it an
+        # earlier one (0.32.4): so each has its number and sender, and check sums.
+        number = next(_NUMBERS)
+        head = struct.pack("<QQQQ", number, self.rank, len(words), content.size)
+        head += struct.pack("<II", zlib.crc32(head), zlib.crc32(body))
         own = mx.array(np.frombuffer(head + body, np.uint8))
         with self.waiting(patience):
             rows = self._all_gather(own[:SHORT], SHORT)
-            lengths = [self._length(row) for row in rows]
+            lengths = [self._length(row, number, rank) for rank, row in enumerate(rows)]
             if max(lengths) > SHORT:
                 rows = self._all_gather(own, max(lengths))
         return [self._read(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
-    def _length(self, row: bytes) -> int:
-        """Of a message, by its head: number of words and of bytes, their check sum and that of the rest."""
-        if zlib.crc32(row[:16]) != struct.unpack("<I", row[16:20])[0]:
+    def _length(self, row: bytes, number: int, rank: int) -> int:
+        """Of a message, by its head."""
+        *expected, words, content = struct.unpack("<QQQQ", row[:32])
+        if zlib.crc32(row[:32]) != struct.unpack("<I", row[32:36])[0] or expected != [number, rank]:
             raise FluxError(f"{self._name()}: {LOST}")
-        return HEAD + sum(struct.unpack("<QQ", row[:16]))
+        return HEAD + words + content
 
     def _read(self, row: bytes) -> tuple[Any, mx.array]:
-        if zlib.crc32(row[HEAD:]) != struct.unpack("<I", row[20:HEAD])[0]:
+        if zlib.crc32(row[HEAD:]) != struct.unpack("<I", row[36:HEAD])[0]:
             raise FluxError(f"{self._name()}: {LOST}")
-        end = HEAD + struct.unpack("<Q", row[:8])[0]
+        end = HEAD + struct.unpack("<Q", row[16:24])[0]
         return json.loads(row[HEAD:end]), mx.array(np.frombuffer(row[end:], np.uint8))
 
     def _all_gather(self, x: mx.array, length: int) -> list[bytes]:
