@@ -10,7 +10,7 @@ from typing import Any
 
 
 def in_a_process(module: str, arguments: Sequence[object]) -> Any:
-    """What `python -m module arguments` prints last, a line of JSON: nothing of an earlier one is in memory."""
+    """What `python -m module arguments` prints last, a line of JSON; nothing before it was in its memory."""
     command = [sys.executable, "-m", module, *map(str, arguments)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])

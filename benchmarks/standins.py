@@ -32,7 +32,9 @@ def quantized(x: mx.array, rows: mx.array) -> mx.array:
 
 
 @quantized.vjp
-def _quantized_vjp(inputs: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+def _quantized_vjp(
+    inputs: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, ...]:
     x, rows = inputs
     return quantized(cotangent, mx.zeros(x.shape[-1:], x.dtype)), mx.zeros_like(rows)
 
