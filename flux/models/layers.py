@@ -58,7 +58,7 @@ def _gelu(x: mx.array) -> mx.array:
 
 @gelu.vjp
 def _gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-    # `depends`: else a compiled step would keep the float32 steps of the way forward, each twice as wide as x.
+    # `depends`: else a compiled step would keep the float32 steps of the way forward, twice as wide as x.
     return _gelu_gradient(*mx.depends([x], [cotangent]), cotangent)
 
 
