@@ -24,13 +24,20 @@ def attention_by_heads(q: mx.array, k: mx.array, v: mx.array, pe: mx.array) -> m
     MLX has no fused attention with a gradient but on CUDA: elsewhere the scores, L x L for each head, are in
     memory three times over, 3 GB for FLUX.1-dev at 1024x1024 in 16 bits.
     """
+    pe = mx.stop_gradient(pe)  # a constant, but as an input of a checkpointed call it would be given one
     heads, length = q.shape[1:3]
     together = max(1, SCORES // (q.shape[0] * length * length * q.dtype.size))
     if together >= heads:
         return attention(q, k, v, pe)
     ends = list(range(together, heads, together))
     parts = zip(*(mx.split(x, ends, axis=1) for x in (q, k, v)), strict=True)
-    return mx.concatenate([mx.checkpoint(attention)(*part, pe) for part in parts], axis=-1)  # (B, L, H*D)
+    run = _checkpointed(_attend, 2)
+    return mx.concatenate([run(k, v, q, pe)[0] for q, k, v in parts], axis=-1)  # (B, L, H*D)
+
+
+def _attend(k: mx.array, v: mx.array, q: mx.array, pe: mx.array) -> list[mx.array]:
+    """For `_checkpointed`: the gradients of k and v before that of q, else all heads' scores wait for them."""
+    return [attention(q, k, v, pe)]
 
 
 class _Checkpointed:
