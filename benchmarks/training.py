@@ -157,6 +157,7 @@ def measure(variant: str, size: dict, folder: Path, repeats: int, memory_only: b
     flow = Flux(params_of(size))
     weights = keymaps.to_ours("transformer", mx.load(str(folder / "weights.safetensors")))
     flow.load_weights(list(weights.items()))
+    del weights  # those that get quantized are not needed
     batch = batch_of(flow.params, size["tokens"], size["text"])
     with products_stand_in() if memory_only else nullcontext():
         trainer = training(flow, batch, variant, RANK)
