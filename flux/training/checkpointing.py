@@ -36,7 +36,7 @@ def attention_by_heads(q: mx.array, k: mx.array, v: mx.array, pe: mx.array) -> m
 
 
 def _attend(k: mx.array, v: mx.array, q: mx.array, pe: mx.array) -> list[mx.array]:
-    """For `_checkpointed`: the gradients of k and v before that of q, else all heads' scores wait for them."""
+    """For `_checkpointed`: k's and v's gradients before q's, else all heads' scores wait for them."""
     return [attention(q, k, v, pe)]
 
 
@@ -69,7 +69,7 @@ class _Checkpointed:
 
 def _checkpointed(function: Callable, count: int, wanted: int) -> Callable:
     """mx.checkpoint for a function of arrays whose first `count` are parameters, with one more rule: the
-    gradients of the `wanted` arrays after them go on to what made these when those of the parameters are done.
+    gradients of the `wanted` arrays after them go on to what made these after those of the parameters.
 
     Else MLX may leave the parameters' for last, and keep in memory what all of them are made of. For arrays
     that need no gradient the rule must not hold: they would get one. That of a modulation's gate alone costs
