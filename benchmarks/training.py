@@ -30,7 +30,7 @@ import flux  # noqa: F401  (before mlx.core: it puts OpenBLAS into the process)
 # isort: split
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from benchmarks import generation
 from benchmarks.measure import in_a_process, peak_memory
@@ -58,8 +58,8 @@ LOSS = FlowLoss(shift_factor=0.1159, scale_factor=0.3611)
 RATE = 1e-4
 RANK = 16
 TEXT = 512  # tokens of FLUX.1-dev's text
-# How many double and single blocks FLUX.1-dev is measured with, to find what one of each adds.
-STACKS = ((1, 1), (2, 1), (1, 2), (2, 2))
+# Double and single blocks that FLUX.1-dev is measured with, to find what one of each adds.
+STACKS = ((1, 1), (2, 1), (1, 2))
 
 
 def params_of(size: dict) -> FluxParams:
@@ -236,6 +236,9 @@ def run(variants: list[str], size: str, repeats: int, memory_only: bool) -> dict
     return rows
 
 
+HEADS = "seconds by the wall and of the processor, to the first; peak of the resident set; MLX's peak; loss"
+
+
 def show(variant: str, rows: dict[str, dict]) -> str:
     row, first = rows[variant], next(iter(rows.values()))
     line = f"{variant:<24}"
@@ -250,8 +253,8 @@ def show(variant: str, rows: dict[str, dict]) -> str:
 
 
 def measure_dev(side: int, double: int, single: int, rank: int, share: int) -> dict[str, int]:
-    """The peak of a step on so many of FLUX.1-dev's blocks, and the adapter with its optimizer in it, for
-    1/share of the width: every activation is proportional to it, and so are the scores to the heads."""
+    """The peak of a step on so many of FLUX.1-dev's blocks, without the weights, at 1/share of its width: to
+    that every activation and every matrix of the adapter is proportional, and the scores are to the heads."""
     full = FluxParams()
     params = replace(
         full,
@@ -269,21 +272,33 @@ def measure_dev(side: int, double: int, single: int, rank: int, share: int) -> d
         trainer = _train_adapter(flow, batch, True, rank, "adamw")
         in_full(trainer)
         peak = step_peak(trainer)
-    state = [trainer.model.trainable_parameters(), trainer.optimizer.state]
-    return {"peak": peak, "adapter": sum(array.nbytes for _, array in tree_flatten(state))}
+    return {"peak": peak}
 
 
-def run_dev(sides: list[int], rank: int, whole: bool, share: int) -> list[dict]:
-    full, rows = FluxParams(), []
+def run_dev(sides: list[int], rank: int, share: int) -> list[dict]:
+    """What one block of each kind adds to a small stack, so often as FLUX.1-dev has it, and the weights."""
+    full = FluxParams()
     weights = weight_bytes(full, 4)
+    rows = []
     for side in sides:
-        peaks = {}
-        for stack in STACKS + ((full.depth, full.depth_single_blocks),) * whole:
-            options = ["--rank", rank, "--measure-dev", side, *stack, share]
-            peaks[stack] = in_a_process("benchmarks.training", options)
-            print(f"{side}, {stack}: {peaks[stack]['peak'] / 1e9:.3f} GB", flush=True)
-        print(estimate(full, 4, (side, side), rank=rank, checkpoint=True), weights)
-        rows.append({"side": side, "rank": rank, "peaks": [[*k, v] for k, v in peaks.items()]})
+        one, double, single = (
+            share
+            * in_a_process("benchmarks.training", ["--rank", rank, "--measure-dev", side, *stack, share])[
+                "peak"
+            ]
+            for stack in STACKS
+        )
+        more = (full.depth - 1) * (double - one) + (full.depth_single_blocks - 1) * (single - one)
+        expected = estimate(full, 4, (side, side), rank=rank, checkpoint=True).total
+        rows.append({"side": side, "rank": rank, "weights": weights, "one": one})
+        rows[-1] |= {"double": double - one, "single": single - one, "total": weights + one + more}
+        print(
+            f"{side}x{side}, rank {rank}: {rows[-1]['total'] / 1e9:.2f} GB: weights of 4 bits "
+            f"{weights / 1e9:.2f}, a block of each kind {one / 1e9:.3f}, another double block "
+            f"{(double - one) / 1e6:.1f} MB, single {(single - one) / 1e6:.1f} MB; the estimate that "
+            f"dreambooth.py prints: {expected / 1e9:.2f} GB",
+            flush=True,
+        )
     return rows
 
 
@@ -298,8 +313,8 @@ def main() -> None:
     add("--memory", action="store_true", help="peaks alone, with products that compute nothing")
     add("--dev", action="store_true", help="FLUX.1-dev, by the same means")
     add("--sides", nargs="+", type=int, default=(512, 1024), help="of FLUX.1-dev's pictures")
-    add("--rank", type=int, default=RANK)
-    add("--whole", action="store_true", help="FLUX.1-dev with all of its blocks, too: an hour")
+    add("--rank", type=int, default=RANK, help=f"of FLUX.1-dev's adapter (default {RANK})")
+    add("--share", type=int, default=8, help="FLUX.1-dev is measured at 1/N of its width (default 8)")
     add("--json", type=Path, help="write the figures here too")
     add("--measure", nargs=2, help=argparse.SUPPRESS)  # variant, folder: one measurement
     add("--measure-dev", nargs=4, type=int, help=argparse.SUPPRESS)  # side, double and single blocks
@@ -314,9 +329,10 @@ def main() -> None:
         print(json.dumps(measure_dev(side, double, single, args.rank, share)))
         return
     if args.dev:
-        rows = run_dev(args.sides, args.rank, args.whole)
+        rows = run_dev(args.sides, args.rank, args.share)
     else:
         reference = REFERENCE if find_spec("peft") and not args.memory else ()
+        print(HEADS, flush=True)
         rows = run(args.variants or [*OURS, *reference], args.size, args.repeats, args.memory)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
