@@ -1,6 +1,7 @@
 """What the encoders make of a data set: computed once, kept on disk, read batch by batch."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -8,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from flux import machine
 from flux.conditioning import encode_texts, warn_if_cut
 from flux.data import latents as data
 from flux.data.epochs import Batch, Plan
@@ -29,7 +31,8 @@ class Features:
 
     def encode(self, pipeline: FluxPipeline, texts: Iterable[str], ranks: Ranks) -> None:
         """Fills the cache: each picture of the plan and each text is encoded by one rank, for all of them."""
-        autoencoder, text_encoder = pipeline.ae.moments, self._text_encoder(pipeline)
+        autoencoder = partial(pipeline.ae.moments, memory=machine.autoencoder_memory())
+        text_encoder = self._text_encoder(pipeline)
         self._fill(
             "encoding pictures",
             self._latents,

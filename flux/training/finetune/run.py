@@ -186,7 +186,7 @@ class FineTuning:
         if options.shard_base:
             scatter(pipeline.flow, self._ranks)
         if options.grad_checkpoint or options.shard_base:
-            checkpoint_blocks(pipeline.flow)
+            checkpoint_blocks(pipeline.flow, modulation_learns=options.train_clip)
         self.network.train()
         self._loss = self._make_loss()
         self.trainer = Trainer(
