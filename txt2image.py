@@ -347,7 +347,8 @@ def make_pictures(
             first = batch.prompt * args.n_images
             return decode(pipeline, tokens[first + batch.start : first + batch.stop], args)
 
-        for group in ranks.map(work, groups):
+        # Where the model is split, this rank is here alone.
+        for group in map(work, groups) if ranks.split else ranks.map(work, groups):
             pictures += list(np.array(group))
     return pictures if args.picture is None else [pictures[args.picture]]
 
