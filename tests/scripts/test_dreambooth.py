@@ -1,6 +1,5 @@
 """dreambooth.py as a person runs it, on the built-in model and without a network."""
 
-import os
 import re
 import signal
 import subprocess
@@ -16,7 +15,6 @@ from flux import adapters, images
 from flux.training.report import read_lines
 
 from ..datasets import two_concepts, write_pictures, write_toml
-from .test_txt2image import NO_NETWORK
 
 SCRIPT = Path(dreambooth.__file__)
 TINY = ("--model", "tiny", "--lora-rank", 2, "--class-prompt", "an sks dog")
@@ -45,11 +43,8 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def start(tmp_path_factory):
+def start(environment):
     """Starts the script as a process that reaches no network."""
-    outside = tmp_path_factory.mktemp("no_network")
-    (outside / "sitecustomize.py").write_text(NO_NETWORK)
-    environment = {**os.environ, "PYTHONPATH": str(outside), "HF_HOME": str(outside), "HF_HUB_OFFLINE": "0"}
 
     def start(*args: str) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
