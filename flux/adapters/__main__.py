@@ -9,7 +9,7 @@ from pathlib import Path
 
 import flux
 from flux import images
-from flux.adapters import Adapter, load, mismatches, read_facts, save
+from flux.adapters import Adapter, load, mismatches, read_facts, save, similarity
 from flux.adapters.adapter import Dense, Kronecker, LowRank, part_of
 from flux.adapters.grid import STRENGTHS, Sampling, grid
 from flux.adapters.grid import read as read_adapters
@@ -93,6 +93,12 @@ def add_grid(commands: argparse._SubParsersAction) -> None:
     )
     add("--prompt", nargs="+", default=[], metavar="TEXT", help="what to show, with the trigger")
     add("--class-prompt", metavar="TEXT", help="what to show without it")
+    add(
+        "--compare",
+        type=Path,
+        metavar="DIR",
+        help="the subject's pictures: adds how like them each cell is (CLIP-I; fetches CLIP ViT-B/32)",
+    )
     add("--seed", nargs="+", type=int, default=[0], metavar="N", help="a row for each (default 0)")
     add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's own")
     add("--steps", type=int, metavar="N", help="denoising steps; default: the model's own")
@@ -195,9 +201,10 @@ def run_grid(options: argparse.Namespace) -> int:
     adapters = read_adapters(options.adapter)
     strengths = list(dict.fromkeys(options.strengths))
     seeds = list(dict.fromkeys(options.seed))
+    likeness = None if options.compare is None else similarity.to_folder(options.compare)
     pipeline = FluxPipeline(options.model, bits=options.quantize)
     sampling = Sampling(seeds, options.image_size, options.steps)
-    picture = grid(pipeline, adapters, options.prompt, options.class_prompt, strengths, sampling)
+    picture = grid(pipeline, adapters, options.prompt, options.class_prompt, strengths, sampling, likeness)
     facts = {
         "model": options.model,
         "adapters": "\n".join(map(str, options.adapter)),
