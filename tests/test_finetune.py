@@ -226,6 +226,22 @@ def test_a_loss_that_is_no_number_ends_the_run_and_the_last_state_stays(model, d
     assert_same_run(tmp_path / "straight", tmp_path / "run")
 
 
+def test_features_that_vanish_while_it_trains(model, data, tmp_path, monkeypatch):
+    def vanishing(self, number):
+        if number == 3:
+            shutil.rmtree(tmp_path / "run/cache")
+        return batch(self, number)
+
+    batch = FineTuning._batch
+    monkeypatch.setattr(FineTuning, "_batch", vanishing)
+    with pytest.raises(FluxError, match=r"the cache has lost .* --resume makes them anew"):
+        run(options(model, data, tmp_path / "run"))
+    monkeypatch.setattr(FineTuning, "_batch", batch)
+    FineTuning.resume(tmp_path / "run", {}, quiet=True).execute()
+    run(options(model, data, tmp_path / "straight"))
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
 def test_a_full_disk(model, data, tmp_path):
     """A limit on the size of files stands for it: the states that there were stay, nothing of a new one."""
     run(options(model, data, tmp_path / "run", iterations=2))
