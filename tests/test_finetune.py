@@ -234,7 +234,7 @@ def test_features_that_vanish_while_it_trains(model, data, tmp_path, monkeypatch
 
     batch = FineTuning._batch
     monkeypatch.setattr(FineTuning, "_batch", vanishing)
-    with pytest.raises(FluxError, match=r"the cache has lost .* --resume makes them anew"):
+    with pytest.raises(FluxError, match=r"the cache lost .* --resume makes them anew"):
         run(options(model, data, tmp_path / "run"))
     monkeypatch.setattr(FineTuning, "_batch", batch)
     FineTuning.resume(tmp_path / "run", {}, quiet=True).execute()
