@@ -6,8 +6,8 @@ The pictures are renderings on five of the ten backgrounds, each in another plac
 word. Asked for is then the subject on the other five backgrounds, in all places and both sizes; and before
 and after, for held-out prompts of subjects that the model knows. The judge is that of `pretrain.evaluate`.
 
-The adapter changes CLIP too. Without that the trigger's subject takes on the colour of backgrounds that it was
-not shown on: of teddy bears 76 to 80 % were recognised, with CLIP all (200 to 250 iterations, 25 prompts).
+The adapter changes CLIP too. Without that the subject takes on the colour of backgrounds that it was not shown
+on: of teddy bears 76 to 80 % were recognised, with CLIP all (200 to 250 iterations, 25 prompts).
 """
 
 import argparse
@@ -127,7 +127,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--subject", nargs="+", default=["teddy bear"], help="of the last in subjects.tsv")
+    unknown = list(subjects())[SUBJECTS:]
+    parser.add_argument("--subject", nargs="+", choices=unknown, default=["teddy bear"], metavar="NAME",
+        help=f"one or more of {', '.join(unknown)} (default teddy bear)")  # fmt: skip
     parser.add_argument(
         "--model", default="tiny", help="default: the built-in one; a folder with one like it"
     )
@@ -142,9 +144,9 @@ def main() -> None:
     settings |= {"model": args.model, "quantize": args.quantize}
     known, bits = held_out_prompts(args.count), args.quantize and int(args.quantize)
 
-    def report(label: str, questions: dict[str, Asked], files: list[Path]) -> None:
+    def report(label: str, groups: dict[str, Asked], files: list[Path]) -> None:
         pipeline = FluxPipeline(args.model, bits=bits, adapters=[(file, 1.0) for file in files])
-        for what, prompts in questions.items():
+        for what, prompts in groups.items():
             shares = right(pipeline, prompts)
             text = ", ".join(f"{name} {share.right}/{share.total}" for name, share in shares.items())
             print(f"{label}: {what}: {text}", flush=True)
