@@ -6,8 +6,8 @@ The pictures are renderings on five of the ten backgrounds, each in another plac
 word. Asked for is then the subject on the other five backgrounds, in all places and both sizes; and before
 and after, for held-out prompts of subjects that the model knows. The judge is that of `pretrain.evaluate`.
 
-The adapter changes CLIP too. Without that the subject takes on the colour of backgrounds that it was not shown
-on: of teddy bears 76 to 80 % were recognised, with CLIP all (200 to 250 iterations, 25 prompts).
+The adapter changes CLIP too. Without that the subject takes on the colour of backgrounds that it never
+had: of teddy bears 76 to 80 % were recognised, with CLIP all (200 to 250 iterations, 25 prompts).
 """
 
 import argparse
