@@ -9,10 +9,11 @@ To make the model, each line by two processes (`mlx.launch -n 2 --backend ring -
     python -m flux.training.pretrain.evaluate
 
 `--batch` is of each process. The committed weights were made by two of them on two CPU cores (Intel Xeon, 2.6
-GHz) that other work shared, in two parts. The autoencoder: first of 48 subjects, by the first line, in 41
+GHz) that other work shared, in parts. The autoencoder: first of 48 subjects, by the first line, in 41
 minutes; then of all, by `--init tiny --steps 700 --batch 8 --rate 0.01`, in 16. The latents: 6 minutes. The
-flow: FLOWMINUTES minutes, with `--steps` 1700 at first, set to 1450 at step 1160 and to 2400 at step 1450, so
-that the rate fell to zero, rose again to three quarters of its peak, and fell once more.
+flow: 138 minutes, 528 thousand pictures. Its `--steps` were first 1700, from step 1160 on 1450, then 2400,
+then 2750: each time the rate had come down to zero it began again, at a part of its peak. TIME_SHIFT was 1 up
+to step 2400; then 18 % of the green and pink backgrounds had the other's colour.
 """
 
 from flux.models.autoencoder import AutoEncoderParams
