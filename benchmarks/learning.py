@@ -39,7 +39,8 @@ Asked = list[tuple[Composition, str]]  # what a picture should show, and the pro
 SHOWN = tuple(COLOURS)[::2]  # the backgrounds of the pictures to learn from
 TRIGGER = "sks"  # a word that the model knows nothing of
 REGULAR = 30  # pictures of known subjects, so that these are not forgotten
-SETTINGS = {"iterations": 250, "rank": 16, "learning_rate": 4e-3, "schedule": "cosine", "train_clip": True}
+SETTINGS = {"iterations": 250, "rank": 16, "learning_rate": 4e-3, "schedule": "cosine"}
+SETTINGS |= {"train_clip": True, "time_sampling": "shift"}  # as the built-in model was trained
 BATCH = 5
 
 
