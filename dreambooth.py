@@ -11,6 +11,7 @@ from flux.adapters import TARGETS
 from flux.adapters.writers import WRITERS
 from flux.arguments import Parser, adapter, count, finite, size
 from flux.data import check, samples
+from flux.distributed import Ranks, tell
 from flux.errors import FluxError
 from flux.training import losses, optimizers
 from flux.training.finetune import FineTuning, Options, Stopped
@@ -24,39 +25,57 @@ DATA_OPTIONS = (
     *("flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens", "caption_dropout_rate"),
     *("alpha_mask", "validation_split"),
 )
+SEVERAL = (
+    "With mlx.launch the ranks share out the batches. What counts is ranks x --iterations x --batch-size, "
+    "the pictures in all, and ranks x --grad-accumulate x --batch-size, those of an update: where both stay "
+    "the same, so does the adapter. 1200 iterations that accumulate 8 on one machine are 300 that accumulate "
+    "2 on four; --resume does this by itself. All ranks need the model and the data set under the same path; "
+    "rank 0 alone writes, but for --cache-dir, and its options hold."
+)
 
 
 def main() -> int:
     """Run the program; its exit status: 0, 2 for bad input or a failed training, 130 when interrupted."""
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    ranks = None
     try:
-        return run(build_parser().parse_args(sys.argv[1:]))
+        ranks = Ranks()
+        ranks.hush()
+        return run(ranks.together(lambda: build_parser().parse_args(sys.argv[1:])), ranks)
     except FluxError as error:
-        print(f"error: {error}", file=sys.stderr)
+        tell(error, ranks)
         return 2
     except KeyboardInterrupt:
         return 130
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Do what the arguments ask for; the exit status."""
     given = vars(args)
     check_only, folder = given.pop("check_data", False), given.pop("resume", None)
-    options = to_options(given)
+    options = ranks.together(lambda: to_options(given))
     if check_only:
-        return check_data(options)
-    if folder is None and "data" not in options:
-        raise FluxError("no data set; name a folder, a data.toml (--config) or a data set of the Hub")
-    training = FineTuning(Options(**options)) if folder is None else FineTuning.resume(folder, options)
+        return ranks.from_first(lambda: check_data(options))
+    if folder is None:
+        training = FineTuning(ranks.together(lambda: new_run(options)), ranks=ranks)
+    else:
+        training = FineTuning.resume(folder, options, ranks=ranks)
     signal.signal(signal.SIGINT, lambda *_: training.interrupt())
     try:
         path = training.execute()
     except Stopped:
-        print(f"stopped; go on with: python dreambooth.py --resume {training.folder}", file=sys.stderr)
+        if training.first:
+            print(f"stopped; go on with: python dreambooth.py --resume {training.folder}", file=sys.stderr)
         return 130
-    if training.first:
-        print(path)
+    print(path)
     return 0
+
+
+def new_run(given: dict[str, Any]) -> Options:
+    """The options of a run that is none of a folder's."""
+    if "data" not in given:
+        raise FluxError("no data set; name a folder, a data.toml (--config) or a data set of the Hub")
+    return Options(**given)
 
 
 def check_data(given: dict[str, Any]) -> int:
@@ -96,6 +115,7 @@ def build_parser() -> Parser:
     usual = Options(data="")
     parser = Parser(
         description="Teach FLUX.1 a subject or a style from a few pictures, by LoRA or QLoRA.",
+        epilog=SEVERAL,
         argument_default=argparse.SUPPRESS,
     )
     on = {"action": "store_true"}
@@ -167,6 +187,8 @@ def build_parser() -> Parser:
     add("--guidance", type=finite, metavar="X", help=f"that the model is told ({usual.guidance:g})")
     add("--prior-weight", type=finite, metavar="X", help="of regularisation pictures' loss (1)")
     add("--grad-checkpoint", **on, help="far less memory for some more time")
+    add("--shard-base", **on, help="on several machines: each keeps a part of the model, and they send each "
+        "other its layers, for one that does not fit; with --grad-checkpoint")  # fmt: skip
     add("--seed", type=int, metavar="N", help=f"default {usual.seed}")
 
     add = parser.add_argument_group("watching").add_argument

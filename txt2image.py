@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import os
 import sys
 import time
 import warnings
@@ -49,13 +48,12 @@ def main() -> int:
     ranks = None
     try:
         ranks = Ranks()
-        if not ranks.first:
-            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (to the process's end)
-            warnings.simplefilter("ignore")
+        ranks.hush()
         # Rank 0 alone needs the files that the arguments are read from, and a place to write.
         args = argparse.Namespace(**ranks.from_first(lambda: vars(parse(sys.argv[1:]))))
         with ranks.waiting(None):
             run(args, ranks)
+            ranks.gather(None)  # until rank 0 has written everything
     except FluxError as error:
         tell(error, ranks)
         return 2

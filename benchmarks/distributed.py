@@ -112,6 +112,7 @@ def start(size: int, options: list[str]) -> list[dict[str, float]]:
                 env=os.environ | variables | {"MLX_RANK": str(rank)},
                 stdout=subprocess.PIPE,
                 text=True,
+                start_new_session=True,
             )
             for rank in range(size)
         ]

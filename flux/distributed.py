@@ -4,17 +4,24 @@ The only file that knows how a model is split. A rank is a process; rank 0 is th
 """
 
 import json
+import math
 import os
 import platform
 import re
+import select
+import stat
 import struct
 import sys
 import threading
+import time
+import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
-from functools import partial
-from itertools import accumulate
+from functools import cache, partial
+from itertools import accumulate, count
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
@@ -37,7 +44,11 @@ Item = TypeVar("Item")
 # machine that vanishes without a word: how long the others wait for it while it should work, or download.
 PATIENCE = 3600
 DOWNLOAD = 24 * 3600
+GRACE = 10  # seconds for MLX to say by itself that a connection is closed
+LOST = "another rank has ended or cannot be reached"
+HEAD = 40  # bytes that a message begins with
 SHORT = 512  # bytes that go in a first message, of a length that all know
+_NUMBERS = count()  # of this process's messages
 
 
 # --- The group ---
@@ -57,12 +68,7 @@ class Ranks:
     def __init__(self):
         """FluxError where the other ranks cannot be reached, and where one has another version."""
         self.split = False
-        try:
-            self.group = mx.distributed.init()
-        except RuntimeError as error:
-            raise FluxError(
-                f"cannot meet the other ranks: {error}: check the host file and that all were started"
-            ) from None
+        self.group, self._links = _meet()
         self.rank, self.size = self.group.rank(), self.group.size()
         self.agree({"version of flux-mlx": __version__, "version of mlx": mx.__version__})
 
@@ -80,18 +86,32 @@ class Ranks:
         if self.size == 1:
             return [(value, content)]
         words = json.dumps(value).encode()
-        head = struct.pack("<QQ", len(words), content.size) + words
-        own = mx.concatenate([mx.array(list(head), dtype=mx.uint8), content])
+        body = words + np.array(content).tobytes()
+        # MLX's ring goes on after a rank has died, with whatever was in memory for its message, be it an
+        # earlier one (0.32.4): so each has its number and sender, and check sums.
+        number = next(_NUMBERS)
+        head = struct.pack("<QQQQ", number, self.rank, len(words), content.size)
+        head += struct.pack("<II", zlib.crc32(head), zlib.crc32(body))
+        own = mx.array(np.frombuffer(head + body, np.uint8))
         with self.waiting(patience):
             rows = self._all_gather(own[:SHORT], SHORT)
-            lengths = [sum(struct.unpack("<QQ", row[:16])) + 16 for row in rows]
+            lengths = [self._length(row, number, rank) for rank, row in enumerate(rows)]
             if max(lengths) > SHORT:
                 rows = self._all_gather(own, max(lengths))
-        out = []
-        for row, length in zip(rows, lengths, strict=True):
-            end = 16 + struct.unpack("<QQ", row[:16])[0]
-            out.append((json.loads(row[16:end]), mx.array(np.frombuffer(row[end:length], np.uint8))))
-        return out
+        return [self._read(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+    def _length(self, row: bytes, number: int, rank: int) -> int:
+        """Of a message, by its head."""
+        *expected, words, content = struct.unpack("<QQQQ", row[:32])
+        if zlib.crc32(row[:32]) != struct.unpack("<I", row[32:36])[0] or expected != [number, rank]:
+            raise FluxError(f"{self._name()}: {LOST}")
+        return HEAD + words + content
+
+    def _read(self, row: bytes) -> tuple[Any, mx.array]:
+        if zlib.crc32(row[HEAD:]) != struct.unpack("<I", row[36:HEAD])[0]:
+            raise FluxError(f"{self._name()}: {LOST}")
+        end = HEAD + struct.unpack("<Q", row[16:24])[0]
+        return json.loads(row[HEAD:end]), mx.array(np.frombuffer(row[end:], np.uint8))
 
     def _all_gather(self, x: mx.array, length: int) -> list[bytes]:
         x = mx.pad(x, (0, length - x.size))
@@ -137,6 +157,12 @@ class Ranks:
                 words = "; ".join(f"{name}: {own.get(name)}, not {expected.get(name)}" for name in other)
                 raise RanksError(f"rank {rank} ({host}) differs from rank 0 in its {words}")
 
+    def hush(self) -> None:
+        """On all ranks but the first: standard output leads nowhere, and nothing is warned of."""
+        if not self.first:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (to the process's end)
+            warnings.simplefilter("ignore")
+
     def own(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items that `map` gives to this rank."""
         return items if self.split else items[self.rank :: self.size]
@@ -150,6 +176,7 @@ class Ranks:
             for item in items:
                 with self.waiting():
                     result = work(item)
+                self.gather(None)  # a sum without one of the ranks is no error to MLX
                 yield result
             return
         for start in range(0, len(items), self.size):
@@ -163,36 +190,86 @@ class Ranks:
             for (_, (shape, dtype)), content in parts[: len(turn)]:
                 yield content.view(getattr(mx, dtype)).reshape(shape)
 
+    def of_first(self, x: mx.array) -> mx.array:
+        """Rank 0's array, on every rank; the others give one of the same shape and type."""
+        if self.size == 1:
+            return x
+        return mx.distributed.all_sum(x if self.first else mx.zeros_like(x), group=self.group)
+
     @contextmanager
     def waiting(self, patience: float | None = PATIENCE) -> Iterator[None]:
-        """For what waits for other ranks: FluxError when one is lost.
+        """For what waits for other ranks: FluxError when one is lost, or the process ends with such a line.
 
+        So no rank may leave before all have done what they do in here.
         patience: seconds, after which the process ends, with a line that says so; None for ever.
         """
         if self.size == 1:
             yield
             return
-        timer = threading.Timer(patience or 0, self._give_up, [patience])
-        timer.daemon = True
-        if patience is not None:
-            timer.start()
+        done = threading.Event()
+        threading.Thread(target=self._watch, args=(done, patience), daemon=True).start()
         try:
             yield
         except RuntimeError as error:
             if not re.match(r"\[(ring|jaccl|mpi|nccl|distributed)", str(error)):
                 raise
-            raise FluxError(f"{self._name()}: another rank has ended or cannot be reached: {error}") from None
+            raise FluxError(f"{self._name()}: {LOST}: {error}") from None
         finally:
-            timer.cancel()
+            done.set()
 
-    def _give_up(self, patience: float) -> None:
-        """In a thread: the main one is inside of MLX, where no exception reaches it."""
-        print(f"error: {self._name()}: no word from another rank in {patience:.0f} s", file=sys.stderr)
-        sys.stderr.flush()
+    def _watch(self, done: threading.Event, patience: float | None) -> None:
+        """In a thread: the main one is inside of MLX, where no exception reaches it.
+
+        MLX's ring raises an error where it is in the middle of a message; the next one it may wait for in
+        vain, for ever (0.32.4).
+        """
+        end = math.inf if patience is None else time.monotonic() + patience
+        while not done.wait(min(1, max(0, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                self._give_up(f"no word from another rank in {patience:.0f} s")
+            if _is_cut(self._links) and not done.wait(GRACE):
+                self._give_up(LOST)
+
+    def _give_up(self, why: str) -> None:
+        print(f"error: {self._name()}: {why}", file=sys.stderr, flush=True)
         os._exit(2)
 
     def _name(self) -> str:
         return f"rank {self.rank} of {self.size} ({platform.node()})"
+
+
+@cache
+def _meet() -> tuple[mx.distributed.Group, list[int]]:
+    """The group, and this process's connections to other ranks: of the ring, which keeps them to the end."""
+    before = set(_sockets())
+    try:
+        group = mx.distributed.init()
+    except RuntimeError as error:
+        raise FluxError(
+            f"cannot meet the other ranks: {error}: check the host file and that all were started"
+        ) from None
+    # MLX leaves the sockets of attempts open that came before the other rank was there: they are none.
+    links = [link for link in _sockets() if link not in before and not _is_cut([link])]
+    return group, links if "MLX_HOSTFILE" in os.environ else []
+
+
+def _sockets() -> list[int]:
+    """The process's open sockets."""
+    found = []
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):  # the one that has listed the folder is closed by now
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                found.append(int(name))
+    return found
+
+
+def _is_cut(links: list[int]) -> bool:
+    """Whether the other end of a socket is closed: its process has ended, however it did."""
+    asked = getattr(select, "POLLRDHUP", 0)  # macOS says so by POLLHUP, which need not be asked for
+    poll = select.poll()
+    for link in links:
+        poll.register(link, asked)
+    return any(event & (asked | select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
 
 
 def tell(error: FluxError, ranks: Ranks | None) -> None:
@@ -486,3 +563,74 @@ def average_gradients(group: mx.distributed.Group) -> Callable[[dict], dict]:
         return tree_map(lambda array: next(parts).reshape(array.shape).astype(array.dtype), gradients)
 
     return average
+
+
+ALIGNED = 16  # bytes: every array in a message begins at a multiple of it
+
+
+def scatter(network: Flux, ranks: Ranks) -> None:
+    """Leaves each rank an equal part of the frozen linear layers of a transformer's blocks, in place.
+
+    For weights that do not fit one machine (FSDP; Rajbhandari et al. 2020, arXiv:1910.02054, stage 3). Each
+    call of a layer gathers its bytes on every rank, so all must make the same calls; the answers stay the
+    same to the bit. In checkpointed blocks no more than a few layers are whole at a time.
+
+    MLX's own `nn.fully_shard` does this for arrays of floats whose first axis the ranks divide; quantized
+    layers it cannot gather, and over the ring it has no gradient for what is trained.
+    FluxError for a DoRA that learns: it needs the whole weights beside the layer.
+    """
+    if ranks.size == 1:
+        return
+    shares = [module for module in network.modules() if isinstance(module, Share)]
+    if any(own.learns and own.magnitude is not None for own in shares):
+        raise FluxError("the base cannot be shared out over ranks beside a DoRA: leave one of them out")
+    kinds = nn.Linear | nn.QuantizedLinear
+    for block in (*network.double_blocks, *network.single_blocks):
+        layers = {name: module for name, module in block.named_modules() if isinstance(module, kinds)}
+        for name in list(layers):  # one after the other is let go of
+            block.update_modules(tree_unflatten([(name, Scattered(layers.pop(name), ranks))]))
+
+
+class Scattered(nn.Module):
+    """A frozen layer of whose weights the ranks have a part each, as bytes; the bias is whole."""
+
+    def __init__(self, layer: nn.Module, ranks: Ranks):
+        super().__init__()
+        arrays = {name: layer[name] for name in ("weight", "scales", "biases") if layer.get(name) is not None}
+        rows = [_aligned(array.reshape(-1).view(mx.uint8), ALIGNED) for array in arrays.values()]
+        message = _aligned(mx.concatenate(rows), ALIGNED * ranks.size)
+        length = message.size // ranks.size
+        self.part = mx.contiguous(message[ranks.rank * length : (ranks.rank + 1) * length])
+        mx.eval(self.part)  # now: the whole layer is let go of before the next one is read
+        if "bias" in layer:
+            self.bias = layer.bias
+        template = copy(layer)  # without the weights
+        for name in arrays:
+            del template[name]
+        starts = list(accumulate((row.size for row in rows), initial=0))
+        places = [(n, a.shape, a.dtype, start) for (n, a), start in zip(arrays.items(), starts, strict=False)]
+        self._layer = lambda whole: _with_arrays(template, whole, places)
+        self._group = ranks.group
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        # Not before x is there: or else MLX might gather all layers at once.
+        part = mx.depends([self.part], [mx.stop_gradient(x)])[0]
+        whole = mx.distributed.all_gather(part, group=self._group)
+        return self._layer(mx.stop_gradient(whole))(x)
+
+
+def _aligned(x: mx.array, step: int) -> mx.array:
+    """Bytes (n,), with zeros up to a multiple of step."""
+    return mx.pad(x, (0, -x.size % step))
+
+
+def _with_arrays(
+    template: nn.Module, whole: mx.array, places: list[tuple[str, tuple[int, ...], mx.Dtype, int]]
+) -> nn.Module:
+    """The layer with its arrays cut out of a message (n,) of bytes; places: name, shape, type and start."""
+    layer = copy(template)
+    for name, shape, dtype, start in places:
+        size = dtype.size * math.prod(shape)
+        layer[name] = whole[start : start + size].view(dtype).reshape(shape)
+    return layer

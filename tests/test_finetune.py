@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -387,16 +388,25 @@ def test_advice_where_it_does_not_fit():
 
 def test_data_parallel_ranks_take_the_plans_batches_in_turn(model, data, tmp_path, monkeypatch):
     """Which pictures, captions and keys: rank r of n has the batches r, r + n, ... of one machine."""
-
-    class Group:
-        def __init__(self, rank: int, size: int):
-            self.rank, self.size = lambda: rank, lambda: size
-
     made = run(options(model, data, tmp_path / "run", iterations=1, dropout=0.1))
     alone = [made._batch(number) for number in range(8)]
     for rank in range(2):
-        made._group = Group(rank, 2)
+        made._ranks = SimpleNamespace(rank=rank, size=2)
         for number in range(4):
             own, same = made._batch(number), alone[2 * number + rank]
             assert own.keys() == same.keys()
             assert all(mx.array_equal(own[name], same[name]) for name in own)
+
+
+def test_the_same_training_on_another_number_of_ranks():
+    alone = options("dev", "data", Path("run"), iterations=1200, accumulate=8, save_every=100)
+    four = alone.shared_out(1, 4)
+    assert (four.iterations, four.accumulate, four.save_every) == (300, 2, 25)
+    assert four.shared_out(4, 1).iterations == 1200
+    by_epochs = options("dev", "data", Path("run"), iterations=None, epochs=7, accumulate=6)
+    for ranks in (1, 2, 3, 6):  # an update is rounded up alike
+        assert Length.of(by_epochs.shared_out(1, ranks), 20, ranks).updates == 24
+    with pytest.raises(FluxError, match="takes 8 batches, which 3 ranks cannot share out evenly"):
+        alone.shared_out(1, 3)
+    with pytest.raises(FluxError, match="--shard-base does not go with --dora"):
+        options("dev", "data", Path("run"), shard_base=True, dora=True)

@@ -155,7 +155,7 @@ def test_each_random_crop_is_kept(tmp_path, cache):
 
 def only_file(cache, plan):
     (placed, repeat), *_ = plan.variants()
-    return cache.path(latents.Latents(cache, "ae", 0)._key(placed, repeat))
+    return cache.path(latents.Latents(cache, "ae", 0)._key((placed, repeat)))
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "bit", "nonsense", "another's"])

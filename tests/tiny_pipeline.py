@@ -6,7 +6,7 @@ from pathlib import Path
 from flux.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
-from flux.models.transformer import Flux
+from flux.models.transformer import Flux, FluxParams
 from flux.pipeline import FluxPipeline, Parts
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import registry, save
@@ -18,12 +18,14 @@ FLUX = replace(tiny.FLUX, in_channels=64, out_channels=64)
 AE = AutoEncoderParams(ch=8, ch_mult=(1, 1, 2, 2), num_res_blocks=1, norm_groups=4)
 
 
-def make_parts(tokenizers: Path, guidance: bool = True, ae: AutoEncoderParams = AE) -> Parts:
+def make_parts(
+    tokenizers: Path, guidance: bool = True, ae: AutoEncoderParams = AE, flow: FluxParams = FLUX
+) -> Parts:
     """Parts of dev's kind (guidance, shift) or schnell's. Tokenizers: from `tiny.write_tokenizers`."""
     networks = [
         Flux(
             replace(
-                FLUX, in_channels=4 * ae.z_channels, out_channels=4 * ae.z_channels, guidance_embed=guidance
+                flow, in_channels=4 * ae.z_channels, out_channels=4 * ae.z_channels, guidance_embed=guidance
             )
         ),
         AutoEncoder(ae),
@@ -42,10 +44,10 @@ def make_pipeline(tokenizers: Path, **options) -> FluxPipeline:
     return FluxPipeline.from_parts(make_parts(tokenizers, **options))
 
 
-def write_checkpoint(folder: Path, guidance: bool = True) -> Path:
+def write_checkpoint(folder: Path, guidance: bool = True, flow: FluxParams = FLUX) -> Path:
     """A checkpoint of either kind in `folder`/model, in diffusers' layout: 2 steps and 64x48 pictures."""
     clip_tokenizer, t5_tokenizer = tiny.write_tokenizers(folder / "vocabularies")
-    parts = make_parts(folder / "vocabularies", guidance)
+    parts = make_parts(folder / "vocabularies", guidance, flow=flow)
     spec = replace(parts.spec, steps=2, image_size=(64, 48))
     model = save.Model(parts.flow, parts.ae, parts.clip, parts.t5, clip_tokenizer, t5_tokenizer, spec)
     save.save_diffusers(folder / "model", model)

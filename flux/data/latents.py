@@ -5,10 +5,11 @@ The encoders come in as functions: this file knows no model. Once nothing is `mi
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -20,6 +21,7 @@ from flux.errors import FluxError
 from flux.weights import tensors
 
 Tensors = dict[str, mx.array]
+Item = TypeVar("Item")
 # (1, H, W, 3) float32 in -1..1 -> mean and logarithm of the variance, each (1, h, w, z)
 PictureEncoder = Callable[[mx.array], tuple[mx.array, mx.array]]
 TextEncoder = Callable[[str], Tensors]  # a caption -> its features by name, without a batch axis
@@ -59,6 +61,19 @@ class Cache:
         metadata = {"key": _text(key), "checksum": _checksum(entry)}
         tensors.save(self.path(key), entry, metadata)
 
+    def add(self, key: Mapping[str, Any], content: bytes) -> None:
+        """Writes a file that another machine has made for this key. FluxError where the disk refuses."""
+        path = self.path(key)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        except OSError as error:
+            raise FluxError(f"{path}: cannot be written: {error.strerror}") from None
+        finally:
+            partial.unlink(missing_ok=True)
+
 
 def _text(key: Mapping[str, Any]) -> str:
     return json.dumps({"format": FORMAT, **key}, sort_keys=True, ensure_ascii=False)
@@ -89,17 +104,38 @@ def identity(files: Iterable[Path], *settings: object) -> str:
     return total.hexdigest()
 
 
-class Latents:
-    """Encoded pictures. identity: of the autoencoder. seed: of the plan, for crops and colours that vary."""
+class Store(Generic[Item]):
+    """What becomes of items when they are encoded, in a cache. identity: of the encoder."""
 
-    def __init__(self, cache: Cache, identity: str, seed: int):
+    def __init__(self, cache: Cache, identity: str):
         self._cache = cache
         self._identity = identity
-        self._seed = seed
 
-    def missing(self, variants: Iterable[tuple[Placed, int]]) -> list[tuple[Placed, int]]:
-        """Those (picture, repeat) of `Plan.variants` that must be encoded; the others are sound on disk."""
-        return [each for each in variants if self._cache.load(self._key(*each)) is None]
+    def missing(self, items: Iterable[Item]) -> list[Item]:
+        """Those that must be encoded; the others are sound on disk."""
+        return [item for item in items if self._cache.load(self._key(item)) is None]
+
+    def content(self, item: Item) -> bytes:
+        """The file of an item that is not missing, for `add` on another machine."""
+        return self._cache.path(self._key(item)).read_bytes()
+
+    def add(self, item: Item, content: bytes) -> None:
+        """Keeps what another machine has made of the item."""
+        self._cache.add(self._key(item), content)
+
+    def _key(self, item: Item) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class Latents(Store[tuple[Placed, int]]):
+    """Encoded pictures: items are (picture, repeat), as of `Plan.variants`.
+
+    identity: of the autoencoder. seed: of the plan, for crops and colours that vary.
+    """
+
+    def __init__(self, cache: Cache, identity: str, seed: int):
+        super().__init__(cache, identity)
+        self._seed = seed
 
     def encode(self, placed: Placed, repeat: int, encode: PictureEncoder) -> None:
         """Encodes a picture, with flip_aug its mirror image too, and keeps both with the mask, if any.
@@ -119,11 +155,11 @@ class Latents:
             height, width, _ = entry["mean"].shape
             entry["mask"] = mx.array(_averaged(mask, height, width))
         mx.eval(entry)
-        self._cache.save(self._key(placed, repeat), entry)
+        self._cache.save(self._key((placed, repeat)), entry)
 
     def load(self, entry: Entry) -> Tensors:
         """mean and logvar (h, w, z), and mask (h, w) where there is one, flipped as the entry says."""
-        found = self._cache.load(self._key(entry.placed, entry.repeat))
+        found = self._cache.load(self._key((entry.placed, entry.repeat)))
         if found is None:
             raise FluxError(
                 f"the cache lost the latents of {entry.placed.sample.name}: --resume makes them anew"
@@ -134,7 +170,8 @@ class Latents:
             out["mask"] = found["mask"][:, ::-1] if entry.flip else found["mask"]
         return out
 
-    def _key(self, placed: Placed, repeat: int) -> dict[str, Any]:
+    def _key(self, item: tuple[Placed, int]) -> dict[str, Any]:
+        placed, repeat = item
         subset = placed.sample.subset
         key = {
             "kind": "latents",
@@ -156,16 +193,8 @@ def _averaged(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     return (blocks.mean(axis=(1, 3)) / 255).astype(np.float32)
 
 
-class Texts:
+class Texts(Store[str]):
     """Encoded captions. identity: of the text encoders and their tokenizers' lengths."""
-
-    def __init__(self, cache: Cache, identity: str):
-        self._cache = cache
-        self._identity = identity
-
-    def missing(self, captions: Iterable[str]) -> list[str]:
-        """Those of `Plan.captions` that must be encoded; the others are sound on disk."""
-        return [caption for caption in captions if self._cache.load(self._key(caption)) is None]
 
     def encode(self, caption: str, encode: TextEncoder) -> None:
         """Encodes a caption and keeps it."""

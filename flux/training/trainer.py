@@ -183,10 +183,18 @@ class Trainer:
         if wrong:
             raise FluxError(f"{path} is no state of this training run; other or no shape: {', '.join(wrong)}")
         # Not from the names alone: the optimizer wants the empty places of frozen layers, too.
-        trees = tree_map_with_path(lambda name, _: arrays[name], self._trees())
+        self._put(tree_map_with_path(lambda name, _: arrays[name], self._trees()))
+        self.step = json.loads(metadata["step"])
+
+    def replace(self, function: Callable[[mx.array], mx.array]) -> None:
+        """Puts what the function makes of it in the place of every array that `save` would write."""
+        trees = tree_map(function, self._trees())
+        mx.eval(trees)
+        self._put(trees)
+
+    def _put(self, trees: dict[str, Any]) -> None:
         self.model.update(trees["model"])
         self.optimizer.state = trees["optimizer"]
         if self.ema is not None:
             self.ema.state = trees["ema"]
-        self.step = json.loads(metadata["step"])
         self._step = None  # it has captured the old state

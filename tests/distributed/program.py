@@ -27,7 +27,7 @@ import txt2image
 from flux import adapters, distributed, sampler
 from flux.adapters import Adapter, Adapters, Delta, Dense, Kronecker, LowRank
 from flux.adapters.lora import linear_shape, linears
-from flux.distributed import Ranks, average_gradients, shard
+from flux.distributed import Ranks, average_gradients, scatter, shard
 from flux.errors import FluxError
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
@@ -145,20 +145,40 @@ def compare(ranks: Ranks) -> dict[str, float]:
     return errors
 
 
-def memory(ranks: Ranks, folder: Path) -> dict[str, float]:
+WIDE = replace(FLUX, hidden_size=192, num_heads=12, axes_dim=(4, 6, 6), depth=4, depth_single_blocks=12)
+
+
+def memory(ranks: Ranks, folder: Path, divide: Callable[[Flux, Ranks], None]) -> dict[str, float]:
     """Bytes of a network of 50 MB: whole, what every rank has of it, and this rank's peak while it reads."""
-    params = replace(FLUX, hidden_size=192, num_heads=12, axes_dim=(4, 6, 6), depth=4, depth_single_blocks=12)
-    network = from_file(tiny.randomize(Flux(params), 0), ranks, folder)
-    total = sum(w.nbytes for _, w in tree_flatten(network.parameters()))
+    network = from_file(tiny.randomize(Flux(WIDE), 0), ranks, folder)
+    total = size_of(network)
     embedders = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in")
-    replicated = sum(w.nbytes for name in embedders for _, w in tree_flatten(network[name].parameters()))
-    replicated += sum(w.nbytes for _, w in tree_flatten(network.final_layer.linear.parameters()))
-    shard(network, ranks)
+    last = network.final_layer.linear if divide is shard else network.final_layer
+    replicated = sum(size_of(network[name]) for name in embedders) + size_of(last)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
+    divide(network, ranks)
     adapters.evaluate(network)
+    mx.eval(network.parameters())
     return {"total": total, "replicated": replicated, "peak": mx.get_peak_memory() - before}
+
+
+def size_of(network: nn.Module) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(network.parameters()))
+
+
+def scattered(ranks: Ranks) -> list[bool]:
+    """Whether networks whose weights are gathered layer by layer give what whole ones do, to the bit."""
+    same = []
+    for name in ("transformer", "transformer of mxfp4", "lora on 4 bits"):
+        make, run = CASES[name]
+        network = make()
+        whole = run(network)
+        mx.eval(whole)
+        scatter(network, ranks)
+        same.append(mx.array_equal(run(network), whole).item())
+    return same
 
 
 def messages(ranks: Ranks) -> dict[str, int]:
@@ -193,7 +213,7 @@ def faults(ranks: Ranks) -> dict[str, str]:
     note("agree", lambda: ranks.agree({"weights": "ab", "size": str(ranks.rank)}))
     note("agree on all", lambda: ranks.agree({"weights": "ab"}))
     cut = quantize(Flux(replace(FLUX, hidden_size=320, num_heads=10)), 4, 64)  # heads of 32
-    note("group", lambda: shard(cut, ranks))
+    note("group", lambda: ranks.together(lambda: shard(cut, ranks)))
     other = "0.0" if ranks.rank == 1 else flux.__version__
     with mock.patch.object(distributed, "__version__", other):
         note("version", Ranks)
@@ -227,7 +247,8 @@ def main() -> None:
     mean = average_gradients(ranks.group)(gradients)
     report = {
         "errors": compare(ranks),
-        "memory": memory(ranks, folder),
+        "memory": [memory(ranks, folder, divide) for divide in (shard, scatter)],
+        "scattered": scattered(ranks),
         "faults": faults(ranks),
         "dealt": dealt(ranks),
         "mean": [mean["a"].tolist(), mean["b"][0].tolist(), str(mean["b"][0].dtype)],

@@ -1,10 +1,6 @@
 """Pretraining by two processes: the same networks in both, resumed to the bit, and one process's losses."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,33 +9,11 @@ import pytest
 from flux.training.pretrain.report import read_lines
 
 from .. import pretraining
+from .launch import TIMEOUT, by_hand
 from .pretrain_program import execute
 
-ROOT = Path(__file__).parents[2]
 VAE = {"name": "vae", "n_epochs": 1, "train_vae": True, "gan_training": True, "kl_warmup_steps": 2}
 FLOW = {"name": "flow", "n_epochs": 2, "train_diff": True, "use_ema": True, "cfg_dropout_prob": 0.5}
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def start_ranks(folder: Path, *command: str) -> list[str]:
-    """Runs a program as two ranks; their standard error."""
-    (folder / "hosts.json").write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
-    environment = {**os.environ, "MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(ROOT)}
-    environment |= {"MLX_HOSTFILE": str(folder / "hosts.json"), "OPENBLAS_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(command, env={**environment, "MLX_RANK": str(r)}, stderr=subprocess.PIPE, text=True)
-        for r in range(2)
-    ]
-    return [rank.communicate(timeout=400)[1] for rank in ranks]
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
@@ -62,7 +36,8 @@ def done(tmp_path_factory) -> Path:
     pretraining.write(folder / "straight", *steps(3), **often)
     pretraining.write(folder / "resumed", *steps(3), **often)
     pretraining.write(folder / "shared", *one_group(3))
-    errors = start_ranks(folder, sys.executable, "-m", "tests.distributed.pretrain_program", str(folder))
+    with by_hand(2, ["-m", "tests.distributed.pretrain_program", folder], folder) as ranks:
+        errors = [rank.communicate(timeout=TIMEOUT)[1] for rank in ranks]
     assert (folder / "found1.json").is_file(), errors
     return folder
 

@@ -1,14 +1,11 @@
 """Several ranks on one machine, over the ring backend, as mlx.launch starts them and by hand."""
 
 import json
-import os
 import platform
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,8 +16,8 @@ from flux import __version__, images
 from flux.distributed import share
 from tests import tiny_pipeline
 
-ROOT = Path(__file__).parents[2]
-LAUNCH = Path(sys.executable).parent / "mlx.launch"
+from .launch import ROOT, TIMEOUT, by_hand, run_program
+
 SIZES = (1, 2, 3, 4)
 PROMPT = "a red apple on a blue background"
 COMMON = ("--seed", "5", "--image-size", "32x48", "--save-raw")
@@ -71,13 +68,10 @@ WRONG = ("--nonsense", PROMPT)
 COMMANDS = (MANY, SPLIT, ONE, FOLDER, BAD, MISSING, OTHER, WRONG)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    return tiny_pipeline.write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+    heads = replace(tiny_pipeline.FLUX, hidden_size=128, num_heads=4)  # one for each of four ranks
+    return tiny_pipeline.write_checkpoint(tmp_path_factory.mktemp("checkpoint"), flow=heads)
 
 
 @pytest.fixture(scope="module")
@@ -99,24 +93,6 @@ def reports(tmp_path_factory, model):
         return made[size]
 
     return report
-
-
-def run_program(size: int, program: list[str], folder: Path) -> None:
-    """Two ranks by mlx.launch; more by hand, because it spins on a core of its own."""
-    if size == 2:
-        program = [str(LAUNCH), "-n", "2", "--backend", "ring", "--", sys.executable, *program]
-        stdin, never_written = os.pipe()  # of a file that is at its end it would read without end
-        subprocess.run(program, env=environment(), stdin=stdin, timeout=600, check=True)
-        os.close(stdin)
-        os.close(never_written)
-        return
-    ranks = start(size, program, folder)
-    try:
-        for rank in ranks:
-            out, err = rank.communicate(timeout=600)
-            assert rank.returncode == 0, out + err
-    finally:
-        end(ranks)
 
 
 def prepare(folder: Path, rank: int, model: Path) -> None:
@@ -151,8 +127,13 @@ def test_as_few_messages_as_can_be(reports, size):
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_a_rank_has_its_part_in_memory_and_no_more(reports, size):
     for report in reports(size)[1]:
-        memory = report["memory"]
-        assert memory["peak"] <= 1.15 * memory["total"] / size + memory["replicated"]
+        for memory in report["memory"]:  # split, and gathered layer by layer
+            assert memory["peak"] <= 1.15 * memory["total"] / size + memory["replicated"]
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_layers_that_are_gathered_give_the_same_to_the_bit(reports, size):
+    assert [report["scattered"] for report in reports(size)[1]] == [[True] * 3] * size
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
@@ -254,41 +235,18 @@ def test_rank_0_alone_prints_and_writes(reports, size):
 # --- Ranks that die ---
 
 
-def start(size: int, command: list, folder: Path) -> list[subprocess.Popen]:
-    """Ranks as mlx.launch starts them, but nobody ends the others when one dies."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(size)]
-    hosts = [[f"127.0.0.1:{own.getsockname()[1]}"] for own in sockets]
-    for own in sockets:
-        own.close()
-    (folder / "hosts.json").write_text(json.dumps(hosts))
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    variables = environment() | {"MLX_HOSTFILE": str(folder / "hosts.json")}
-    return [
-        subprocess.Popen(
-            list(map(str, [sys.executable, *command])),
-            cwd=folder,
-            env=variables | {"MLX_RANK": str(rank)},
-            **pipes,
-        )
-        for rank in range(size)
-    ]
-
-
 def test_a_rank_is_killed(tmp_path):
     script = [ROOT / "txt2image.py", "--model", "tiny", "--steps", 100000, "--force-shard", PROMPT]
-    ranks = start(3, script, tmp_path)
-    try:
+    with by_hand(3, script, tmp_path) as ranks:
         assert ranks[0].stdout.readline().startswith("seed: ")
         time.sleep(0.5)
         ranks[2].send_signal(signal.SIGKILL)
         for rank in range(2):
-            _, err = ranks[rank].communicate(timeout=60)
-            assert ranks[rank].returncode == 2
+            _, err = ranks[rank].communicate(timeout=TIMEOUT)
+            assert ranks[rank].returncode == 2, err
             name = f"error: rank {rank} of 3 ({platform.node()}): another rank has ended or cannot be reached"
             assert name in err
             assert "Traceback" not in err
-    finally:
-        end(ranks)
     assert files(tmp_path) == []
 
 
@@ -303,19 +261,10 @@ ranks.gather(None, patience=1)
 
 
 def test_a_rank_says_nothing(tmp_path):
-    ranks = start(2, ["-c", SILENT], tmp_path)
-    try:
-        _, err = ranks[0].communicate(timeout=60)
-    finally:
-        end(ranks)
-    assert ranks[0].returncode == 2
+    with by_hand(2, ["-c", SILENT], tmp_path) as ranks:
+        _, err = ranks[0].communicate(timeout=TIMEOUT)
+        assert ranks[0].returncode == 2
     assert err == f"error: rank 0 of 2 ({platform.node()}): no word from another rank in 1 s\n"
-
-
-def end(ranks: list[subprocess.Popen]) -> None:
-    for rank in ranks:
-        rank.kill()
-        rank.communicate()
 
 
 def test_shares():

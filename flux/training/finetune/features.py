@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import zip_longest
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -11,6 +13,7 @@ from flux import machine
 from flux.conditioning import encode_texts, warn_if_cut
 from flux.data import latents as data
 from flux.data.epochs import Batch, Plan
+from flux.distributed import Ranks
 from flux.pipeline import Conditioning, FluxPipeline, TextConditioning
 
 Tensors = dict[str, mx.array]
@@ -26,22 +29,47 @@ class Features:
         self._latents = data.Latents(cache, identities[0], plan.seed)
         self._texts = data.Texts(cache, f"{identities[1]} {'ids' if clip_ids else 'pooled'}")
 
-    def missing_pictures(self) -> list:
-        """(picture, repeat) without latents."""
-        return self._latents.missing(self.plan.variants())
+    def encode(self, pipeline: FluxPipeline, texts: Iterable[str], ranks: Ranks) -> None:
+        """Fills the cache: each picture of the plan and each text is encoded by one rank, for all of them."""
+        autoencoder = partial(pipeline.ae.moments, memory=machine.autoencoder_memory())
+        text_encoder = self._text_encoder(pipeline)
+        self._fill(
+            "encoding pictures",
+            self._latents,
+            self.plan.variants(),
+            lambda item: self._latents.encode(*item, autoencoder),
+            ranks,
+        )
+        self._fill(
+            "encoding texts",
+            self._texts,
+            list(dict.fromkeys(texts)),
+            lambda item: self._texts.encode(item, text_encoder),
+            ranks,
+        )
 
-    def missing_texts(self, texts: Iterable[str]) -> list[str]:
-        return self._texts.missing(texts)
+    def _fill(
+        self, title: str, store: data.Store, items: Sequence, encode: Callable[[Any], None], ranks: Ranks
+    ) -> None:
+        """Encodes what no rank has, and gives each what it lacks: the ranks need not share a disk."""
+        missing = set(store.missing(items))
+        lacking = ranks.gather([i for i, item in enumerate(items) if item in missing])
 
-    def encode_pictures(self, pipeline: FluxPipeline, wanted: Sequence, quiet: bool) -> None:
-        moments = partial(pipeline.ae.moments, memory=machine.autoencoder_memory())
-        for placed, repeat in tqdm(wanted, "encoding pictures", disable=quiet or None):
-            self._latents.encode(placed, repeat, moments)
+        def give(number: int | None) -> mx.array:
+            if number is None:
+                return mx.zeros((0,), mx.uint8)
+            item = items[number]
+            if item in missing:
+                encode(item)
+            return mx.array(np.frombuffer(store.content(item), np.uint8))
 
-    def encode_texts(self, pipeline: FluxPipeline, wanted: Sequence[str], quiet: bool) -> None:
-        encode = self._text_encoder(pipeline)
-        for text in tqdm(wanted, "encoding texts", disable=quiet or None):
-            self._texts.encode(text, encode)
+        turns = who_gives(lacking)
+        contents = ranks.map(give, turns)
+        bar = tqdm(contents, title, total=len(turns), disable=None if ranks.first else True)
+        for number, content in zip(turns, bar, strict=True):
+            # Where the disk is the same, it is there by now.
+            if number is not None and items[number] in missing and store.missing([items[number]]):
+                store.add(items[number], np.array(content).tobytes())
 
     def _text_encoder(self, pipeline: FluxPipeline) -> Callable[[str], Tensors]:
         parts = (pipeline.t5, pipeline.clip, pipeline.t5_tokenizer, pipeline.clip_tokenizer)
@@ -73,6 +101,20 @@ class Features:
             return TextConditioning(found["t5"], clip)
 
         return Conditioning(one(text), None if negative is None else one(negative))
+
+
+def who_gives(lacking: Sequence[Sequence[int]]) -> list[int | None]:
+    """Which item each rank gives the others, rank by rank and turn by turn; None: no more of this rank.
+
+    lacking: the items that each rank lacks. An item is given by the first who has it; what nobody has is
+    dealt out, to be encoded.
+    """
+    queues: list[list[int]] = [[] for _ in lacking]
+    lacked = [set(own) for own in lacking]
+    for number in sorted(set().union(*lacked)):
+        having = [rank for rank, own in enumerate(lacked) if number not in own]
+        (queues[having[0]] if having else min(queues, key=len)).append(number)
+    return [number for turn in zip_longest(*queues) for number in turn]
 
 
 def sample_key(seed: int, position: int) -> np.ndarray:

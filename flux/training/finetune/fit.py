@@ -19,32 +19,38 @@ def machine_memory() -> int:
     return int(found or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def needed(options: Options, params: FluxParams, shape: dict[str, Any]) -> Estimate:
-    """shape: image_size, batch, text_tokens and element_size, as `memory.estimate` takes them."""
+def needed(options: Options, params: FluxParams, shape: dict[str, Any], ranks: int = 1) -> Estimate:
+    """shape: image_size, batch, text_tokens and element_size, as `memory.estimate` takes them.
+
+    ranks: that share the base's weights.
+    """
     bits, mode = QUANTIZE.get(options.quantize, (None, "affine"))
-    return estimate(
+    need = estimate(
         params,
         bits,
         rank=options.rank,
-        checkpoint=options.grad_checkpoint,
+        checkpoint=options.grad_checkpoint or options.shard_base,
         optimizer=options.optimizer,
         mode=mode,
         which=options.targets,
         last_blocks=options.last_blocks,
         **shape,
     )
+    return replace(need, weights=need.weights // ranks)
 
 
-def describe(options: Options, params: FluxParams, shape: dict[str, Any], memory: int) -> tuple[str, str]:
+def describe(
+    options: Options, params: FluxParams, shape: dict[str, Any], memory: int, ranks: int = 1
+) -> tuple[str, str]:
     """What a step takes, in a line; and where that is more than `memory` bytes, what would help, else ""."""
-    need = needed(options, params, shape)
+    need = needed(options, params, shape, ranks)
     parts = {"weights": need.weights, "adapter": need.adapter, "activations": need.activations}
     text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     line = f"memory: about {need.total / 1e9:.2f} GB ({text}), {memory / 1e9:.1f} GB here"
-    return line, "" if need.total <= USABLE * memory else _advice(options, params, shape, memory)
+    return line, "" if need.total <= USABLE * memory else _advice(options, params, shape, memory, ranks)
 
 
-def _advice(options: Options, params: FluxParams, shape: dict[str, Any], memory: int) -> str:
+def _advice(options: Options, params: FluxParams, shape: dict[str, Any], memory: int, ranks: int) -> str:
     height, width = shape["image_size"]
     half = f"{max(16, height // 32 * 16)}x{max(16, width // 32 * 16)}"
     steps = [
@@ -55,10 +61,10 @@ def _advice(options: Options, params: FluxParams, shape: dict[str, Any], memory:
         ("--lora-rank 4", {"rank": min(4, options.rank)}, {}),
     ]
     taken = []
-    total = needed(options, params, shape).total
+    total = needed(options, params, shape, ranks).total
     for name, own, other in steps:
         changed = replace(options, **own), shape | other
-        if (now := needed(changed[0], params, changed[1]).total) < total:
+        if (now := needed(changed[0], params, changed[1], ranks).total) < total:
             (options, shape), total = changed, now
             taken.append(name)
         if total <= USABLE * memory:

@@ -22,6 +22,7 @@ SMALL = 256  # a resolution below the usual smallest bucket
 # may have moved; that it is the same one is seen from its digest.
 CHANGEABLE = (
     *("iterations", "epochs", "format", "save_every", "save_every_epochs", "state_every", "keep_states"),
+    "shard_base",
     *(
         "data",
         "validate_every",
@@ -80,6 +81,7 @@ class Options:
     guidance: float = 1.0
     prior_weight: float = 1.0
     grad_checkpoint: bool = False
+    shard_base: bool = False  # over the ranks; with grad_checkpoint
     seed: int = 0
 
     validate_every: int = 100  # iterations, as the following
@@ -100,6 +102,8 @@ class Options:
             raise FluxError("give iterations or epochs, not both")
         if self.fuse_adapters and not self.adapters:
             raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
+        if self.shard_base and self.dora:
+            raise FluxError("--shard-base does not go with --dora, which needs whole weights at every step")
         if not all(prompt.strip() for prompt in self.progress_prompts):
             raise FluxError("a progress prompt is empty; say what the picture should show")
         schema.check_defaults(self.data_options)
@@ -186,6 +190,23 @@ class Options:
         if data.get("resolution"):
             data["resolution"] = tuple(data["resolution"])
         return cls(**table)
+
+    def shared_out(self, before: int, now: int) -> "Options":
+        """The same training on another number of ranks: as many batches an update and in all.
+
+        What is counted in iterations, of each rank, is counted anew. FluxError where an update's batches
+        cannot be shared out evenly.
+        """
+        batches = self.accumulate * before
+        if batches % now:
+            raise FluxError(
+                f"an update of this run takes {batches} batches, which {now} ranks cannot share out evenly: "
+                f"start a number of ranks that divides {batches}"
+            )
+        counted = ("iterations", "validate_every", "progress_every", "save_every", "state_every")
+        given = {name: getattr(self, name) for name in counted if getattr(self, name) is not None}
+        given = {name: -(-value * before // now) for name, value in given.items()}
+        return replace(self, accumulate=batches // now, **given)
 
     def changed(self, changes: dict[str, Any]) -> "Options":
         """For a resumed run: with the options that were given anew. FluxError for those that contradict."""

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from flux import adapters
 from flux.data import latents, samples
 from flux.data.epochs import Plan
-from flux.distributed import average_gradients
+from flux.distributed import DOWNLOAD, Ranks, RanksError, average_gradients, scatter
 from flux.errors import FluxError
 from flux.training import optimizers
 from flux.training.checkpointing import checkpoint_blocks
@@ -35,6 +35,7 @@ from flux.training.objective import FlowLoss
 from flux.training.report import Events, draw_loss
 from flux.training.states import STATE, States
 from flux.training.trainer import Metrics, Trainer
+from flux.weights import tensors
 
 DROPOUT_SEED = 0x44524F50  # apart from the samples' own
 
@@ -46,37 +47,45 @@ class Stopped(Exception):
 class FineTuning:
     """A run of `options`, in `options.output_dir`."""
 
-    def __init__(self, options: Options, quiet: bool = False, state: Path | None = None):
-        """state: what `resume` goes on from. FluxError where the folder holds a run and there is none."""
-        self._group = mx.distributed.init()
-        self.first = self._group.rank() == 0
-        self.options = options if state else options.resolved()
+    def __init__(
+        self,
+        options: Options,
+        quiet: bool = False,
+        state: Path | None = None,
+        ranks: Ranks | None = None,
+    ):
+        """state: what `resume` goes on from. FluxError where the folder holds a run and there is none.
+
+        On several ranks rank 0's options hold, and it alone reads and writes the folder, but for the cache.
+        """
+        self._ranks = ranks or Ranks()
+        self.first = self._ranks.first
+        if state is None:
+            options = Options.from_table(self._ranks.from_first(lambda: _begun(options).as_table()))
+        self.options = options
         self.folder = Path(options.output_dir).expanduser()
         self._states = States(self.folder / "states", self.options.keep_states)
-        if state is None and (found := self._states.latest()):
-            raise FluxError(
-                f"{self.folder} holds a run ({found.name} iterations): go on with --resume {self.folder}, "
-                f"or give another --output-dir"
-            )
         self._state = state
         self._console = Console(quiet or not self.first)
-        self._training, self._asked_to_stop = False, False
+        self._training, self._asked_to_stop, self._stops = False, False, False
 
     @classmethod
-    def resume(cls, folder: str | Path, changes: dict[str, Any], quiet: bool = False) -> "FineTuning":
+    def resume(
+        cls, folder: str | Path, changes: dict[str, Any], quiet: bool = False, ranks: Ranks | None = None
+    ) -> "FineTuning":
         """Goes on from the latest state in a run's folder; changes: options that were given anew.
 
-        FluxError where there is no state, and for options that would make it another run.
+        The number of ranks may be another one: see `Options.shared_out`. FluxError where there is no state,
+        and for options that would make it another run.
         """
-        state = States(Path(folder).expanduser() / "states", 1).latest()
-        if state is None:
-            raise FluxError(f"{folder}: no state of a run to go on from: start it again without --resume")
-        stored = Options.from_table({**States.read(state)["options"], "output_dir": str(folder)})
-        return cls(stored.changed({k: v for k, v in changes.items() if k != "output_dir"}), quiet, state)
+        ranks = ranks or Ranks()
+        state, table = ranks.from_first(lambda: _stored(folder, changes, ranks.size))
+        return cls(Options.from_table(table), quiet, Path(state), ranks)
 
     def interrupt(self) -> None:
         """Asks the run to stop after the batch at hand, save its state and raise `Stopped`.
 
+        On several ranks it stops after the update at hand, as soon as any of them was asked to.
         Raises KeyboardInterrupt where it is not training yet, and when it is asked again.
         """
         if not self._training or self._asked_to_stop:
@@ -86,15 +95,21 @@ class FineTuning:
 
     def execute(self) -> Path:
         """Encodes what is not encoded yet, trains, and writes the adapter; its path."""
-        self._prepare_data()
-        self._encode()
-        self._prepare_training()
-        self._train()
-        path = self.folder / f"{self.options.name or 'final_adapters'}.safetensors"
+        with self._ranks.waiting(None):
+            self._ranks.together(self._prepare_data, DOWNLOAD)
+            if self._ranks.size > 1:
+                self._ranks.agree(self._ranks.together(self._facts))
+            self._encode()
+            self._prepare_training()
+            self._train()
+            path = self.folder / f"{self.options.name or 'final_adapters'}.safetensors"
+            self._ranks.together(lambda: self._finish(path))
+        return path
+
+    def _finish(self, path: Path) -> None:
         self._save_adapter(path)
         if self.first:
             draw_loss(self._events.path, self.folder / "loss.png")
-        return path
 
     # --- data ---
 
@@ -107,16 +122,21 @@ class FineTuning:
             warnings.warn(warning, stacklevel=2)
         self._plan = Plan(dataset, options.seed)
         self._digest = self._plan.digest()
-        if self._state and States.read(self._state)["digest"] != self._digest:
+        if self._state and self.first and States.read(self._state)["digest"] != self._digest:
             raise FluxError(
                 f"the data set {options.data} is not the one that this run was begun with (its pictures, "
                 f"captions or options have changed): restore it, or start anew with another --output-dir"
             )
-        self.length = Length.of(options, self._plan.batches_per_epoch, self._group.size())
+        self.length = Length.of(options, self._plan.batches_per_epoch, self._ranks.size)
         self._say_whether_it_fits()
         # Faults of these options must show now, not after an hour of encoding.
         self._optimizer = self._make_optimizer()
         adapters.targets(self._base.pipeline.flow, options.targets, options.last_blocks)
+
+    def _facts(self) -> dict[str, str]:
+        """What must be the same on all ranks."""
+        files = {f"adapter {file}": tensors.fingerprint(Path(file)) for file, _ in self.options.adapters}
+        return {**self._base.checkpoint.fingerprints(), **files, "data set": self._digest[:12]}
 
     def _make_optimizer(self) -> Optimizer:
         options, updates = self.options, self.length.updates
@@ -132,13 +152,19 @@ class FineTuning:
             "text_tokens": self._base.checkpoint.spec.t5_length,
             "element_size": flow.dtype.size,
         }
-        line, advice = fit.describe(self.options, flow.params, shape, fit.machine_memory())
+        line, advice = fit.describe(
+            self.options,
+            flow.params,
+            shape,
+            fit.machine_memory(),
+            self._ranks.size if self.options.shard_base else 1,
+        )
         self._console.say(line)
         if advice and self.first:
             warnings.warn(advice, stacklevel=2)
 
     def _encode(self) -> None:
-        """Fills the cache and lets go of the encoders. Ranks share the work where they share the disk."""
+        """Fills the cache and lets go of the encoders."""
         options, plan = self.options, self._plan
         folder = Path(options.cache_dir).expanduser() if options.cache_dir else self.folder / "cache"
         identities = self._base.identities()
@@ -148,13 +174,7 @@ class FineTuning:
             self._base, self._features, options.progress_prompts, size, options.progress_seed
         )
         texts = [*plan.captions(self.length.epochs), *self._pictures.texts()]
-        rank, ranks = self._group.rank(), self._group.size()
-        for share in (slice(rank, None, ranks), slice(None)):
-            pictures = self._features.missing_pictures()[share]
-            self._features.encode_pictures(self._base.pipeline, pictures, not self.first)
-            missing = self._features.missing_texts(dict.fromkeys(texts))[share]
-            self._features.encode_texts(self._base.pipeline, missing, not self.first)
-            mx.eval(mx.distributed.all_sum(mx.array(0.0), group=self._group))  # until all have done so
+        self._features.encode(self._base.pipeline, texts, self._ranks)
         self._base.drop_encoders(keep_clip=options.train_clip)
 
     # --- training ---
@@ -163,7 +183,9 @@ class FineTuning:
         options, pipeline = self.options, self._base.pipeline
         self.network = Network(pipeline.flow, pipeline.clip if options.train_clip else None)
         self._adapters = inject(self.network, options)
-        if options.grad_checkpoint:
+        if options.shard_base:
+            scatter(pipeline.flow, self._ranks)
+        if options.grad_checkpoint or options.shard_base:
             checkpoint_blocks(pipeline.flow, modulation_learns=options.train_clip)
         self.network.train()
         self._loss = self._make_loss()
@@ -173,14 +195,17 @@ class FineTuning:
             self._batch,
             self._optimizer,
             ema=None if options.ema is None else EMA(self.network, options.ema),
-            average=average_gradients(self._group) if self._group.size() > 1 else None,
+            average=average_gradients(self._ranks.group) if self._ranks.size > 1 else None,
             accumulate=options.accumulate,
             clip_norm=options.clip_norm or None,
             compiled=mx.default_device().type == mx.gpu,
             save_frozen=False,
         )
         if self._state:
-            self.trainer.load(self._state / STATE)
+            self._ranks.together(lambda: self.trainer.load(self._state / STATE) if self.first else None)
+        if self._ranks.size > 1:  # one beginning for all, whatever their machines are
+            self.trainer.replace(self._ranks.of_first)
+            self.trainer.step = self._ranks.gather(self.trainer.step)[0]
 
     def _make_loss(self) -> FlowLoss:
         options, ae = self.options, self._base.ae_params
@@ -210,7 +235,7 @@ class FineTuning:
 
     def _batch(self, number: int) -> dict[str, mx.array]:
         """This rank's number-th batch: the ranks take those of the plan in turn."""
-        batch = self._plan.batch(number * self._group.size() + self._group.rank())
+        batch = self._plan.batch(number * self._ranks.size + self._ranks.rank)
         seed = self.options.seed
         arrays = self._features.batch(batch, lambda position: sample_key(seed, position))
         if self.options.dropout:
@@ -234,9 +259,11 @@ class FineTuning:
         self._console.begin(length.iterations, length.iterations_at(trainer.step))
         self._clock, self._training = time.monotonic(), True
         try:
-            trainer.run(length.updates, (self._after_update,), self._between_batches)
+            while trainer.step < length.updates:
+                with self._ranks.waiting():
+                    trainer.run(trainer.step + 1, (self._after_update,), self._between_batches)
         except Stopped:
-            self._save_state()
+            self._ranks.together(self._save_state)
             raise
         finally:
             self._training = False
@@ -245,9 +272,10 @@ class FineTuning:
     def _say_what_begins(self) -> None:
         length, options = self.length, self.options
         count = sum(a.size for _, a in tree_flatten(self.network.trainable_parameters()))
+        several = f" on each of {self._ranks.size} ranks" if self._ranks.size > 1 else ""
         lines = [
             f"{len(self._plan.items)} samples and {length.batches_per_epoch} batches an epoch; "
-            f"{length.iterations} iterations, {length.updates} updates, {length.epochs} epochs",
+            f"{length.iterations} iterations{several}, {length.updates} updates, {length.epochs} epochs",
             f"training {count:,} weights of rank {options.rank}",
         ]
         if self._state:
@@ -257,7 +285,7 @@ class FineTuning:
 
     def _between_batches(self) -> None:
         self._console.batch()
-        if self._asked_to_stop:
+        if self._asked_to_stop and self._ranks.size == 1:
             raise Stopped
 
     def _after_update(self, trainer: Trainer, metrics: Metrics) -> None:
@@ -270,18 +298,18 @@ class FineTuning:
             self._save_adapter(self._adapter_path(f"{epoch:06d}"))
         if length.due(options.state_every, step) or step == length.updates:
             self._save_state()
-        if self._asked_to_stop:
+        if self._stops:
             raise Stopped
 
     def _write_update(self, metrics: Metrics) -> None:
-        loss = metrics["loss"]
-        if self._group.size() > 1:
-            loss = mx.distributed.all_sum(loss, group=self._group) / self._group.size()
-        loss, iteration = loss.item(), self.length.iterations_at(self.trainer.step)
+        # Also to see that all ranks are alive: a sum without one of them is no error to MLX.
+        losses, asked = zip(*self._ranks.gather((metrics["loss"].item(), self._asked_to_stop)), strict=True)
+        loss, self._stops = sum(losses) / len(losses), any(asked)
+        iteration = self.length.iterations_at(self.trainer.step)
         norm = metrics["norm"].item() if "norm" in metrics else 0.0
         if not math.isfinite(loss) or not math.isfinite(norm):
             state = self._states.latest()
-            raise FluxError(
+            raise RanksError(  # the loss is the same on all of them
                 f"the loss is {loss} and the gradient's norm {norm} at iteration {iteration}: try a lower "
                 f"--learning-rate; the last good state is {state}"
             )
@@ -301,9 +329,9 @@ class FineTuning:
 
     def _look(self, before: int, step: int) -> None:
         """Validation loss and progress pictures, where they are due; at the very start both are."""
-        if not self.first:
-            return
         options, length = self.options, self.length
+        if not self.first and not options.shard_base:  # where it is, all must work together
+            return
         start, last = step == 0, step == length.updates
         iteration = length.iterations_at(step)
         validates = self._plan.held_out and (start or last or length.due(options.validate_every, step))
@@ -314,12 +342,12 @@ class FineTuning:
             if validates:
                 loss = validation_loss(self.network, self._features, self._loss)
                 line = {"event": "validation", "update": step, "iteration": iteration, "loss": loss}
-                self._events.write(line)
+                if self.first:
+                    self._events.write(line)
                 self._console.say(f"iteration {iteration}: validation loss {loss:.5f}")
             if draws:
                 path = self.folder / "progress" / f"step{iteration:08d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._pictures.draw(self.network, path)
+                self._pictures.draw(self.network, path if self.first else None)
         self._clock = time.monotonic()
 
     # --- files ---
@@ -344,7 +372,34 @@ class FineTuning:
 
     def _save_state(self) -> None:
         if self.first:
-            name = f"{self.length.iterations_at(self.trainer.step):08d}"
-            table = {"options": self.options.as_table(), "digest": self._digest}
+            # By the batches of all ranks, because names must sort though their number changes.
+            name = f"{self.length.iterations_at(self.trainer.step) * self._ranks.size:08d}"
+            table = {"options": self.options.as_table(), "digest": self._digest, "ranks": self._ranks.size}
             self._states.save(name, table, self.trainer.save)
             draw_loss(self._events.path, self.folder / "loss.png")
+
+
+# --- What a run begins with: from rank 0's folder ---
+
+
+def _begun(options: Options) -> Options:
+    """The options of a new run. FluxError where its folder holds one."""
+    found = States(Path(options.output_dir).expanduser() / "states", options.keep_states).latest()
+    if found:
+        raise FluxError(
+            f"{options.output_dir} holds a run ({found.name} batches): go on with --resume "
+            f"{options.output_dir}, or give another --output-dir"
+        )
+    return options.resolved()
+
+
+def _stored(folder: str | Path, changes: dict[str, Any], ranks: int) -> tuple[str, dict[str, Any]]:
+    """The latest state in a folder, and the options to go on with, as a table."""
+    state = States(Path(folder).expanduser() / "states", 1).latest()
+    if state is None:
+        raise FluxError(f"{folder}: no state of a run to go on from: start it again without --resume")
+    found = States.read(state)
+    options = Options.from_table({**found["options"], "output_dir": str(folder)})
+    options = options.shared_out(found.get("ranks", 1), ranks)
+    changes = {name: value for name, value in changes.items() if name != "output_dir"}
+    return str(state), options.changed(changes).as_table()

@@ -48,17 +48,23 @@ class Pictures:
         """What must be encoded for them."""
         return [*self.prompts, *([self.negative] if self.negative is not None and self.prompts else [])]
 
-    def draw(self, network: Network, path: Path) -> None:
-        """Writes the pictures side by side. The autoencoder is in memory only while it decodes them."""
+    def draw(self, network: Network, path: Path | None) -> None:
+        """Writes the pictures side by side. The autoencoder is in memory only while it decodes them.
+
+        path: None on a rank that only takes part in the transformer's work.
+        """
         pipeline = self._base.pipeline
         network.eval()
         latents = [self._latent(pipeline, network, i) for i in range(len(self.prompts))]
         network.train()
+        if path is None:
+            return
         self._base.load_ae()
         pictures = [images.to_uint8(pipeline.decode(x, self._latent_size))[0] for x in latents]
         del pipeline.ae
         mx.clear_cache()
         text = {"prompt": "\n".join(self.prompts), "seed": str(self._seed)}
+        path.parent.mkdir(parents=True, exist_ok=True)
         images.save(path, images.grid([np.array(picture) for picture in pictures]), text)
 
     def _latent(self, pipeline: FluxPipeline, network: Network, i: int) -> mx.array:

@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from flux.distributed import Ranks
 from flux.errors import FluxError
 from flux.training.pretrain.config import ConfigError
 from flux.training.pretrain.run import Run
@@ -34,8 +35,11 @@ def main() -> int:
             for number, step in enumerate(config.steps, 1):
                 print(f"{number}. {step.name}: trains {', '.join(sorted(step.trained))}")
             return 0
-        run = Run(config, arguments.resume)
-        result = run.execute()
+        ranks = Ranks()
+        with ranks.waiting(None):
+            run = Run(config, arguments.resume)
+            result = run.execute()
+            ranks.gather(None)  # until rank 0 has written everything
         if run.first:
             print(result)
     except ConfigError as error:
