@@ -17,8 +17,8 @@ from flux.captioning.tokenizer import FLORENCE_TOKENS
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2
 from flux.training.captioner import evaluate, export, recipe
-from flux.training.captioner.__main__ import PROBE_WEIGHT, Pupil, pupil_loss
-from flux.training.captioner.pictures import augment, batches
+from flux.training.captioner.__main__ import Pupil, pupil_loss
+from flux.training.captioner.pictures import augment, batches, places
 from flux.training.convolution import use_products
 from flux.training.pretrain import emoji
 from flux.training.pretrain.emoji import Composition
@@ -77,7 +77,7 @@ def test_batches_are_functions_of_the_step_and_hold_nothing_out(tokenizer):
     assert all(mx.array_equal(first[name], again[name]) for name in first)
     assert not mx.array_equal(first["pictures"], other["pictures"])
     prompts = {f"<s>{TASKS[task].ask()}</s>" for task in recipe.CAPTION_TASKS}
-    rows = zip(*(first[name].tolist() for name in ("answers", "prompts", "mask", "subjects")), strict=True)
+    rows = zip(*(first[name].tolist() for name in ("answers", "prompts", "mask", "places")), strict=True)
     seen = set()
     for answer, prompt, mask, shares in rows:
         shown = emoji.parse(tokenizer.decode(answer).replace("<pad>", "")[3:-4])
@@ -86,10 +86,21 @@ def test_batches_are_functions_of_the_step_and_hold_nothing_out(tokenizer):
         kept = tokenizer.decode(token for token, is_seen in zip(prompt, mask, strict=True) if is_seen)
         assert kept in prompts
         seen.add(kept)
-        names = [list(emoji.subjects())[i] for i in np.flatnonzero(shares)]
-        assert sorted(names) == sorted(shown.subjects)
-        assert sum(shares) == 1
+        names = list(emoji.subjects())[: recipe.SUBJECTS]
+        assert np.array_equal(shares, places(shown, {name: i for i, name in enumerate(names)}))
     assert seen == prompts
+
+
+def test_places_that_subjects_cover():
+    """The feature map has 4 x 4 places, of 16 pixels; a large subject's box has 48, a small one's 32."""
+    index = {"red apple": 0, "owl": 1}
+    edge, whole = [0.25, 0.5, 0.5, 0.25], [0.5, 1, 1, 0.5]
+    shares = places(APPLE, index)  # its box is in the middle, 8 pixels from each edge
+    assert shares[:, :, 0].tolist() == [edge, whole, whole, edge]
+    assert not shares[:, :, 1].any()
+    shares = places(Composition(("owl", "red apple"), "red", "small", "pair"), index)
+    assert np.array_equal(shares[1:3], [[[0, 1, 0], [0, 1, 0], [1, 0, 0], [1, 0, 0]]] * 2)
+    assert np.array_equal(shares[[0, 3]], np.full((2, 4, 3), [0, 0, 1]))
 
 
 @needs_font
@@ -116,9 +127,9 @@ def test_loss_is_of_the_next_token_and_not_of_padding(tokenizer):
     for answer, row in zip(answers, rows, strict=True):
         answer[: len(row)] = row
     pictures = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
-    shown = np.eye(2, recipe.SUBJECTS, dtype=np.float32)
+    shown = rng.dirichlet(np.ones(recipe.SUBJECTS + 1), (2, 4, 4)).astype(np.float32)
     batch = {"pictures": mx.array(pictures), "prompts": prompts, "mask": mask}
-    batch |= {"answers": mx.array(answers), "subjects": mx.array(shown)}
+    batch |= {"answers": mx.array(answers), "places": mx.array(shown)}
 
     pixels = mx.array(
         ((pictures / 255 - recipe.PICTURES.mean) / recipe.PICTURES.deviation).astype(np.float32)
@@ -130,13 +141,13 @@ def test_loss_is_of_the_next_token_and_not_of_padding(tokenizer):
         log_probs = np.array(scores - mx.logsumexp(scores, axis=-1, keepdims=True))
         losses += [-log_probs[place, token] for place, token in enumerate(row)]
     features = model.captioner.vision_tower(pixels)
-    named = model.probe(model.probe_norm(features).mean((1, 2)))
-    probe = np.array(mx.logsumexp(named, axis=-1) - mx.diagonal(named)).mean()
+    named = np.array(model.probe(model.probe_norm(features)), np.float64)
+    probe = -(shown * (named - np.log(np.exp(named).sum(-1, keepdims=True)))).sum(-1).mean()
 
     use_products(model)
     loss, metrics = pupil_loss(model, batch, mx.random.key(0), tokenizer.pad_token_id)
     assert metrics["caption"].item() == pytest.approx(np.mean(losses), rel=1e-5)
-    assert loss.item() == pytest.approx(np.mean(losses) + PROBE_WEIGHT * probe, rel=1e-5)
+    assert loss.item() == pytest.approx(np.mean(losses) + probe, rel=1e-5)
 
 
 @needs_font

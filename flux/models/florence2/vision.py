@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from flux.models.florence2.depthwise import DepthwiseConv2d
+
 
 @dataclass(frozen=True)
 class VisionParams:
@@ -124,9 +126,9 @@ class Block(nn.Module):
     def __init__(self, params: VisionParams, stage: int):
         super().__init__()
         width = params.embed_dim[stage]
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.conv1 = DepthwiseConv2d(width)
         self.norm1 = nn.LayerNorm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.conv2 = DepthwiseConv2d(width)
         self.norm2 = nn.LayerNorm(width)
         self.ffn = MLP(width, int(width * params.mlp_ratio))
 

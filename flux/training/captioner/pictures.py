@@ -1,6 +1,7 @@
 """What the captioner is shown: renderings, as they are and damaged as files and generated pictures are."""
 
 import io
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -14,10 +15,19 @@ from flux.captioning.tokenizer import BartTokenizer
 from flux.models.autoencoder import AutoEncoder
 from flux.training.captioner import recipe
 from flux.training.pretrain.autoencoder import reconstruct
-from flux.training.pretrain.emoji import COLOURS, SIDE, Renderer, draw_composition, subjects
+from flux.training.pretrain.emoji import (
+    COLOURS,
+    SIDE,
+    SIZES,
+    Composition,
+    Renderer,
+    corners,
+    draw_composition,
+    subjects,
+)
 
 BICUBIC = Image.Resampling.BICUBIC
-POOL_SHARE = 0.2  # of the pictures: reconstructed by the generator's autoencoder
+POOL_SHARE = 0.25  # of the pictures: reconstructed by the generator's autoencoder
 SHIFT = 2.0  # pixels; the places of large subjects are 8 apart
 ZOOM = 0.04
 
@@ -55,27 +65,43 @@ def augment(picture: np.ndarray, ground: tuple[int, int, int], rng: np.random.Ge
 class Pool:
     """Pictures that the generator's autoencoder has reconstructed: its blur is that of generated pictures."""
 
-    def __init__(self, autoencoder: AutoEncoder, count: int, file: Path, seed: int = 0):
-        """Kept in `file`, for a run that is resumed: `count` take half a minute a thousand."""
+    def __init__(self, autoencoder: AutoEncoder, count: int, folder: Path, seed: int = 0):
+        """Kept in the folder, for a run that is resumed: they take half a minute a thousand."""
         rng, render = np.random.default_rng((seed, count)), Renderer()
         names = list(subjects())[: recipe.SUBJECTS]
         self.compositions = [draw_composition(rng, names) for _ in range(count)]
+        file = folder / f"pool-{count}.npy"
         if not file.exists():
             pictures = reconstruct(autoencoder, np.stack([render(c) for c in self.compositions]))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name("partial.npy")
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = folder / f"partial-{os.getpid()}.npy"
             np.save(partial, pictures)
             partial.replace(file)
         self.pictures = np.load(file)  # (count, 64, 64, 3) uint8
 
 
-def batches(
-    tokenizer: BartTokenizer, count: int, seed: int, pool: Pool | None = None
-) -> Callable[[int], dict[str, mx.array]]:
-    """step -> a batch of `count` pictures.
+def places(composition: Composition, index: dict[str, int]) -> np.ndarray:
+    """(h, w, S + 1): the share of each place of the feature map that each subject's box has, and nothing has.
 
-    pictures (B, 64, 64, 3) uint8; prompts (B, P) and their mask; answers (B, L), padded; subjects (B, S): the
-    share that each subject has in a picture.
+    index: a subject's number.
+    """
+    side, stride = SIZES[composition.size], recipe.STRIDE
+    shares = np.zeros((SIDE // stride, SIDE // stride, len(index) + 1), np.float32)
+    for name, (x, y) in zip(composition.subjects, corners(composition), strict=True):
+        box = np.zeros((SIDE, SIDE), np.float32)
+        box[y : y + side, x : x + side] = 1
+        shares[:, :, index[name]] = box.reshape(SIDE // stride, stride, SIDE // stride, stride).mean((1, 3))
+    shares[:, :, -1] = 1 - shares.sum(axis=2)
+    return shares
+
+
+def batches(
+    tokenizer: BartTokenizer, count: int, seed: int, rank: int = 0, pool: Pool | None = None
+) -> Callable[[int], dict[str, mx.array]]:
+    """step -> a batch of `count` pictures, other ones on every rank.
+
+    pictures (B, 64, 64, 3) uint8; prompts (B, P) and their mask; answers (B, L), padded; places as in
+    `places`, (B, h, w, S + 1).
     """
     render, names = Renderer(), list(subjects())[: recipe.SUBJECTS]
     prompts, mask = tokenizer([TASKS[task].ask() for task in recipe.CAPTION_TASKS])  # (3, P)
@@ -84,10 +110,10 @@ def batches(
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def batch(step: int) -> dict[str, mx.array]:
-        rng = np.random.default_rng((seed, step))
+        rng = np.random.default_rng((seed, rank, step))
         pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
         answers = np.full((count, recipe.ANSWER_LENGTH), tokenizer.pad_token_id, np.int32)
-        shown = np.zeros((count, len(names)), np.float32)
+        shown = []
         tasks = rng.choice(len(recipe.CAPTION_TASKS), count, p=recipe.TASK_SHARES)
         for i, task in enumerate(tasks):
             if pool is not None and rng.random() < POOL_SHARE:
@@ -100,15 +126,14 @@ def batches(
             words = tokenizer.WORDS.findall(recipe.answers(composition)[task])
             ids = [bos, *(i for word in words for i in ids_of(word)), eos]
             answers[i, : len(ids)] = ids
-            for name in composition.subjects:
-                shown[i, index[name]] = 1 / len(composition.subjects)
+            shown.append(places(composition, index))
         chosen = mx.array(tasks)
         return {
             "pictures": mx.array(pictures),
             "prompts": prompts[chosen],
             "mask": mask[chosen],
             "answers": mx.array(answers),
-            "subjects": mx.array(shown),
+            "places": mx.array(np.stack(shown)),
         }
 
     return batch
