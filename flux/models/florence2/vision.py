@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux.models.florence2.depthwise import DepthwiseConv2d
+from flux.models.florence2.gelu import gelu
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(nn.gelu(self.fc1(x)))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nn.Module):

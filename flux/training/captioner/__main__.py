@@ -1,9 +1,7 @@
-"""Trains the built-in captioner.
+"""Trains the built-in captioner: python -m flux.training.captioner --run DIR
 
-    python -m flux.training.captioner --run DIR --steps N
-    mlx.launch -n 2 --backend ring -- python -m flux.training.captioner ...
-
-Stopped at any moment it goes on from the last state in DIR.
+First the vision tower learns to say which subject is where, then the language model to put what the tower
+sees into words. Stopped at any moment it goes on from the last state in DIR.
 """
 
 import argparse
@@ -14,72 +12,68 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux.captioning.tokenizer import BartTokenizer
-from flux.distributed import average_gradients
 from flux.errors import FluxError
-from flux.models.florence2 import Florence2, Florence2Params
+from flux.models.florence2 import Florence2, VisionParams
+from flux.models.florence2.vision import VisionTower
 from flux.pipeline import FluxPipeline
 from flux.training.captioner import recipe
-from flux.training.captioner.pictures import Pool, batches
+from flux.training.captioner.pictures import Features, Pictures, Pool, normalised
 from flux.training.convolution import use_products
 from flux.training.optimizers import muon, warmup_decay
 from flux.training.pretrain.callbacks import Log, Save
-from flux.training.trainer import Trainer
+from flux.training.pretrain.latents import load_state
+from flux.training.trainer import Batches, Loss, Trainer
 
-STATE = "captioner.safetensors"
+TOWER, STATE = "tower.safetensors", "captioner.safetensors"
+WARMUP = 20  # steps
 
 
-class Pupil(nn.Module):
-    """The captioner, and a probe that says from the vision tower's features which subject is where.
+class ProbedTower(nn.Module):
+    """The vision tower, and a probe that says from its features which subject is where.
 
-    Through the probe's loss the tower learns subjects before the language model has learned to look at it:
-    captions alone leave it with one hint a picture, the subject's name, among a dozen words that are easier.
-    The probe is not part of what is exported.
+    Captions alone would give the tower one hint a picture, a name among a dozen words that are easier; the
+    probe gives one at every place. It is not part of what is exported.
     """
 
-    def __init__(self, params: Florence2Params):
+    def __init__(self, params: VisionParams):
         super().__init__()
-        self.captioner = Florence2(params)
-        width = params.vision.embed_dim[-1]
-        self.probe_norm = nn.LayerNorm(width)
-        self.probe = nn.Linear(width, recipe.SUBJECTS + 1)
-        # As large as the features that they are added to: else places are learned late.
-        positions = self.captioner.multi_modal_projector.image_position_embed
-        for table in (positions.row_embeddings, positions.column_embeddings):
-            table.weight = mx.random.normal(table.weight.shape)
+        self.tower = VisionTower(params)
+        self.norm = nn.LayerNorm(params.embed_dim[-1])
+        self.probe = nn.Linear(params.embed_dim[-1], recipe.SUBJECTS + 1)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """Normalised pictures (B, H, W, 3) -> scores of each subject, and of none, (B, h, w, S + 1)."""
+        return self.probe(self.norm(self.tower(pixels)))
 
 
-def pupil_loss(
-    model: Pupil, batch: dict[str, mx.array], key: mx.array, pad: int
+def tower_loss(
+    model: ProbedTower, batch: dict[str, mx.array], key: mx.array
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """The sum of the captioner's loss and the probe's.
+    """Cross entropy of the subjects at all places, with the share of the place that each takes as its target.
 
-    Metrics: both losses; the share of tokens whose most likely prediction is right.
+    Metric: the share of places whose likeliest subject takes most of it.
     """
-    pixels = batch["pictures"].astype(mx.float32) / 255
-    pixels = (pixels - mx.array(recipe.PICTURES.mean)) / mx.array(recipe.PICTURES.deviation)
-    features = model.captioner.vision_tower(pixels)  # (B, h, w, C)
-    caption, right = caption_loss(model.captioner, features, batch, pad)
-    named = model.probe(model.probe_norm(features))  # (B, h, w, S + 1)
-    probe = nn.losses.cross_entropy(named, batch["places"]).mean()
-    return caption + probe, {"caption": caption, "probe": probe, "right": right}
+    scores = model(normalised(batch["pictures"]))
+    right = (scores.argmax(axis=-1) == batch["places"].argmax(axis=-1)).mean()
+    return nn.losses.cross_entropy(scores, batch["places"]).mean(), {"right": right}
 
 
 def caption_loss(
-    model: Florence2, features: mx.array, batch: dict[str, mx.array], pad: int
-) -> tuple[mx.array, mx.array]:
-    """Mean cross entropy of the answers' tokens, each predicted from those before it, and how many are right.
+    model: Florence2, batch: dict[str, mx.array], key: mx.array, pad: int
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """Mean cross entropy of the answers' tokens, each predicted from those before it.
 
-    features (B, h, w, C): of the vision tower. The second is the share whose most likely prediction is right.
+    Metric: the share of tokens whose likeliest prediction is right.
     """
     answers = batch["answers"]
     start = mx.full((len(answers), 1), recipe.GENERATION.decoder_start_token_id, answers.dtype)
     shifted = mx.concatenate([start, answers[:, :-1]], axis=1)
-    image = model.multi_modal_projector(features)
+    image = model.multi_modal_projector(batch["features"])
     logits = model.scores(*model.read(image, batch["prompts"], batch["mask"]), shifted)  # (B, L, vocabulary)
     counts = answers != pad
     total = counts.sum()
     loss = (nn.losses.cross_entropy(logits, answers) * counts).sum() / total
-    return loss, ((logits.argmax(axis=-1) == answers) * counts).sum() / total
+    return loss, {"right": ((logits.argmax(axis=-1) == answers) * counts).sum() / total}
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:
@@ -88,61 +82,66 @@ def is_edge(name: str, parameter: mx.array) -> bool:
     return any(edge in name for edge in edges)
 
 
-def make_trainer(
-    tokenizer: BartTokenizer, batch: int, steps: int, rate: float, seed: int, pool: Pool | None
-) -> Trainer:
-    """The trainer for this process's share of the pictures."""
-    group = mx.distributed.init()
-    mx.random.seed(seed)
-    model = Pupil(recipe.params(tokenizer))
-    if mx.default_device().type == mx.cpu:
-        use_products(model)
-    warmup = min(20, steps)
-    rates = (warmup_decay(peak, steps, warmup, 0.4) for peak in (rate, rate / 10))
-    loss = partial(pupil_loss, pad=tokenizer.pad_token_id)
-    return Trainer(
-        model,
-        loss,
-        batches(tokenizer, batch, seed, group.rank(), pool),
-        muon(*rates, is_edge),
-        seed,
-        average=average_gradients(group) if group.size() > 1 else None,
-    )
+def make_captioner(tokenizer: BartTokenizer) -> Florence2:
+    """With random weights. The vision tower is frozen."""
+    model = Florence2(recipe.params(tokenizer))
+    # As large as the features that they are added to: else places are learned late.
+    positions = model.multi_modal_projector.image_position_embed
+    for table in (positions.row_embeddings, positions.column_embeddings):
+        table.weight = mx.random.normal(table.weight.shape)
+    model.vision_tower.freeze()
+    return model
+
+
+def train(
+    state: Path, model: nn.Module, loss: Loss, batches: Batches, steps: int, rate: float, seed: int
+) -> None:
+    """Up to `steps` steps in all, from the state in the file if it is there; the state is left there."""
+    rates = (warmup_decay(peak, steps, min(WARMUP, steps), 0.4) for peak in (rate, rate / 10))
+    trainer = Trainer(model, loss, batches, muon(*rates, is_edge), seed)
+    if state.exists():
+        trainer.load(state)
+    if trainer.step < steps:
+        trainer.run(steps, (Log(state.with_suffix(".jsonl"), 25), Save(state, 2.0)))
+        trainer.save(state)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run: state, log, vocabulary")
-    parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument(
-        "--batch", type=int, default=64, help="pictures a step and process (default: %(default)s)"
-    )
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run: states, logs, vocabulary")
+    parser.add_argument("--tower-steps", type=int, default=800, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1500, help="of the captions (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=64, help="pictures a step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate; AdamW's is a tenth")
-    parser.add_argument("--pool", type=int, default=3000, help="pictures through the generator's autoencoder")
-    parser.add_argument(
-        "--generator", default="tiny", help="whose autoencoder that is (default: %(default)s)"
-    )
+    parser.add_argument("--pictures", type=int, default=12000, help="in all (default: %(default)s)")
+    parser.add_argument("--pool", type=int, default=1000, help="through the generator's autoencoder")
+    parser.add_argument("--generator", default="tiny", help="whose that is (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    run = arguments.run
+    run, seed = arguments.run, arguments.seed
     try:
         tokenizer = recipe.load_tokenizer(run / "tokenizer")
         pool = None
         if arguments.pool:
             pool = Pool(FluxPipeline(arguments.generator).ae, arguments.pool, run)
-        trainer = make_trainer(
-            tokenizer, arguments.batch, arguments.steps, arguments.rate, arguments.seed, pool
-        )
-        if (run / STATE).exists():
-            trainer.load(run / STATE)
+        pictures = Pictures(arguments.pictures, seed, pool)
+
+        mx.random.seed(seed)
+        probed, model = ProbedTower(recipe.VISION), make_captioner(tokenizer)
+        if mx.default_device().type == mx.cpu:
+            use_products(probed)
+            use_products(model)
+        batches = pictures.batches(arguments.batch, seed)
+        train(run / TOWER, probed, tower_loss, batches, arguments.tower_steps, arguments.rate, seed)
+
+        load_state(model.vision_tower, run / TOWER, "model.tower")
+        batches = Features(model.vision_tower, pictures, tokenizer).batches(arguments.batch, seed)
+        loss = partial(caption_loss, pad=tokenizer.pad_token_id)
+        train(run / STATE, model, loss, batches, arguments.steps, arguments.rate, seed)
     except FluxError as error:
         parser.exit(2, f"error: {error}\n")
-    first = mx.distributed.init().rank() == 0
-    trainer.run(arguments.steps, (Log(run / "captioner.jsonl", 50), Save(run / STATE)) if first else ())
-    if first:
-        trainer.save(run / STATE)
 
 
 if __name__ == "__main__":

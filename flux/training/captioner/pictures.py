@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter
 from flux.captioning.tasks import TASKS
 from flux.captioning.tokenizer import BartTokenizer
 from flux.models.autoencoder import AutoEncoder
+from flux.models.florence2.vision import VisionTower
 from flux.training.captioner import recipe
 from flux.training.pretrain.autoencoder import reconstruct
 from flux.training.pretrain.emoji import (
@@ -95,45 +96,76 @@ def places(composition: Composition, index: dict[str, int]) -> np.ndarray:
     return shares
 
 
-def batches(
-    tokenizer: BartTokenizer, count: int, seed: int, rank: int = 0, pool: Pool | None = None
-) -> Callable[[int], dict[str, mx.array]]:
-    """step -> a batch of `count` pictures, other ones on every rank.
+class Pictures:
+    """What is trained on: as many pictures, most of them damaged, and what they show."""
 
-    pictures (B, 64, 64, 3) uint8; prompts (B, P) and their mask; answers (B, L), padded; places as in
-    `places`, (B, h, w, S + 1).
-    """
-    render, names = Renderer(), list(subjects())[: recipe.SUBJECTS]
-    prompts, mask = tokenizer([TASKS[task].ask() for task in recipe.CAPTION_TASKS])  # (3, P)
-    ids_of = cache(lambda word: tokenizer.encode(word)[1:-1])  # a caption is its words one by one
-    index = {name: i for i, name in enumerate(names)}
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-
-    def batch(step: int) -> dict[str, mx.array]:
-        rng = np.random.default_rng((seed, rank, step))
-        pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
-        answers = np.full((count, recipe.ANSWER_LENGTH), tokenizer.pad_token_id, np.int32)
-        shown = []
-        tasks = rng.choice(len(recipe.CAPTION_TASKS), count, p=recipe.TASK_SHARES)
-        for i, task in enumerate(tasks):
+    def __init__(self, count: int, seed: int, pool: Pool | None = None):
+        rng, render = np.random.default_rng(seed), Renderer()
+        self.names = list(subjects())[: recipe.SUBJECTS]
+        self.compositions: list[Composition] = []
+        self.pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
+        for row in range(count):
             if pool is not None and rng.random() < POOL_SHARE:
-                j = rng.integers(len(pool.compositions))
-                composition, picture = pool.compositions[j], pool.pictures[j]
+                i = rng.integers(len(pool.compositions))
+                composition, picture = pool.compositions[i], pool.pictures[i]
             else:
-                composition = draw_composition(rng, names)
+                composition = draw_composition(rng, self.names)
                 picture = render(composition)
-            pictures[i] = augment(picture, COLOURS[composition.colour], rng)
-            words = tokenizer.WORDS.findall(recipe.answers(composition)[task])
-            ids = [bos, *(i for word in words for i in ids_of(word)), eos]
-            answers[i, : len(ids)] = ids
-            shown.append(places(composition, index))
-        chosen = mx.array(tasks)
-        return {
-            "pictures": mx.array(pictures),
-            "prompts": prompts[chosen],
-            "mask": mask[chosen],
-            "answers": mx.array(answers),
-            "places": mx.array(np.stack(shown)),
-        }
+            self.compositions.append(composition)
+            self.pixels[row] = augment(picture, COLOURS[composition.colour], rng)
 
-    return batch
+    def batches(self, count: int, seed: int) -> Callable[[int], dict[str, mx.array]]:
+        """step -> pictures (B, 64, 64, 3) uint8; places as in `places`, (B, h, w, S + 1)."""
+        index = {name: i for i, name in enumerate(self.names)}
+
+        def batch(step: int) -> dict[str, mx.array]:
+            rows = np.random.default_rng((seed, step)).integers(len(self.pixels), size=count)
+            shares = np.stack([places(self.compositions[row], index) for row in rows])
+            return {"pictures": mx.array(self.pixels[rows]), "places": mx.array(shares)}
+
+        return batch
+
+
+class Features:
+    """What a trained vision tower, which learns no more, sees in the pictures: found once, then put into
+    words."""
+
+    def __init__(self, tower: VisionTower, pictures: Pictures, tokenizer: BartTokenizer):
+        self._compositions, self._tokenizer = pictures.compositions, tokenizer
+        found = []
+        for start in range(0, len(pictures.pixels), 64):
+            features = tower(normalised(mx.array(pictures.pixels[start : start + 64])))
+            found.append(np.array(features))
+        self._features = np.concatenate(found)  # (P, h, w, C)
+
+    def batches(self, count: int, seed: int) -> Callable[[int], dict[str, mx.array]]:
+        """step -> features (B, h, w, C); prompts (B, P) and their mask; answers (B, L), padded."""
+        tokenizer = self._tokenizer
+        prompts, mask = tokenizer([TASKS[task].ask() for task in recipe.CAPTION_TASKS])  # (3, P)
+        ids_of = cache(lambda word: tokenizer.encode(word)[1:-1])  # a caption is its words one by one
+        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+        def batch(step: int) -> dict[str, mx.array]:
+            rng = np.random.default_rng((seed, step))
+            rows = rng.integers(len(self._features), size=count)
+            tasks = rng.choice(len(recipe.CAPTION_TASKS), count, p=recipe.TASK_SHARES)
+            answers = np.full((count, recipe.ANSWER_LENGTH), tokenizer.pad_token_id, np.int32)
+            for answer, row, task in zip(answers, rows, tasks, strict=True):
+                words = tokenizer.WORDS.findall(recipe.answers(self._compositions[row])[task])
+                ids = [bos, *(i for word in words for i in ids_of(word)), eos]
+                answer[: len(ids)] = ids
+            chosen = mx.array(tasks)
+            return {
+                "features": mx.array(self._features[rows]),
+                "prompts": prompts[chosen],
+                "mask": mask[chosen],
+                "answers": mx.array(answers),
+            }
+
+        return batch
+
+
+def normalised(pictures: mx.array) -> mx.array:
+    """(B, H, W, 3) uint8 -> float32, as the captioner's network gets them."""
+    pixels = pictures.astype(mx.float32) / 255
+    return (pixels - mx.array(recipe.PICTURES.mean)) / mx.array(recipe.PICTURES.deviation)
