@@ -17,14 +17,15 @@ from flux.captioning.tokenizer import FLORENCE_TOKENS
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2
 from flux.training.captioner import evaluate, export, recipe
-from flux.training.captioner.__main__ import Pupil, pupil_loss
-from flux.training.captioner.pictures import augment, batches, places
+from flux.training.captioner.__main__ import ProbedTower, caption_loss, make_captioner, tower_loss
+from flux.training.captioner.pictures import Features, Pictures, augment, normalised, places
 from flux.training.convolution import use_products
 from flux.training.pretrain import emoji
 from flux.training.pretrain.emoji import Composition
 
 ROOT = Path(__file__).parents[1]
 needs_font = pytest.mark.skipif(not emoji.FONT.is_file(), reason="needs the font Noto Color Emoji")
+PROMPTS = [f"<s>{TASKS[task].ask()}</s>" for task in recipe.CAPTION_TASKS]
 APPLE = Composition(("red apple",), "blue", "large", "centre")
 
 
@@ -72,23 +73,39 @@ def test_the_tasks_say_ever_more():
 
 @needs_font
 def test_batches_are_functions_of_the_step_and_hold_nothing_out(tokenizer):
-    batch = batches(tokenizer, 40, seed=3)
-    first, again, other = batch(5), batch(5), batch(6)
-    assert all(mx.array_equal(first[name], again[name]) for name in first)
-    assert not mx.array_equal(first["pictures"], other["pictures"])
-    prompts = {f"<s>{TASKS[task].ask()}</s>" for task in recipe.CAPTION_TASKS}
-    rows = zip(*(first[name].tolist() for name in ("answers", "prompts", "mask", "places")), strict=True)
+    pictures = Pictures(30, seed=3)
+    assert np.array_equal(pictures.pixels, Pictures(30, seed=3).pixels)
+    assert not any(composition.held_out for composition in pictures.compositions)
+    index = {name: i for i, name in enumerate(pictures.names)}
+    shown = {pixels.tobytes(): c for pixels, c in zip(pictures.pixels, pictures.compositions, strict=True)}
+    assert len(shown) == 30
+
+    def tower(pixels: mx.array) -> mx.array:  # what tells the pictures apart
+        return pixels[:, ::8, ::8]
+
     seen = set()
-    for answer, prompt, mask, shares in rows:
-        shown = emoji.parse(tokenizer.decode(answer).replace("<pad>", "")[3:-4])
-        assert shown is not None
-        assert not shown.held_out
+    kinds = (pictures.batches(40, seed=3), Features(tower, pictures, tokenizer).batches(40, seed=3))
+    for batch in kinds:
+        first, again, other = batch(5), batch(5), batch(6)
+        assert all(mx.array_equal(first[name], again[name]) for name in first)
+        assert not any(mx.array_equal(first[name], other[name]) for name in first if name != "mask")
+    batch = kinds[0](5)
+    for picture, shares in zip(np.array(batch["pictures"]), np.array(batch["places"]), strict=True):
+        assert np.array_equal(shares, places(shown[picture.tobytes()], index))
+    shown = {
+        np.array(normalised(mx.array(p[::8, ::8]))).tobytes(): c
+        for p, c in zip(pictures.pixels, pictures.compositions, strict=True)
+    }
+    batch = kinds[1](5)
+    rows = zip(*(batch[name].tolist() for name in ("answers", "prompts", "mask")), strict=True)
+    for features, (answer, prompt, mask) in zip(np.array(batch["features"]), rows, strict=True):
+        composition = shown[features.tobytes()]
         kept = tokenizer.decode(token for token, is_seen in zip(prompt, mask, strict=True) if is_seen)
-        assert kept in prompts
-        seen.add(kept)
-        names = list(emoji.subjects())[: recipe.SUBJECTS]
-        assert np.array_equal(shares, places(shown, {name: i for i, name in enumerate(names)}))
-    assert seen == prompts
+        task = PROMPTS.index(kept)
+        answer = tokenizer.decode(answer).replace("<pad>", "")
+        assert answer == f"<s>{recipe.answers(composition)[task]}</s>"
+        seen.add(task)
+    assert seen == {0, 1, 2}
 
 
 def test_places_that_subjects_cover():
@@ -116,38 +133,39 @@ def test_damaged_pictures_are_still_the_pictures():
 # --- Training ---
 
 
-def test_loss_is_of_the_next_token_and_not_of_padding(tokenizer):
+def test_tower_loss_is_of_every_place():
     """By hand, from the network's own scores; and the products that training computes with change nothing."""
     mx.random.seed(0)
-    model = Pupil(recipe.params(tokenizer))
-    rng = np.random.default_rng(0)
+    model, rng = ProbedTower(recipe.VISION), np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    shares = rng.dirichlet(np.ones(recipe.SUBJECTS + 1), (2, 4, 4)).astype(np.float32)
+    pixels = ((pictures / 255 - recipe.PICTURES.mean) / recipe.PICTURES.deviation).astype(np.float32)
+    scores = np.array(model(mx.array(pixels)), np.float64)
+    expected = -(shares * (scores - np.log(np.exp(scores).sum(-1, keepdims=True)))).sum(-1).mean()
+    use_products(model)
+    batch = {"pictures": mx.array(pictures), "places": mx.array(shares)}
+    assert tower_loss(model, batch, mx.random.key(0))[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_caption_loss_is_of_the_next_token_and_not_of_padding(tokenizer):
+    mx.random.seed(0)
+    model = make_captioner(tokenizer)
     prompts, mask = tokenizer([TASKS["caption"].ask(), TASKS["detailed"].ask()])
     rows = [tokenizer.encode(text) for text in ("a red apple", "an owl on a red background")]
     answers = np.full((2, recipe.ANSWER_LENGTH), tokenizer.pad_token_id, np.int32)
     for answer, row in zip(answers, rows, strict=True):
         answer[: len(row)] = row
-    pictures = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
-    shown = rng.dirichlet(np.ones(recipe.SUBJECTS + 1), (2, 4, 4)).astype(np.float32)
-    batch = {"pictures": mx.array(pictures), "prompts": prompts, "mask": mask}
-    batch |= {"answers": mx.array(answers), "places": mx.array(shown)}
-
-    pixels = mx.array(
-        ((pictures / 255 - recipe.PICTURES.mean) / recipe.PICTURES.deviation).astype(np.float32)
-    )
+    pixels = mx.random.normal((2, 64, 64, 3))
     losses = []
     for i, row in enumerate(rows):
         own = slice(i, i + 1)
-        scores = model.captioner(pixels[own], prompts[own], mx.array([[2, *row[:-1]]]), mask[own])[0]
+        scores = model(pixels[own], prompts[own], mx.array([[2, *row[:-1]]]), mask[own])[0]
         log_probs = np.array(scores - mx.logsumexp(scores, axis=-1, keepdims=True))
         losses += [-log_probs[place, token] for place, token in enumerate(row)]
-    features = model.captioner.vision_tower(pixels)
-    named = np.array(model.probe(model.probe_norm(features)), np.float64)
-    probe = -(shown * (named - np.log(np.exp(named).sum(-1, keepdims=True)))).sum(-1).mean()
-
-    use_products(model)
-    loss, metrics = pupil_loss(model, batch, mx.random.key(0), tokenizer.pad_token_id)
-    assert metrics["caption"].item() == pytest.approx(np.mean(losses), rel=1e-5)
-    assert loss.item() == pytest.approx(np.mean(losses) + probe, rel=1e-5)
+    batch = {"features": model.vision_tower(pixels), "prompts": prompts, "mask": mask}
+    batch["answers"] = mx.array(answers)
+    loss, _ = caption_loss(model, batch, mx.random.key(0), tokenizer.pad_token_id)
+    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 @needs_font
@@ -162,15 +180,20 @@ def test_training_resumes_exports_and_is_read(tmp_path):
         return run.stdout
 
     program, state = "flux.training.captioner", "captioner.safetensors"
-    options = ("--batch", 2, "--pool", 2)
-    call(program, "--run", tmp_path / "whole", "--steps", 2, *options)
-    call(f"{program}.export", "--run", tmp_path / "whole", "--output", tmp_path / "out")
+    options = ("--run", tmp_path / "run", "--batch", 2, "--pictures", 4, "--pool", 2)
+    call(program, *options, "--tower-steps", 2, "--steps", 1)
+    call(program, *options, "--tower-steps", 2, "--steps", 2)
+    call(f"{program}.export", "--run", tmp_path / "run", "--output", tmp_path / "out")
     captioner = Captioner.from_folder(tmp_path / "out", mx.float32)
-    trained = mx.load(str(tmp_path / "whole" / state))
-    name = "language_model.decoder.layers.1.fc2.weight"
-    assert "model.probe.weight" in trained
-    halved = trained[f"model.captioner.{name}"].astype(mx.float16).astype(mx.float32)
-    assert mx.array_equal(captioner.model.language_model.decoder.layers[1].fc2.weight, halved)
+    trained, metadata = mx.load(str(tmp_path / "run" / state), return_metadata=True)
+    assert metadata["step"] == "2"
+    tower = mx.load(str(tmp_path / "run" / "tower.safetensors"))
+    exported = captioner.model.language_model.decoder.layers[1].fc2.weight
+    expected = trained["model.language_model.decoder.layers.1.fc2.weight"]
+    assert mx.array_equal(exported, expected.astype(mx.float16).astype(mx.float32))
+    exported = captioner.model.vision_tower.convs[1].conv.weight
+    expected = tower["model.tower.convs.1.conv.weight"]
+    assert mx.array_equal(exported, expected.astype(mx.float16).astype(mx.float32))
     assert captioner.pictures == recipe.PICTURES
     assert captioner.generation == recipe.GENERATION
     out = tmp_path / "figures.json"
