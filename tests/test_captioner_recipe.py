@@ -72,9 +72,12 @@ def test_the_tasks_say_ever_more():
 
 
 @needs_font
-def test_batches_are_functions_of_the_step_and_hold_nothing_out(tokenizer):
-    pictures = Pictures(30, seed=3)
-    assert np.array_equal(pictures.pixels, Pictures(30, seed=3).pixels)
+def test_batches_are_functions_of_the_step_and_hold_nothing_out(tokenizer, tmp_path):
+    pictures = Pictures(30, 3, tmp_path / "run")
+    for folder in ("run", "other"):  # read, and made again
+        again = Pictures(30, 3, tmp_path / folder)
+        assert np.array_equal(pictures.pixels, again.pixels)
+        assert pictures.compositions == again.compositions
     assert not any(composition.held_out for composition in pictures.compositions)
     index = {name: i for i, name in enumerate(pictures.names)}
     shown = {pixels.tobytes(): c for pixels, c in zip(pictures.pixels, pictures.compositions, strict=True)}

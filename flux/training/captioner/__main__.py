@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of the captions (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="pictures a step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate; AdamW's is a tenth")
-    parser.add_argument("--pictures", type=int, default=12000, help="in all (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=8000, help="in all (default: %(default)s)")
     parser.add_argument("--pool", type=int, default=1000, help="through the generator's autoencoder")
     parser.add_argument("--generator", default="tiny", help="whose that is (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -126,7 +126,7 @@ def main() -> None:
         pool = None
         if arguments.pool:
             pool = Pool(FluxPipeline(arguments.generator).ae, arguments.pool, run)
-        pictures = Pictures(arguments.pictures, seed, pool)
+        pictures = Pictures(arguments.pictures, seed, run, pool)
 
         mx.random.seed(seed)
         probed, model = ProbedTower(recipe.VISION), make_captioner(tokenizer)

@@ -71,14 +71,21 @@ class Pool:
         rng, render = np.random.default_rng((seed, count)), Renderer()
         names = list(subjects())[: recipe.SUBJECTS]
         self.compositions = [draw_composition(rng, names) for _ in range(count)]
-        file = folder / f"pool-{count}.npy"
-        if not file.exists():
-            pictures = reconstruct(autoencoder, np.stack([render(c) for c in self.compositions]))
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / f"partial-{os.getpid()}.npy"
-            np.save(partial, pictures)
-            partial.replace(file)
-        self.pictures = np.load(file)  # (count, 64, 64, 3) uint8
+
+        def make() -> np.ndarray:
+            return reconstruct(autoencoder, np.stack([render(c) for c in self.compositions]))
+
+        self.pictures = kept(folder / f"pool-{count}.npy", make)  # (count, 64, 64, 3) uint8
+
+
+def kept(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array in the file; made and put there where it is absent."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"partial-{os.getpid()}.npy")
+        np.save(partial, make())
+        partial.replace(file)
+    return np.load(file)
 
 
 def places(composition: Composition, index: dict[str, int]) -> np.ndarray:
@@ -99,20 +106,25 @@ def places(composition: Composition, index: dict[str, int]) -> np.ndarray:
 class Pictures:
     """What is trained on: as many pictures, most of them damaged, and what they show."""
 
-    def __init__(self, count: int, seed: int, pool: Pool | None = None):
+    def __init__(self, count: int, seed: int, folder: Path, pool: Pool | None = None):
+        """The pictures are kept in the folder. pool: where a share of them comes from."""
         rng, render = np.random.default_rng(seed), Renderer()
         self.names = list(subjects())[: recipe.SUBJECTS]
-        self.compositions: list[Composition] = []
-        self.pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
-        for row in range(count):
-            if pool is not None and rng.random() < POOL_SHARE:
-                i = rng.integers(len(pool.compositions))
-                composition, picture = pool.compositions[i], pool.pictures[i]
-            else:
-                composition = draw_composition(rng, self.names)
-                picture = render(composition)
-            self.compositions.append(composition)
-            self.pixels[row] = augment(picture, COLOURS[composition.colour], rng)
+        drawn = [draw_composition(rng, self.names) for _ in range(count)]
+        rows: list[int | None] = [None] * count  # of the pool
+        if pool is not None:
+            rows = [
+                int(rng.integers(len(pool.pictures))) if rng.random() < POOL_SHARE else None for _ in drawn
+            ]
+            drawn = [c if i is None else pool.compositions[i] for c, i in zip(drawn, rows, strict=True)]
+        self.compositions = drawn
+
+        def make() -> np.ndarray:
+            pairs = zip(drawn, rows, strict=True)
+            pictures = ((c, render(c) if i is None else pool.pictures[i]) for c, i in pairs)
+            return np.stack([augment(picture, COLOURS[c.colour], rng) for c, picture in pictures])
+
+        self.pixels = kept(folder / f"pictures-{count}.npy", make)  # (count, 64, 64, 3) uint8
 
     def batches(self, count: int, seed: int) -> Callable[[int], dict[str, mx.array]]:
         """step -> pictures (B, 64, 64, 3) uint8; places as in `places`, (B, h, w, S + 1)."""
