@@ -18,7 +18,7 @@ from flux.errors import FluxError
 from flux.models.florence2 import Florence2
 from flux.training.captioner import evaluate, export, recipe
 from flux.training.captioner.__main__ import ProbedTower, caption_loss, make_captioner, tower_loss
-from flux.training.captioner.pictures import Features, Pictures, augment, normalised, places
+from flux.training.captioner.pictures import Pictures, augment, captioned, features, normalised, places
 from flux.training.convolution import use_products
 from flux.training.pretrain import emoji
 from flux.training.pretrain.emoji import Composition
@@ -83,11 +83,11 @@ def test_batches_are_functions_of_the_step_and_hold_nothing_out(tokenizer, tmp_p
     shown = {pixels.tobytes(): c for pixels, c in zip(pictures.pixels, pictures.compositions, strict=True)}
     assert len(shown) == 30
 
-    def tower(pixels: mx.array) -> mx.array:  # what tells the pictures apart
-        return pixels[:, ::8, ::8]
-
     seen = set()
-    kinds = (pictures.batches(40, seed=3), Features(tower, pictures, tokenizer).batches(40, seed=3))
+    kinds = (
+        pictures.batches(40, seed=3),
+        captioned(pictures.pixels, pictures.compositions, tokenizer, 40, seed=3),
+    )
     for batch in kinds:
         first, again, other = batch(5), batch(5), batch(6)
         assert all(mx.array_equal(first[name], again[name]) for name in first)
@@ -95,20 +95,23 @@ def test_batches_are_functions_of_the_step_and_hold_nothing_out(tokenizer, tmp_p
     batch = kinds[0](5)
     for picture, shares in zip(np.array(batch["pictures"]), np.array(batch["places"]), strict=True):
         assert np.array_equal(shares, places(shown[picture.tobytes()], index))
-    shown = {
-        np.array(normalised(mx.array(p[::8, ::8]))).tobytes(): c
-        for p, c in zip(pictures.pixels, pictures.compositions, strict=True)
-    }
     batch = kinds[1](5)
     rows = zip(*(batch[name].tolist() for name in ("answers", "prompts", "mask")), strict=True)
-    for features, (answer, prompt, mask) in zip(np.array(batch["features"]), rows, strict=True):
-        composition = shown[features.tobytes()]
+    for picture, (answer, prompt, mask) in zip(np.array(batch["shown"]), rows, strict=True):
+        composition = shown[picture.tobytes()]
         kept = tokenizer.decode(token for token, is_seen in zip(prompt, mask, strict=True) if is_seen)
         task = PROMPTS.index(kept)
         answer = tokenizer.decode(answer).replace("<pad>", "")
         assert answer == f"<s>{recipe.answers(composition)[task]}</s>"
         seen.add(task)
     assert seen == {0, 1, 2}
+
+
+def test_features_are_of_normalised_pictures():
+    pictures = np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), dtype=np.uint8)
+    found = features(lambda pixels: pixels[:, ::16, ::16], pictures)
+    pixels = (pictures / 255 - recipe.PICTURES.mean) / recipe.PICTURES.deviation
+    assert np.allclose(found, pixels[:, ::16, ::16], atol=1e-5)
 
 
 def test_places_that_subjects_cover():
@@ -158,17 +161,18 @@ def test_caption_loss_is_of_the_next_token_and_not_of_padding(tokenizer):
     answers = np.full((2, recipe.ANSWER_LENGTH), tokenizer.pad_token_id, np.int32)
     for answer, row in zip(answers, rows, strict=True):
         answer[: len(row)] = row
-    pixels = mx.random.normal((2, 64, 64, 3))
+    pictures = (255 * mx.random.uniform(shape=(2, 64, 64, 3))).astype(mx.uint8)
+    pixels = normalised(pictures)
     losses = []
     for i, row in enumerate(rows):
         own = slice(i, i + 1)
         scores = model(pixels[own], prompts[own], mx.array([[2, *row[:-1]]]), mask[own])[0]
         log_probs = np.array(scores - mx.logsumexp(scores, axis=-1, keepdims=True))
         losses += [-log_probs[place, token] for place, token in enumerate(row)]
-    batch = {"features": model.vision_tower(pixels), "prompts": prompts, "mask": mask}
-    batch["answers"] = mx.array(answers)
-    loss, _ = caption_loss(model, batch, mx.random.key(0), tokenizer.pad_token_id)
-    assert loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
+    batch = {"prompts": prompts, "mask": mask, "answers": mx.array(answers)}
+    for shown in (pictures, model.vision_tower(pixels)):
+        loss, _ = caption_loss(model, batch | {"shown": shown}, mx.random.key(0), tokenizer.pad_token_id)
+        assert loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 @needs_font
@@ -184,19 +188,18 @@ def test_training_resumes_exports_and_is_read(tmp_path):
 
     program, state = "flux.training.captioner", "captioner.safetensors"
     options = ("--run", tmp_path / "run", "--batch", 2, "--pictures", 4, "--pool", 2)
-    call(program, *options, "--tower-steps", 2, "--steps", 1)
-    call(program, *options, "--tower-steps", 2, "--steps", 2)
+    call(program, *options, "--tower-steps", 2, "--language-steps", 1, "--steps", 1)
+    call(program, *options, "--tower-steps", 2, "--language-steps", 2, "--steps", 2)
     call(f"{program}.export", "--run", tmp_path / "run", "--output", tmp_path / "out")
     captioner = Captioner.from_folder(tmp_path / "out", mx.float32)
     trained, metadata = mx.load(str(tmp_path / "run" / state), return_metadata=True)
     assert metadata["step"] == "2"
-    tower = mx.load(str(tmp_path / "run" / "tower.safetensors"))
-    exported = captioner.model.language_model.decoder.layers[1].fc2.weight
-    expected = trained["model.language_model.decoder.layers.1.fc2.weight"]
-    assert mx.array_equal(exported, expected.astype(mx.float16).astype(mx.float32))
-    exported = captioner.model.vision_tower.convs[1].conv.weight
-    expected = tower["model.tower.convs.1.conv.weight"]
-    assert mx.array_equal(exported, expected.astype(mx.float16).astype(mx.float32))
+    name = "vision_tower.convs.1.conv.weight"
+    exported, last = captioner.model.vision_tower.convs[1].conv.weight, trained[f"model.{name}"]
+    assert mx.array_equal(exported, last.astype(mx.float16).astype(mx.float32))
+    first, language = (mx.load(str(tmp_path / "run" / f"{n}.safetensors")) for n in ("tower", "language"))
+    assert mx.array_equal(first["model.tower.convs.1.conv.weight"], language[f"model.{name}"])
+    assert not mx.array_equal(language[f"model.{name}"], last)
     assert captioner.pictures == recipe.PICTURES
     assert captioner.generation == recipe.GENERATION
     out = tmp_path / "figures.json"

@@ -1,7 +1,8 @@
 """Trains the built-in captioner: python -m flux.training.captioner --run DIR
 
 First the vision tower learns to say which subject is where, then the language model to put what the tower
-sees into words. Stopped at any moment it goes on from the last state in DIR.
+sees into words, then both together, on other pictures. Stopped at any moment it goes on from the last state
+in DIR.
 """
 
 import argparse
@@ -17,14 +18,14 @@ from flux.models.florence2 import Florence2, VisionParams
 from flux.models.florence2.vision import VisionTower
 from flux.pipeline import FluxPipeline
 from flux.training.captioner import recipe
-from flux.training.captioner.pictures import Features, Pictures, Pool, normalised
+from flux.training.captioner.pictures import Pictures, Pool, captioned, features, normalised
 from flux.training.convolution import use_products
 from flux.training.optimizers import muon, warmup_decay
 from flux.training.pretrain.callbacks import Log, Save
 from flux.training.pretrain.latents import load_state
 from flux.training.trainer import Batches, Loss, Trainer
 
-TOWER, STATE = "tower.safetensors", "captioner.safetensors"
+TOWER, LANGUAGE, STATE = "tower.safetensors", "language.safetensors", "captioner.safetensors"
 WARMUP = 20  # steps
 
 
@@ -63,12 +64,16 @@ def caption_loss(
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """Mean cross entropy of the answers' tokens, each predicted from those before it.
 
+    What is shown is pictures, or with a frozen tower its features.
     Metric: the share of tokens whose likeliest prediction is right.
     """
     answers = batch["answers"]
     start = mx.full((len(answers), 1), recipe.GENERATION.decoder_start_token_id, answers.dtype)
     shifted = mx.concatenate([start, answers[:, :-1]], axis=1)
-    image = model.multi_modal_projector(batch["features"])
+    shown = batch["shown"]
+    if shown.dtype == mx.uint8:
+        shown = model.vision_tower(normalised(shown))  # (B, h, w, C)
+    image = model.multi_modal_projector(shown)
     logits = model.scores(*model.read(image, batch["prompts"], batch["mask"]), shifted)  # (B, L, vocabulary)
     counts = answers != pad
     total = counts.sum()
@@ -83,13 +88,12 @@ def is_edge(name: str, parameter: mx.array) -> bool:
 
 
 def make_captioner(tokenizer: BartTokenizer) -> Florence2:
-    """With random weights. The vision tower is frozen."""
+    """With random weights."""
     model = Florence2(recipe.params(tokenizer))
     # As large as the features that they are added to: else places are learned late.
     positions = model.multi_modal_projector.image_position_embed
     for table in (positions.row_embeddings, positions.column_embeddings):
         table.weight = mx.random.normal(table.weight.shape)
-    model.vision_tower.freeze()
     return model
 
 
@@ -111,11 +115,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: states, logs, vocabulary")
-    parser.add_argument("--tower-steps", type=int, default=800, help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=1500, help="of the captions (default: %(default)s)")
+    parser.add_argument("--tower-steps", type=int, default=450, help="(default: %(default)s)")
+    parser.add_argument("--language-steps", type=int, default=420, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="of both (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="pictures a step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate; AdamW's is a tenth")
-    parser.add_argument("--pictures", type=int, default=8000, help="in all (default: %(default)s)")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=8000,
+        help="for the first two, and for the last (default: %(default)s)",
+    )
     parser.add_argument("--pool", type=int, default=1000, help="through the generator's autoencoder")
     parser.add_argument("--generator", default="tiny", help="whose that is (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -126,20 +136,27 @@ def main() -> None:
         pool = None
         if arguments.pool:
             pool = Pool(FluxPipeline(arguments.generator).ae, arguments.pool, run)
-        pictures = Pictures(arguments.pictures, seed, run, pool)
-
+        pictures, others = (Pictures(arguments.pictures, i, run, pool) for i in (seed, seed + 1))
         mx.random.seed(seed)
         probed, model = ProbedTower(recipe.VISION), make_captioner(tokenizer)
         if mx.default_device().type == mx.cpu:
             use_products(probed)
             use_products(model)
-        batches = pictures.batches(arguments.batch, seed)
-        train(run / TOWER, probed, tower_loss, batches, arguments.tower_steps, arguments.rate, seed)
+        batch, rate = arguments.batch, arguments.rate
+        batches = pictures.batches(batch, seed)
+        train(run / TOWER, probed, tower_loss, batches, arguments.tower_steps, rate, seed)
 
         load_state(model.vision_tower, run / TOWER, "model.tower")
-        batches = Features(model.vision_tower, pictures, tokenizer).batches(arguments.batch, seed)
+        model.vision_tower.freeze()
         loss = partial(caption_loss, pad=tokenizer.pad_token_id)
-        train(run / STATE, model, loss, batches, arguments.steps, arguments.rate, seed)
+        seen = features(model.vision_tower, pictures.pixels)
+        batches = captioned(seen, pictures.compositions, tokenizer, batch, seed)
+        train(run / LANGUAGE, model, loss, batches, arguments.language_steps, rate, seed)
+
+        load_state(model, run / LANGUAGE)
+        model.vision_tower.unfreeze()
+        batches = captioned(others.pixels, others.compositions, tokenizer, batch, seed)
+        train(run / STATE, model, loss, batches, arguments.steps, rate / 2, seed)
     except FluxError as error:
         parser.exit(2, f"error: {error}\n")
 

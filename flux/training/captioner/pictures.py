@@ -124,7 +124,7 @@ class Pictures:
             pictures = ((c, render(c) if i is None else pool.pictures[i]) for c, i in pairs)
             return np.stack([augment(picture, COLOURS[c.colour], rng) for c, picture in pictures])
 
-        self.pixels = kept(folder / f"pictures-{count}.npy", make)  # (count, 64, 64, 3) uint8
+        self.pixels = kept(folder / f"pictures-{seed}-{count}.npy", make)  # (count, 64, 64, 3) uint8
 
     def batches(self, count: int, seed: int) -> Callable[[int], dict[str, mx.array]]:
         """step -> pictures (B, 64, 64, 3) uint8; places as in `places`, (B, h, w, S + 1)."""
@@ -138,43 +138,41 @@ class Pictures:
         return batch
 
 
-class Features:
-    """What a trained vision tower, which learns no more, sees in the pictures: found once, then put into
-    words."""
+def features(tower: VisionTower, pictures: np.ndarray) -> np.ndarray:
+    """What a trained vision tower sees in pictures (P, 64, 64, 3) uint8: (P, h, w, C)."""
+    starts = range(0, len(pictures), 64)
+    return np.concatenate([np.array(tower(normalised(mx.array(pictures[i : i + 64])))) for i in starts])
 
-    def __init__(self, tower: VisionTower, pictures: Pictures, tokenizer: BartTokenizer):
-        self._compositions, self._tokenizer = pictures.compositions, tokenizer
-        found = []
-        for start in range(0, len(pictures.pixels), 64):
-            features = tower(normalised(mx.array(pictures.pixels[start : start + 64])))
-            found.append(np.array(features))
-        self._features = np.concatenate(found)  # (P, h, w, C)
 
-    def batches(self, count: int, seed: int) -> Callable[[int], dict[str, mx.array]]:
-        """step -> features (B, h, w, C); prompts (B, P) and their mask; answers (B, L), padded."""
-        tokenizer = self._tokenizer
-        prompts, mask = tokenizer([TASKS[task].ask() for task in recipe.CAPTION_TASKS])  # (3, P)
-        ids_of = cache(lambda word: tokenizer.encode(word)[1:-1])  # a caption is its words one by one
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+def captioned(
+    shown: np.ndarray, compositions: list[Composition], tokenizer: BartTokenizer, count: int, seed: int
+) -> Callable[[int], dict[str, mx.array]]:
+    """step -> rows of `shown`, pictures or features, with captions of their compositions.
 
-        def batch(step: int) -> dict[str, mx.array]:
-            rng = np.random.default_rng((seed, step))
-            rows = rng.integers(len(self._features), size=count)
-            tasks = rng.choice(len(recipe.CAPTION_TASKS), count, p=recipe.TASK_SHARES)
-            answers = np.full((count, recipe.ANSWER_LENGTH), tokenizer.pad_token_id, np.int32)
-            for answer, row, task in zip(answers, rows, tasks, strict=True):
-                words = tokenizer.WORDS.findall(recipe.answers(self._compositions[row])[task])
-                ids = [bos, *(i for word in words for i in ids_of(word)), eos]
-                answer[: len(ids)] = ids
-            chosen = mx.array(tasks)
-            return {
-                "features": mx.array(self._features[rows]),
-                "prompts": prompts[chosen],
-                "mask": mask[chosen],
-                "answers": mx.array(answers),
-            }
+    shown (B, ...); prompts (B, P) and their mask; answers (B, L), padded.
+    """
+    prompts, mask = tokenizer([TASKS[task].ask() for task in recipe.CAPTION_TASKS])  # (3, P)
+    ids_of = cache(lambda word: tokenizer.encode(word)[1:-1])  # a caption is its words one by one
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
-        return batch
+    def batch(step: int) -> dict[str, mx.array]:
+        rng = np.random.default_rng((seed, step))
+        rows = rng.integers(len(shown), size=count)
+        tasks = rng.choice(len(recipe.CAPTION_TASKS), count, p=recipe.TASK_SHARES)
+        answers = np.full((count, recipe.ANSWER_LENGTH), tokenizer.pad_token_id, np.int32)
+        for answer, row, task in zip(answers, rows, tasks, strict=True):
+            words = tokenizer.WORDS.findall(recipe.answers(compositions[row])[task])
+            ids = [bos, *(i for word in words for i in ids_of(word)), eos]
+            answer[: len(ids)] = ids
+        chosen = mx.array(tasks)
+        return {
+            "shown": mx.array(shown[rows]),
+            "prompts": prompts[chosen],
+            "mask": mask[chosen],
+            "answers": mx.array(answers),
+        }
+
+    return batch
 
 
 def normalised(pictures: mx.array) -> mx.array:
