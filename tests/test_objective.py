@@ -68,6 +68,8 @@ def test_by_hand():
     standard = (z - np.array(batch["mean"])) / np.exp(0.5 * np.array(batch["logvar"]))
     assert abs(standard.mean()) < 0.3
     assert abs(standard.std() - 1) < 0.2
+    wide = np.array(FlowLoss(0.1, 0.4)._draw(batch | {"logvar": batch["logvar"] + 2})[0]) / 0.4 + 0.1
+    assert np.allclose(wide - batch["mean"], np.e * (z - batch["mean"]), rtol=1e-3, atol=1e-4)
     assert abs(np.corrcoef(standard.ravel(), noise.ravel())[0, 1]) < 0.2
 
 

@@ -11,7 +11,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from flux.errors import FluxError
-from flux.models import transformer
+from flux.models import layers, transformer
 from flux.models.layers import (
     DoubleStreamBlock,
     SelfAttention,
@@ -340,22 +340,27 @@ def gelu64(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("dtype", "eps"), [(mx.float32, 3e-7), (mx.bfloat16, 4e-3), (mx.float16, 5e-4)])
 def test_gelu(dtype: mx.Dtype, eps: float):
     x = mx.concatenate([mx.linspace(-12, 12, 4801), mx.array([-6e4, -300, -50, 50, 300, 6e4])]).astype(dtype)
-    expected = gelu64(np.array(x.astype(mx.float32), dtype=np.float64))
+    points = np.array(x.astype(mx.float32), dtype=np.float64)
+    expected = gelu64(points)
     y = gelu(x)
     assert y.dtype == dtype
     error = np.abs(np.array(y.astype(mx.float32)) - expected)
     assert np.all(error <= eps * np.abs(expected) + 1e-6)
     gradient = mx.grad(lambda x: gelu(x).astype(mx.float32).sum())(x).astype(mx.float32)
     assert mx.all(mx.isfinite(gradient))
+    slope = (gelu64(points + 1e-5) - gelu64(points - 1e-5)) / 2e-5
+    assert np.all(np.abs(np.array(gradient) - slope) <= 2 * eps + 3e-6)
     assert mx.all(gradient[-3:] == 1)
     assert mx.all(mx.abs(gradient[-6:-3]) < 1e-6)
 
 
-@pytest.mark.parametrize("function", [gelu, silu, rotate])
+@pytest.mark.parametrize("function", [layers._gelu, layers._gelu_gradient, silu, rotate])
 def test_compiled_as_on_a_gpu_is_the_same_function(function):
     arrays = [mx.random.normal((2, 3, 5, 8)).astype(mx.bfloat16)]
     if function is rotate:
         arrays.append(mx.random.normal((2, 2, 1, 5, 4)))
+    if function is layers._gelu_gradient:
+        arrays.append(mx.random.normal((2, 3, 5, 8)).astype(mx.bfloat16))
     compiled = mx.compile(function.__wrapped__)(*arrays)
     assert compiled.dtype == mx.bfloat16
     assert relative_error(compiled, function(*arrays)) < 4e-3

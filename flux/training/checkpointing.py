@@ -24,19 +24,28 @@ def attention_by_heads(q: mx.array, k: mx.array, v: mx.array, pe: mx.array) -> m
     MLX has no fused attention with a gradient but on CUDA: elsewhere the scores, L x L for each head, are in
     memory three times over, 3 GB for FLUX.1-dev at 1024x1024 in 16 bits.
     """
+    pe = mx.stop_gradient(pe)  # a constant, but as an input of a checkpointed call it would be given one
     heads, length = q.shape[1:3]
     together = max(1, SCORES // (q.shape[0] * length * length * q.dtype.size))
     if together >= heads:
         return attention(q, k, v, pe)
     ends = list(range(together, heads, together))
     parts = zip(*(mx.split(x, ends, axis=1) for x in (q, k, v)), strict=True)
-    return mx.concatenate([mx.checkpoint(attention)(*part, pe) for part in parts], axis=-1)  # (B, L, H*D)
+    run = _checkpointed(_attend, 2, 1)
+    return mx.concatenate([run(k, v, q, pe)[0] for q, k, v in parts], axis=-1)  # (B, L, H*D)
+
+
+def _attend(k: mx.array, v: mx.array, q: mx.array, pe: mx.array) -> list[mx.array]:
+    """For `_checkpointed`: k's and v's gradients before q's, else all heads' scores wait for them."""
+    return [attention(q, k, v, pe)]
 
 
 class _Checkpointed:
     """Comes before a block's own class: its call, checkpointed."""
 
     attend = staticmethod(attention_by_heads)
+    streams = 1  # how many of a call's inputs come from the block before
+    modulation_learns = False
 
     def __call__(self, *inputs: mx.array) -> mx.array | tuple[mx.array, ...]:
         plain = super().__call__
@@ -53,29 +62,34 @@ class _Checkpointed:
                 self.update(own)
             return list(out) if isinstance(out, tuple) else [out]
 
-        out = _checkpointed(call, len(names))(*trained.values(), *inputs)
+        wanted = len(inputs) if self.modulation_learns else self.streams
+        out = _checkpointed(call, len(names), wanted)(*trained.values(), *inputs)
         return tuple(out) if len(out) > 1 else out[0]
 
 
-def _checkpointed(function: Callable, count: int) -> Callable:
+def _checkpointed(function: Callable, count: int, wanted: int) -> Callable:
     """mx.checkpoint for a function of arrays whose first `count` are parameters, with one more rule: the
-    gradient goes on to the function before this one when those of the parameters are done.
+    gradients of the `wanted` arrays after them go on to what made these after those of the parameters.
 
-    Else MLX may leave these for last, and keep in memory what all of them are made of.
+    Else MLX may leave the parameters' for last, and keep in memory what all of them are made of. For arrays
+    that need no gradient the rule must not hold: they would get one. That of a modulation's gate alone costs
+    the block's last products again.
     """
     run = mx.custom_function(function)
+    end = count + wanted
 
     @run.vjp
     def gradients(inputs: tuple[mx.array, ...], cotangents: list[mx.array], _: list[mx.array]):
         inputs = mx.depends(list(inputs), list(cotangents))  # not before the gradient has come here
         own = mx.vjp(function, inputs, list(cotangents))[1]
-        return (*own[:count], *(mx.depends(own[count:], own[:count]) if count else own))
+        ready = mx.depends(own[count:end], own[:count]) if count else own[:end]
+        return (*own[:count], *ready, *own[end:])
 
     return run
 
 
 class CheckpointedDoubleStreamBlock(_Checkpointed, DoubleStreamBlock):
-    pass
+    streams = 2
 
 
 class CheckpointedSingleStreamBlock(_Checkpointed, SingleStreamBlock):
@@ -88,14 +102,22 @@ _CLASSES = {
 }
 
 
-def checkpoint_blocks(flow: Flux) -> None:
+def checkpoint_blocks(flow: Flux, modulation_learns: bool = False) -> None:
     """Makes the blocks of this transformer checkpointed ones, in place; gradients stay the same to the bit.
+
+    Call it when what is trained has been settled. modulation_learns: something outside of the transformer is
+    trained that modulation is made of, which is CLIP; gradients are right without saying so, but then take
+    more memory.
 
     Parameters and their names stay too, and so does what is computed without a gradient: pictures may be
     sampled in between. `plain_blocks` undoes it.
     """
-    for block in (*flow.double_blocks, *flow.single_blocks):
+    blocks = (*flow.double_blocks, *flow.single_blocks)
+    inside = sum(len(tree_flatten(_parameters(block))) for block in blocks)
+    modulation_learns = modulation_learns or len(tree_flatten(flow.trainable_parameters())) > inside
+    for block in blocks:
         block.__class__ = _CLASSES.get(type(block), type(block))
+        block.modulation_learns = modulation_learns
 
 
 def plain_blocks(flow: Flux) -> None:
@@ -103,6 +125,7 @@ def plain_blocks(flow: Flux) -> None:
     plain = {checkpointed: own for own, checkpointed in _CLASSES.items()}
     for block in (*flow.double_blocks, *flow.single_blocks):
         block.__class__ = plain.get(type(block), type(block))
+        block.__dict__.pop("modulation_learns", None)
 
 
 def _parameters(block: nn.Module) -> dict:

@@ -9,6 +9,7 @@ from mlx.utils import tree_flatten
 from flux.adapters.lora import linear_shape, linears
 from flux.adapters.training import DEFAULT_TARGET, targets
 from flux.models.transformer import Flux, FluxParams
+from flux.training.checkpointing import SCORES
 from flux.weights.quantize import GROUP_SIZES, QUANTIZED
 
 PIXELS_PER_TOKEN = 16  # along each side: 8 of the autoencoder, 2 of a token's patch
@@ -61,7 +62,7 @@ def estimate(
     return Estimate(
         weights,
         int(4 * adapter * copies),
-        activation_bytes(params, batch * tokens, checkpoint, element_size),
+        activation_bytes(params, batch, tokens, checkpoint, element_size),
     )
 
 
@@ -82,9 +83,22 @@ def weight_bytes(params: FluxParams, bits: int | None, mode: str = "affine", ele
     return int(total)
 
 
-def activation_bytes(params: FluxParams, tokens: int, checkpoint: bool, element_size: int = 2) -> int:
-    """What a step keeps for its gradient: `tokens` of text and picture, all samples together."""
-    width, blocks = params.hidden_size, params.depth + params.depth_single_blocks
-    inside = tokens * width * (20 + 4 * params.mlp_ratio) * element_size  # of one block
-    between = tokens * width * element_size
-    return int(blocks * between + inside if checkpoint else blocks * inside)
+def activation_bytes(
+    params: FluxParams, batch: int, tokens: int, checkpoint: bool, element_size: int = 2
+) -> int:
+    """What a step holds for its gradient at the worst moment; `tokens` of text and picture for each sample.
+
+    The numbers are bytes for each token and unit of width, fitted to what `benchmarks.training` measures on a
+    CPU: a part of them is float32 in any type. Kernels that fuse several operations need less.
+    """
+    width, blocks = batch * tokens * params.hidden_size, params.depth + params.depth_single_blocks
+    scores = batch * params.num_heads * tokens * tokens * element_size  # of one block's attention
+    if not checkpoint:
+        kept = width * (21 + 11.5 * element_size) + scores
+        return int(blocks * kept + width * (39 + 16.5 * element_size))
+    inside = width * (90 + 10 * element_size)  # of the block whose gradient is made
+    if scores > SCORES:  # some heads at a time
+        inside += 4 * max(SCORES, scores // params.num_heads)
+    else:
+        inside += 1.5 * scores
+    return int(blocks * width * element_size + inside)

@@ -1,11 +1,13 @@
 """What the encoders make of a data set: computed once, kept on disk, read batch by batch."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
+from flux import machine
 from flux.conditioning import encode_texts, warn_if_cut
 from flux.data import latents as data
 from flux.data.epochs import Batch, Plan
@@ -32,8 +34,9 @@ class Features:
         return self._texts.missing(texts)
 
     def encode_pictures(self, pipeline: FluxPipeline, wanted: Sequence, quiet: bool) -> None:
+        moments = partial(pipeline.ae.moments, memory=machine.autoencoder_memory())
         for placed, repeat in tqdm(wanted, "encoding pictures", disable=quiet or None):
-            self._latents.encode(placed, repeat, pipeline.ae.moments)
+            self._latents.encode(placed, repeat, moments)
 
     def encode_texts(self, pipeline: FluxPipeline, wanted: Sequence[str], quiet: bool) -> None:
         encode = self._text_encoder(pipeline)

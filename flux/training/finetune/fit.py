@@ -57,9 +57,9 @@ def _advice(options: Options, params: FluxParams, shape: dict[str, Any], memory:
     taken = []
     total = needed(options, params, shape).total
     for name, own, other in steps:
-        options, shape = replace(options, **own), shape | other
-        if (now := needed(options, params, shape).total) < total:
-            total = now
+        changed = replace(options, **own), shape | other
+        if (now := needed(changed[0], params, changed[1]).total) < total:
+            (options, shape), total = changed, now
             taken.append(name)
         if total <= USABLE * memory:
             return f"this will not fit; with {' '.join(taken)} about {total / 1e9:.2f} GB would do"

@@ -164,7 +164,7 @@ class FineTuning:
         self.network = Network(pipeline.flow, pipeline.clip if options.train_clip else None)
         self._adapters = inject(self.network, options)
         if options.grad_checkpoint:
-            checkpoint_blocks(pipeline.flow)
+            checkpoint_blocks(pipeline.flow, modulation_learns=options.train_clip)
         self.network.train()
         self._loss = self._make_loss()
         self.trainer = Trainer(
