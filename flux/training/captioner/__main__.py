@@ -6,7 +6,8 @@ in DIR.
 """
 
 import argparse
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -98,11 +99,21 @@ def make_captioner(tokenizer: BartTokenizer) -> Florence2:
 
 
 def train(
-    state: Path, model: nn.Module, loss: Loss, batches: Batches, steps: int, rate: float, seed: int
+    state: Path,
+    model: nn.Module,
+    loss: Loss,
+    make_batches: Callable[[], Batches],
+    steps: int,
+    rate: float,
+    seed: int,
 ) -> None:
-    """Up to `steps` steps in all, from the state in the file if it is there; the state is left there."""
+    """Up to `steps` steps in all, from the state in the file if it is there; the state is left there.
+
+    The batches are made for the first step: a part that is done needs none.
+    """
+    made = cache(make_batches)
     rates = (warmup_decay(peak, steps, min(WARMUP, steps), 0.4) for peak in (rate, rate / 10))
-    trainer = Trainer(model, loss, batches, muon(*rates, is_edge), seed)
+    trainer = Trainer(model, loss, lambda number: made()(number), muon(*rates, is_edge), seed)
     if state.exists():
         trainer.load(state)
     if trainer.step < steps:
@@ -136,27 +147,33 @@ def main() -> None:
         pool = None
         if arguments.pool:
             pool = Pool(FluxPipeline(arguments.generator).ae, arguments.pool, run)
-        pictures, others = (Pictures(arguments.pictures, i, run, pool) for i in (seed, seed + 1))
+        pictures = cache(lambda number: Pictures(arguments.pictures, number, run, pool))
         mx.random.seed(seed)
         probed, model = ProbedTower(recipe.VISION), make_captioner(tokenizer)
         if mx.default_device().type == mx.cpu:
             use_products(probed)
             use_products(model)
         batch, rate = arguments.batch, arguments.rate
-        batches = pictures.batches(batch, seed)
-        train(run / TOWER, probed, tower_loss, batches, arguments.tower_steps, rate, seed)
 
+        def whole() -> Batches:
+            return pictures(seed).batches(batch, seed)
+
+        def seen() -> Batches:
+            found = features(model.vision_tower, pictures(seed).pixels)
+            return captioned(found, pictures(seed).compositions, tokenizer, batch, seed)
+
+        def others() -> Batches:
+            fresh = pictures(seed + 1)
+            return captioned(fresh.pixels, fresh.compositions, tokenizer, batch, seed)
+
+        train(run / TOWER, probed, tower_loss, whole, arguments.tower_steps, rate, seed)
         load_state(model.vision_tower, run / TOWER, "model.tower")
         model.vision_tower.freeze()
         loss = partial(caption_loss, pad=tokenizer.pad_token_id)
-        seen = features(model.vision_tower, pictures.pixels)
-        batches = captioned(seen, pictures.compositions, tokenizer, batch, seed)
-        train(run / LANGUAGE, model, loss, batches, arguments.language_steps, rate, seed)
-
+        train(run / LANGUAGE, model, loss, seen, arguments.language_steps, rate, seed)
         load_state(model, run / LANGUAGE)
         model.vision_tower.unfreeze()
-        batches = captioned(others.pixels, others.compositions, tokenizer, batch, seed)
-        train(run / STATE, model, loss, batches, arguments.steps, rate / 2, seed)
+        train(run / STATE, model, loss, others, arguments.steps, rate / 4, seed)
     except FluxError as error:
         parser.exit(2, f"error: {error}\n")
 
