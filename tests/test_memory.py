@@ -1,5 +1,6 @@
 """The estimate of a training step's memory, beside the step's real peak."""
 
+import gc
 import json
 import math
 from pathlib import Path
@@ -25,7 +26,8 @@ MID = FluxParams(hidden_size=256, num_heads=2, depth=2, depth_single_blocks=2, *
 
 def peak(params: FluxParams, bits: int | None, checkpoint: bool) -> int:
     """Bytes of the second step: before the first, an optimizer's state is zeros that take no memory."""
-    before = mx.get_active_memory()  # of other tests
+    gc.collect()  # else what is left of earlier tests may go while this one measures
+    before = mx.get_active_memory()
     flow = Flux(params)
     if bits:
         quantize(flow, bits)

@@ -1,7 +1,6 @@
 """`python -m flux.adapters`: look into adapter files, check and convert them, see what they do."""
 
 import argparse
-import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from flux.adapters.grid import STRENGTHS, Sampling, grid
 from flux.adapters.grid import read as read_adapters
 from flux.adapters.names import template
 from flux.adapters.writers import WRITERS
+from flux.arguments import finite, size
 from flux.errors import FluxError
 from flux.pipeline import FluxPipeline
 from flux.weights import checkpoints
@@ -99,22 +99,6 @@ def add_grid(commands: argparse._SubParsersAction) -> None:
     add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="the model to 4 or 8 bits a weight")
     add("--output", type=Path, default=Path("grid.png"), metavar="FILE", help="*.png (default grid.png)")
     show.set_defaults(run=run_grid)
-
-
-def finite(text: str) -> float:
-    """A number that is neither infinite nor none."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
-    return number
-
-
-def size(text: str) -> tuple[int, int]:
-    """(height, width) of "256x512", or of "256" for a square."""
-    height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and (width or height).isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 256x512, not {text}")
-    return int(height), int(width or height)
 
 
 def run_inspect(options: argparse.Namespace) -> int:
