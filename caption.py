@@ -11,6 +11,7 @@ import flux  # before mlx.core, so that OpenBLAS is there first
 # isort: split
 from tqdm import tqdm
 
+from flux.arguments import Parser, count
 from flux.captioning import files, pictures, records, sheet
 from flux.captioning.captioner import Captioner
 from flux.captioning.files import Picture
@@ -39,20 +40,6 @@ def main() -> int:
 
 
 # --- Arguments ---
-
-
-class Parser(argparse.ArgumentParser):
-    """Wrong arguments are bad input like any other: one line."""
-
-    def error(self, message: str) -> None:
-        raise FluxError(f"{message} (see {self.prog} --help)")
-
-
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
-    return int(text)
 
 
 def words(text: str) -> str:

@@ -1,7 +1,6 @@
 """Teach FLUX a subject from a few pictures: python dreambooth.py --iterations 1200 path/to/dog6."""
 
 import argparse
-import math
 import signal
 import sys
 import warnings
@@ -10,6 +9,7 @@ from typing import Any
 import flux
 from flux.adapters import TARGETS
 from flux.adapters.writers import WRITERS
+from flux.arguments import Parser, adapter, count, finite, size
 from flux.data import check, samples
 from flux.distributed import Ranks, tell
 from flux.errors import FluxError
@@ -92,13 +92,6 @@ def check_data(given: dict[str, Any]) -> int:
 # --- Arguments ---
 
 
-class Parser(argparse.ArgumentParser):
-    """Wrong arguments are bad input like any other: one line."""
-
-    def error(self, message: str) -> None:
-        raise FluxError(f"{message} (see {self.prog} --help)")
-
-
 def to_options(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments that were given, as fields of Options."""
     given = dict(given)
@@ -115,39 +108,6 @@ def to_options(given: dict[str, Any]) -> dict[str, Any]:
         if name in given:
             given[name] = tuple(given[name])
     return given | ({"data": data} if data else {})
-
-
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
-    return int(text)
-
-
-def finite(text: str) -> float:
-    """A number that is neither infinite nor none."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
-    return number
-
-
-def size(text: str) -> tuple[int, int]:
-    """(height, width) of "256x512", or of "256" for a square."""
-    height, _, width = text.lower().partition("x")
-    try:
-        return count(height), count(width or height)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 256x512, not {text}") from None
-
-
-def adapter(text: str) -> tuple[str, float]:
-    """(file, strength) of "a.safetensors:0.8", where 0.8 may be left out and is then 1."""
-    file, colon, number = text.rpartition(":")
-    try:
-        return (file, finite(number)) if colon else (text, 1.0)
-    except ValueError:  # what is no number belongs to the file's name
-        return text, 1.0
 
 
 def build_parser() -> Parser:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 import flux  # noqa: F401  (before mlx.core: it puts OpenBLAS into the process)
-from benchmarks.generation import peak_memory
+from benchmarks.measure import peak_memory
 
 # widths and depths of the vision tower's stages; width and layers of the language model; the picture's side.
 SIZES = {

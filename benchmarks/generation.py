@@ -9,7 +9,6 @@ was about to be read. The outputs of both programs are compared, so that a fast 
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import flux  # noqa: F401  (before mlx.core: it puts OpenBLAS into the process)
+from benchmarks.measure import peak_memory
 
 # hidden: the transformer's width (heads of 128), at `tokens` picture tokens; ch: the autoencoder's width.
 SIZES = {
@@ -239,15 +239,6 @@ def measure(part: str, program: str, size: dict, folder: Path, repeats: int) -> 
     peak = peak_memory() - before
     np.save(folder / f"{program}.npy", numpy(result))
     return {"seconds": min(times[1:]), "first": times[0], "peak": peak}
-
-
-def peak_memory() -> int:
-    """The largest resident set of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: getrusage would count what the parent held when it started this process
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS, in bytes
 
 
 def run(part: str, size: str, repeats: int) -> dict:

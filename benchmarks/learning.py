@@ -1,10 +1,13 @@
 """Does fine-tuning teach a subject? One that the built-in model never saw, from five pictures of it.
 
-    python -m benchmarks.learning [--subject "teddy bear"] [--quantize 4] [--formats] [--folder DIR]
+    python -m benchmarks.learning [--subject "teddy bear" tent] [--quantize 4] [--formats] [--folder DIR]
 
 The pictures are renderings on five of the ten backgrounds, each in another place, captioned with a trigger
 word. Asked for is then the subject on the other five backgrounds, in all places and both sizes; and before
 and after, for held-out prompts of subjects that the model knows. The judge is that of `pretrain.evaluate`.
+
+The adapter changes CLIP too. Without that the subject takes on the colour of backgrounds that it never
+had: of teddy bears 76 to 80 % were recognised, with CLIP all (200 to 250 iterations, 25 prompts).
 """
 
 import argparse
@@ -23,6 +26,7 @@ import numpy as np
 from PIL import Image
 
 from flux import adapters, images
+from flux.adapters.writers import WRITERS
 from flux.conditioning import encode_texts
 from flux.pipeline import Conditioning, FluxPipeline
 from flux.training.finetune import FineTuning, Options
@@ -35,7 +39,8 @@ Asked = list[tuple[Composition, str]]  # what a picture should show, and the pro
 SHOWN = tuple(COLOURS)[::2]  # the backgrounds of the pictures to learn from
 TRIGGER = "sks"  # a word that the model knows nothing of
 REGULAR = 30  # pictures of known subjects, so that these are not forgotten
-SETTINGS = {"iterations": 300, "rank": 16, "learning_rate": 2e-3, "validate_every": 10**6}
+SETTINGS = {"iterations": 250, "rank": 16, "learning_rate": 4e-3, "schedule": "cosine"}
+SETTINGS |= {"train_clip": True, "time_sampling": "shift"}  # as the built-in model was trained
 BATCH = 5
 
 
@@ -97,7 +102,7 @@ def _write_pictures(folder: Path, rows: Asked) -> None:
 def train(folder: Path, subject: str, **settings: Any) -> Path:
     """The adapter's file."""
     data = write(folder / "data", subject)
-    options = {"data": str(data), "model": "tiny", "output_dir": str(folder / "run"), **SETTINGS, **settings}
+    options = {"data": str(data), "output_dir": str(folder / "run"), **SETTINGS, **settings}
     return FineTuning(Options(**options), quiet=True).execute()
 
 
@@ -123,7 +128,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--subject", default="teddy bear", help="one of the last ten of subjects.tsv")
+    unknown = list(subjects())[SUBJECTS:]
+    parser.add_argument("--subject", nargs="+", choices=unknown, default=["teddy bear"], metavar="NAME",
+        help=f"one or more of {', '.join(unknown)} (default teddy bear)")  # fmt: skip
+    parser.add_argument(
+        "--model", default="tiny", help="default: the built-in one; a folder with one like it"
+    )
     parser.add_argument("--quantize", choices=("8", "4"), help="QLoRA, and pictures of a quantized model")
     parser.add_argument("--formats", action="store_true", help="also after a round trip through each format")
     parser.add_argument("--count", type=int, default=60, help="prompts of known subjects (default 60)")
@@ -132,23 +142,28 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp())
     settings = {name: json.loads(value) for name, value in (text.split("=", 1) for text in args.set)}
-    start = time.perf_counter()
-    path = train(folder, args.subject, quantize=args.quantize, **settings)
-    print(f"trained in {time.perf_counter() - start:.0f} s, {time.process_time():.0f} s of CPU", flush=True)
-    files = {"before": [], "after": [(path, 1.0)]}
-    for name in ("native", "kohya", "diffusers") if args.formats else ():
-        adapters.save(folder / f"{name}.safetensors", adapters.load(path), name)
-        files[f"after, as {name}"] = [(folder / f"{name}.safetensors", 1.0)]
-    bits = args.quantize and int(args.quantize)
-    for label, chosen in files.items():
-        pipeline = FluxPipeline("tiny", bits=bits, adapters=chosen)
-        for what, prompts in (
-            (args.subject, questions(args.subject)),
-            ("known", held_out_prompts(args.count)),
-        ):
+    settings |= {"model": args.model, "quantize": args.quantize}
+    known, bits = held_out_prompts(args.count), args.quantize and int(args.quantize)
+
+    def report(label: str, groups: dict[str, Asked], files: list[Path]) -> None:
+        pipeline = FluxPipeline(args.model, bits=bits, adapters=[(file, 1.0) for file in files])
+        for what, prompts in groups.items():
             shares = right(pipeline, prompts)
             text = ", ".join(f"{name} {share.right}/{share.total}" for name, share in shares.items())
             print(f"{label}: {what}: {text}", flush=True)
+
+    report("before", {subject: questions(subject) for subject in args.subject} | {"known": known}, [])
+    for subject in args.subject:
+        own = folder / subject.replace(" ", "_")
+        start, cpu = time.perf_counter(), time.process_time()
+        path = train(own, subject, **settings)
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        print(f"{subject}: learned in {seconds:.0f} s, {cpu:.0f} s of CPU", flush=True)
+        report("after", {subject: questions(subject), "known": known}, [path])
+        for name in WRITERS if args.formats else ():
+            file = own / f"{name}.safetensors"
+            adapters.save(file, adapters.load(path), name)
+            report(f"after, as {name}", {subject: questions(subject)}, [file])
 
 
 if __name__ == "__main__":

@@ -85,6 +85,23 @@ def test_the_sheet_has_a_row_for_each_checkpoint_and_the_base_in_each(model):
         assert found[0, 1] == found[1, 1]
 
 
+def test_the_table_of_likeness(model, monkeypatch):
+    """Of the prompts' pictures and, apart from them, of the class prompt's: means over all seeds."""
+    rows = []
+    monkeypatch.setattr("flux.sheets.table", lambda found: rows.extend(found))
+    adapters, strengths = [FLOW_ONLY, BOTH], [0.0, 1.0]
+
+    def bright(pictures):
+        return np.mean([picture.mean() for picture in pictures])
+
+    grid(FluxPipeline(model), adapters, PROMPTS[:1], PROMPTS[1], strengths, SAMPLING, bright)
+    drawn = draw(FluxPipeline(model), adapters, PARTS, PROMPTS, strengths, SAMPLING)
+    for i, adapter in enumerate(adapters):
+        for part, which in (("the prompts", slice(0, 2)), ("the class prompt", slice(2, 4))):
+            values = [bright(drawn[cell][which]) for cell in (BASE, (i, 1.0))]
+            assert [f"{adapter.name}\n{part}", *(f"{value:.3f}" for value in values)] in rows
+
+
 def test_the_checkpoints_of_a_folder_are_in_order(tmp_path):
     names = ["flux1.safetensors", "flux1-000100.safetensors", "flux1-000025.safetensors"]
     for name in names:
@@ -119,6 +136,7 @@ BAD = [
     (["--adapter", "a.safetensors", "--prompt", "a", "--output", "g.jpg"], r"g\.jpg: .*\.png"),
     (["--adapter", "a.safetensors", "--prompt", "a", "--output", "no/g.png"], "folder no does not exist"),
     (["--adapter", "a.safetensors", "--prompt", "a", "--steps", "0"], "steps must be at least 1, not 0"),
+    (["--adapter", "a.safetensors", "--prompt", "a", "--compare", "none"], "none: no pictures to compare"),
 ]
 
 

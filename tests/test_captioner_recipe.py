@@ -17,14 +17,15 @@ from flux.captioning.tokenizer import FLORENCE_TOKENS
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2
 from flux.training.captioner import evaluate, export, recipe
-from flux.training.captioner.__main__ import PROBE_WEIGHT, Pupil, pupil_loss
-from flux.training.captioner.pictures import augment, batches
+from flux.training.captioner.__main__ import ProbedTower, caption_loss, make_captioner, tower_loss
+from flux.training.captioner.pictures import Pictures, augment, captioned, features, normalised, places
 from flux.training.convolution import use_products
 from flux.training.pretrain import emoji
 from flux.training.pretrain.emoji import Composition
 
 ROOT = Path(__file__).parents[1]
 needs_font = pytest.mark.skipif(not emoji.FONT.is_file(), reason="needs the font Noto Color Emoji")
+PROMPTS = [f"<s>{TASKS[task].ask()}</s>" for task in recipe.CAPTION_TASKS]
 APPLE = Composition(("red apple",), "blue", "large", "centre")
 
 
@@ -71,25 +72,58 @@ def test_the_tasks_say_ever_more():
 
 
 @needs_font
-def test_batches_are_functions_of_the_step_and_hold_nothing_out(tokenizer):
-    batch = batches(tokenizer, 40, seed=3)
-    first, again, other = batch(5), batch(5), batch(6)
-    assert all(mx.array_equal(first[name], again[name]) for name in first)
-    assert not mx.array_equal(first["pictures"], other["pictures"])
-    prompts = {f"<s>{TASKS[task].ask()}</s>" for task in recipe.CAPTION_TASKS}
-    rows = zip(*(first[name].tolist() for name in ("answers", "prompts", "mask", "subjects")), strict=True)
+def test_batches_are_functions_of_the_step_and_hold_nothing_out(tokenizer, tmp_path):
+    pictures = Pictures(30, 3, tmp_path / "run")
+    for folder in ("run", "other"):  # read, and made again
+        again = Pictures(30, 3, tmp_path / folder)
+        assert np.array_equal(pictures.pixels, again.pixels)
+        assert pictures.compositions == again.compositions
+    assert not any(composition.held_out for composition in pictures.compositions)
+    index = {name: i for i, name in enumerate(pictures.names)}
+    shown = {pixels.tobytes(): c for pixels, c in zip(pictures.pixels, pictures.compositions, strict=True)}
+    assert len(shown) == 30
+
     seen = set()
-    for answer, prompt, mask, shares in rows:
-        shown = emoji.parse(tokenizer.decode(answer).replace("<pad>", "")[3:-4])
-        assert shown is not None
-        assert not shown.held_out
+    kinds = (
+        pictures.batches(40, seed=3),
+        captioned(pictures.pixels, pictures.compositions, tokenizer, 40, seed=3),
+    )
+    for batch in kinds:
+        first, again, other = batch(5), batch(5), batch(6)
+        assert all(mx.array_equal(first[name], again[name]) for name in first)
+        assert not any(mx.array_equal(first[name], other[name]) for name in first if name != "mask")
+    batch = kinds[0](5)
+    for picture, shares in zip(np.array(batch["pictures"]), np.array(batch["places"]), strict=True):
+        assert np.array_equal(shares, places(shown[picture.tobytes()], index))
+    batch = kinds[1](5)
+    rows = zip(*(batch[name].tolist() for name in ("answers", "prompts", "mask")), strict=True)
+    for picture, (answer, prompt, mask) in zip(np.array(batch["shown"]), rows, strict=True):
+        composition = shown[picture.tobytes()]
         kept = tokenizer.decode(token for token, is_seen in zip(prompt, mask, strict=True) if is_seen)
-        assert kept in prompts
-        seen.add(kept)
-        names = [list(emoji.subjects())[i] for i in np.flatnonzero(shares)]
-        assert sorted(names) == sorted(shown.subjects)
-        assert sum(shares) == 1
-    assert seen == prompts
+        task = PROMPTS.index(kept)
+        answer = tokenizer.decode(answer).replace("<pad>", "")
+        assert answer == f"<s>{recipe.answers(composition)[task]}</s>"
+        seen.add(task)
+    assert seen == {0, 1, 2}
+
+
+def test_features_are_of_normalised_pictures():
+    pictures = np.random.default_rng(0).integers(0, 256, (70, 64, 64, 3), dtype=np.uint8)
+    found = features(lambda pixels: pixels[:, ::16, ::16], pictures)
+    pixels = (pictures / 255 - recipe.PICTURES.mean) / recipe.PICTURES.deviation
+    assert np.allclose(found, pixels[:, ::16, ::16], atol=1e-5)
+
+
+def test_places_that_subjects_cover():
+    """The feature map has 4 x 4 places, of 16 pixels; a large subject's box has 48, a small one's 32."""
+    index = {"red apple": 0, "owl": 1}
+    edge, whole = [0.25, 0.5, 0.5, 0.25], [0.5, 1, 1, 0.5]
+    shares = places(APPLE, index)  # its box is in the middle, 8 pixels from each edge
+    assert shares[:, :, 0].tolist() == [edge, whole, whole, edge]
+    assert not shares[:, :, 1].any()
+    shares = places(Composition(("owl", "red apple"), "red", "small", "pair"), index)
+    assert np.array_equal(shares[1:3], [[[0, 1, 0], [0, 1, 0], [1, 0, 0], [1, 0, 0]]] * 2)
+    assert np.array_equal(shares[[0, 3]], np.full((2, 4, 3), [0, 0, 1]))
 
 
 @needs_font
@@ -105,38 +139,40 @@ def test_damaged_pictures_are_still_the_pictures():
 # --- Training ---
 
 
-def test_loss_is_of_the_next_token_and_not_of_padding(tokenizer):
+def test_tower_loss_is_of_every_place():
     """By hand, from the network's own scores; and the products that training computes with change nothing."""
     mx.random.seed(0)
-    model = Pupil(recipe.params(tokenizer))
-    rng = np.random.default_rng(0)
+    model, rng = ProbedTower(recipe.VISION), np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    shares = rng.dirichlet(np.ones(recipe.SUBJECTS + 1), (2, 4, 4)).astype(np.float32)
+    pixels = ((pictures / 255 - recipe.PICTURES.mean) / recipe.PICTURES.deviation).astype(np.float32)
+    scores = np.array(model(mx.array(pixels)), np.float64)
+    expected = -(shares * (scores - np.log(np.exp(scores).sum(-1, keepdims=True)))).sum(-1).mean()
+    use_products(model)
+    batch = {"pictures": mx.array(pictures), "places": mx.array(shares)}
+    assert tower_loss(model, batch, mx.random.key(0))[0].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_caption_loss_is_of_the_next_token_and_not_of_padding(tokenizer):
+    mx.random.seed(0)
+    model = make_captioner(tokenizer)
     prompts, mask = tokenizer([TASKS["caption"].ask(), TASKS["detailed"].ask()])
     rows = [tokenizer.encode(text) for text in ("a red apple", "an owl on a red background")]
     answers = np.full((2, recipe.ANSWER_LENGTH), tokenizer.pad_token_id, np.int32)
     for answer, row in zip(answers, rows, strict=True):
         answer[: len(row)] = row
-    pictures = rng.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
-    shown = np.eye(2, recipe.SUBJECTS, dtype=np.float32)
-    batch = {"pictures": mx.array(pictures), "prompts": prompts, "mask": mask}
-    batch |= {"answers": mx.array(answers), "subjects": mx.array(shown)}
-
-    pixels = mx.array(
-        ((pictures / 255 - recipe.PICTURES.mean) / recipe.PICTURES.deviation).astype(np.float32)
-    )
+    pictures = (255 * mx.random.uniform(shape=(2, 64, 64, 3))).astype(mx.uint8)
+    pixels = normalised(pictures)
     losses = []
     for i, row in enumerate(rows):
         own = slice(i, i + 1)
-        scores = model.captioner(pixels[own], prompts[own], mx.array([[2, *row[:-1]]]), mask[own])[0]
+        scores = model(pixels[own], prompts[own], mx.array([[2, *row[:-1]]]), mask[own])[0]
         log_probs = np.array(scores - mx.logsumexp(scores, axis=-1, keepdims=True))
         losses += [-log_probs[place, token] for place, token in enumerate(row)]
-    features = model.captioner.vision_tower(pixels)
-    named = model.probe(model.probe_norm(features).mean((1, 2)))
-    probe = np.array(mx.logsumexp(named, axis=-1) - mx.diagonal(named)).mean()
-
-    use_products(model)
-    loss, metrics = pupil_loss(model, batch, mx.random.key(0), tokenizer.pad_token_id)
-    assert metrics["caption"].item() == pytest.approx(np.mean(losses), rel=1e-5)
-    assert loss.item() == pytest.approx(np.mean(losses) + PROBE_WEIGHT * probe, rel=1e-5)
+    batch = {"prompts": prompts, "mask": mask, "answers": mx.array(answers)}
+    for shown in (pictures, model.vision_tower(pixels)):
+        loss, _ = caption_loss(model, batch | {"shown": shown}, mx.random.key(0), tokenizer.pad_token_id)
+        assert loss.item() == pytest.approx(np.mean(losses), rel=1e-5)
 
 
 @needs_font
@@ -151,15 +187,19 @@ def test_training_resumes_exports_and_is_read(tmp_path):
         return run.stdout
 
     program, state = "flux.training.captioner", "captioner.safetensors"
-    options = ("--batch", 2, "--pool", 2)
-    call(program, "--run", tmp_path / "whole", "--steps", 2, *options)
-    call(f"{program}.export", "--run", tmp_path / "whole", "--output", tmp_path / "out")
+    options = ("--run", tmp_path / "run", "--batch", 2, "--pictures", 4, "--pool", 2)
+    call(program, *options, "--tower-steps", 2, "--language-steps", 1, "--steps", 1)
+    call(program, *options, "--tower-steps", 2, "--language-steps", 2, "--steps", 2)
+    call(f"{program}.export", "--run", tmp_path / "run", "--output", tmp_path / "out")
     captioner = Captioner.from_folder(tmp_path / "out", mx.float32)
-    trained = mx.load(str(tmp_path / "whole" / state))
-    name = "language_model.decoder.layers.1.fc2.weight"
-    assert "model.probe.weight" in trained
-    halved = trained[f"model.captioner.{name}"].astype(mx.float16).astype(mx.float32)
-    assert mx.array_equal(captioner.model.language_model.decoder.layers[1].fc2.weight, halved)
+    trained, metadata = mx.load(str(tmp_path / "run" / state), return_metadata=True)
+    assert metadata["step"] == "2"
+    name = "vision_tower.convs.1.conv.weight"
+    exported, last = captioner.model.vision_tower.convs[1].conv.weight, trained[f"model.{name}"]
+    assert mx.array_equal(exported, last.astype(mx.float16).astype(mx.float32))
+    first, language = (mx.load(str(tmp_path / "run" / f"{n}.safetensors")) for n in ("tower", "language"))
+    assert mx.array_equal(first["model.tower.convs.1.conv.weight"], language[f"model.{name}"])
+    assert not mx.array_equal(language[f"model.{name}"], last)
     assert captioner.pictures == recipe.PICTURES
     assert captioner.generation == recipe.GENERATION
     out = tmp_path / "figures.json"

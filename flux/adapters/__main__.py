@@ -1,7 +1,6 @@
 """`python -m flux.adapters`: look into adapter files, check and convert them, see what they do."""
 
 import argparse
-import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -9,12 +8,13 @@ from pathlib import Path
 
 import flux
 from flux import images
-from flux.adapters import Adapter, load, mismatches, read_facts, save
+from flux.adapters import Adapter, load, mismatches, read_facts, save, similarity
 from flux.adapters.adapter import Dense, Kronecker, LowRank, part_of
 from flux.adapters.grid import STRENGTHS, Sampling, grid
 from flux.adapters.grid import read as read_adapters
 from flux.adapters.names import template
 from flux.adapters.writers import WRITERS
+from flux.arguments import finite, size
 from flux.errors import FluxError
 from flux.pipeline import FluxPipeline
 from flux.weights import checkpoints
@@ -93,28 +93,18 @@ def add_grid(commands: argparse._SubParsersAction) -> None:
     )
     add("--prompt", nargs="+", default=[], metavar="TEXT", help="what to show, with the trigger")
     add("--class-prompt", metavar="TEXT", help="what to show without it")
+    add(
+        "--compare",
+        type=Path,
+        metavar="DIR",
+        help="the subject's pictures: adds how like them each cell is (CLIP-I; fetches CLIP ViT-B/32)",
+    )
     add("--seed", nargs="+", type=int, default=[0], metavar="N", help="a row for each (default 0)")
     add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's own")
     add("--steps", type=int, metavar="N", help="denoising steps; default: the model's own")
     add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="the model to 4 or 8 bits a weight")
     add("--output", type=Path, default=Path("grid.png"), metavar="FILE", help="*.png (default grid.png)")
     show.set_defaults(run=run_grid)
-
-
-def finite(text: str) -> float:
-    """A number that is neither infinite nor none."""
-    number = float(text)
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
-    return number
-
-
-def size(text: str) -> tuple[int, int]:
-    """(height, width) of "256x512", or of "256" for a square."""
-    height, _, width = text.lower().partition("x")
-    if not (height.isdecimal() and (width or height).isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 256x512, not {text}")
-    return int(height), int(width or height)
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -195,9 +185,10 @@ def run_grid(options: argparse.Namespace) -> int:
     adapters = read_adapters(options.adapter)
     strengths = list(dict.fromkeys(options.strengths))
     seeds = list(dict.fromkeys(options.seed))
+    likeness = None if options.compare is None else similarity.to_folder(options.compare)
     pipeline = FluxPipeline(options.model, bits=options.quantize)
     sampling = Sampling(seeds, options.image_size, options.steps)
-    picture = grid(pipeline, adapters, options.prompt, options.class_prompt, strengths, sampling)
+    picture = grid(pipeline, adapters, options.prompt, options.class_prompt, strengths, sampling, likeness)
     facts = {
         "model": options.model,
         "adapters": "\n".join(map(str, options.adapter)),

@@ -3,11 +3,13 @@
 A prompt that names the class but not the trigger shows what has leaked into the class. The model is read once
 and each prompt is encoded once (once more for an adapter that changes the text encoders): the adapters are
 put beside the weights and taken away again.
+
+With pictures of the subject to compare with, a table below says how like it each cell is (CLIP-I).
 """
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,10 +86,12 @@ def grid(
     class_prompt: str | None = None,
     strengths: Sequence[float] = STRENGTHS,
     sampling: Sampling = Sampling(),
+    likeness: Callable[[Sequence[np.ndarray]], float] | None = None,
 ) -> np.ndarray:
     """The labelled grid (H, W, 3), uint8: for each prompt rows of adapters and seeds, columns of strengths.
 
     The class prompt comes last. At strength 0 stands the picture of the model alone, the same in each row.
+    likeness: of pictures to the subject; its figures then stand in a table below.
     Takes the pipeline's text encoders and its transformer out of memory. FluxError, before the work begins,
     for an adapter of which nothing fits the model and for values that make no picture.
     """
@@ -100,7 +104,12 @@ def grid(
     pictures = draw(pipeline, adapters, parts, every, strengths, sampling)
     titles = [f"prompt: {prompt}" for prompt in prompts]
     titles += [] if class_prompt is None else [f"class prompt, for leaks: {class_prompt}"]
-    return sheets.table(list(_rows(pictures, adapters, titles, strengths, sampling.seeds)))
+    rows = list(_rows(pictures, adapters, titles, strengths, sampling.seeds))
+    if likeness is not None:
+        asked = len(prompts) * len(sampling.seeds)  # pictures of a cell before those of the class prompt
+        parts = {"the prompts": slice(0, asked), "the class prompt": slice(asked, None)}
+        rows += _likenesses(pictures, adapters, strengths, parts, likeness)
+    return sheets.table(rows)
 
 
 def _warn_of_triggers(adapters: Sequence[Named], class_prompt: str | None) -> None:
@@ -128,6 +137,27 @@ def _rows(
                 place = number * len(seeds) + k
                 row = [pictures[_cell(i, strength)][place] for strength in strengths]
                 yield [f"{each.name}\nseed {seed}", *(Image.fromarray(picture) for picture in row)]
+
+
+def _likenesses(
+    pictures: dict[Cell, list[np.ndarray]],
+    adapters: Sequence[Named],
+    strengths: Sequence[float],
+    parts: dict[str, slice],
+    likeness: Callable[[Sequence[np.ndarray]], float],
+) -> Iterator[sheets.Row]:
+    found = {
+        (cell, part): likeness(own[which])
+        for cell, own in pictures.items()
+        for part, which in parts.items()
+        if own[which]
+    }
+    yield "CLIP-I, likeness to the subject's pictures (mean of all pairs)"
+    for i, each in enumerate(adapters):
+        for part in parts:
+            row = [found.get((_cell(i, strength), part)) for strength in strengths]
+            if None not in row:
+                yield [f"{each.name}\n{part}", *(f"{value:.3f}" for value in row)]
 
 
 def _cell(adapter: int, strength: float) -> Cell:

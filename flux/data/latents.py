@@ -161,7 +161,9 @@ class Latents(Store[tuple[Placed, int]]):
         """mean and logvar (h, w, z), and mask (h, w) where there is one, flipped as the entry says."""
         found = self._cache.load(self._key((entry.placed, entry.repeat)))
         if found is None:
-            raise FluxError(f"the cache has lost the latents of {entry.placed.sample.name}: start again")
+            raise FluxError(
+                f"the cache lost the latents of {entry.placed.sample.name}: --resume makes them anew"
+            )
         suffix = FLIPPED if entry.flip else ""
         out = {"mean": found["mean" + suffix], "logvar": found["logvar" + suffix]}
         if "mask" in found:
@@ -204,7 +206,7 @@ class Texts(Store[str]):
         """A caption's features, as the encoder named them."""
         found = self._cache.load(self._key(caption))
         if found is None:
-            raise FluxError(f"the cache has lost the features of the caption {caption!r}: start again")
+            raise FluxError(f"the cache lost the features of {caption!r}: --resume makes them anew")
         return found
 
     def _key(self, caption: str) -> dict[str, Any]:

@@ -147,7 +147,8 @@ def _warnings(part: _Rows) -> list[str]:
     without = [row.name for row in part.rows if not _text(row, part.subset)]
     if without:
         warnings.append(
-            f"{len(without)} without a caption and without class_tokens, trained with none: {some(without)}"
+            f"{len(without)} without a caption, trained with none (--class-prompt gives them one, a "
+            f"data.toml's class_tokens too): {some(without)}"
         )
     if part.folder is not None:
         if unread := datasets.unread_pictures(part.folder):

@@ -60,8 +60,9 @@ class CLIPTextEmbeddings(nn.Module):
 
 
 class CLIPAttention(nn.Module):
-    def __init__(self, params: CLIPTextParams):
+    def __init__(self, params: CLIPTextParams, mask: str | None):
         super().__init__()
+        self._mask = mask
         self._head_dim = params.hidden_size // params.num_attention_heads
         self.q_proj = nn.Linear(params.hidden_size, params.hidden_size)
         self.k_proj = nn.Linear(params.hidden_size, params.hidden_size)
@@ -71,7 +72,7 @@ class CLIPAttention(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         # (B, L, C) -> 3 x (B, H, L, D)
         q, k, v = (self._split_heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._head_dim**-0.5, mask="causal")
+        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=self._head_dim**-0.5, mask=self._mask)
         return self.out_proj(out.swapaxes(1, 2).flatten(2))  # (B, H, L, D) -> (B, L, C)
 
     def _split_heads(self, x: mx.array) -> mx.array:
@@ -90,10 +91,10 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
-    def __init__(self, params: CLIPTextParams):
+    def __init__(self, params: CLIPTextParams, mask: str | None):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(params.hidden_size, eps=params.layer_norm_eps)
-        self.self_attn = CLIPAttention(params)
+        self.self_attn = CLIPAttention(params, mask)
         self.layer_norm2 = nn.LayerNorm(params.hidden_size, eps=params.layer_norm_eps)
         self.mlp = CLIPMLP(params)
 
@@ -103,9 +104,11 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    def __init__(self, params: CLIPTextParams):
+    """The layers of either encoder. mask: "causal" for texts, None where every token sees all."""
+
+    def __init__(self, params: CLIPTextParams, mask: str | None = "causal"):
         super().__init__()
-        self.layers = [CLIPEncoderLayer(params) for _ in range(params.num_hidden_layers)]
+        self.layers = [CLIPEncoderLayer(params, mask) for _ in range(params.num_hidden_layers)]
 
 
 class CLIPTextTransformer(nn.Module):

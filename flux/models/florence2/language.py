@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux.errors import FluxError
+from flux.models.florence2.gelu import gelu
 
 POSITION_OFFSET = 2  # the first two rows of BART's position tables are never used: its padding id was 1
 
@@ -111,7 +112,7 @@ class EncoderLayer(nn.Module):
 
     def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
         x = self.self_attn_layer_norm(x + self.self_attn(x, self.self_attn.keys_values(x), mask))
-        return self.final_layer_norm(x + self.fc2(nn.gelu(self.fc1(x))))
+        return self.final_layer_norm(x + self.fc2(gelu(self.fc1(x))))
 
 
 class Encoder(nn.Module):
@@ -145,7 +146,7 @@ class DecoderLayer(nn.Module):
         own = cache.append(layer, self.self_attn.keys_values(x))
         x = self.self_attn_layer_norm(x + self.self_attn(x, own, "causal"))
         x = self.encoder_attn_layer_norm(x + self.encoder_attn(x, cache.cross[layer], cache.mask))
-        return self.final_layer_norm(x + self.fc2(nn.gelu(self.fc1(x))))
+        return self.final_layer_norm(x + self.fc2(gelu(self.fc1(x))))
 
 
 class Decoder(nn.Module):

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
+from flux.models.florence2.depthwise import DepthwiseConv2d
+from flux.models.florence2.gelu import gelu
+
 
 @dataclass(frozen=True)
 class VisionParams:
@@ -112,7 +115,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(nn.gelu(self.fc1(x)))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -124,9 +127,9 @@ class Block(nn.Module):
     def __init__(self, params: VisionParams, stage: int):
         super().__init__()
         width = params.embed_dim[stage]
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.conv1 = DepthwiseConv2d(width)
         self.norm1 = nn.LayerNorm(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.conv2 = DepthwiseConv2d(width)
         self.norm2 = nn.LayerNorm(width)
         self.ffn = MLP(width, int(width * params.mlp_ratio))
 

@@ -1,10 +1,13 @@
-"""Trains the built-in captioner: python -m flux.training.captioner --run DIR --steps N.
+"""Trains the built-in captioner: python -m flux.training.captioner --run DIR
 
-Stopped at any moment it goes on from the last state in DIR.
+First the vision tower learns to say which subject is where, then the language model to put what the tower
+sees into words, then both together, on other pictures. Stopped at any moment it goes on from the last state
+in DIR.
 """
 
 import argparse
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,70 +15,71 @@ import mlx.nn as nn
 
 from flux.captioning.tokenizer import BartTokenizer
 from flux.errors import FluxError
-from flux.models.florence2 import Florence2, Florence2Params
+from flux.models.florence2 import Florence2, VisionParams
+from flux.models.florence2.vision import VisionTower
 from flux.pipeline import FluxPipeline
 from flux.training.captioner import recipe
-from flux.training.captioner.pictures import Pool, batches
+from flux.training.captioner.pictures import Pictures, Pool, captioned, features, normalised
 from flux.training.convolution import use_products
 from flux.training.optimizers import muon, warmup_decay
 from flux.training.pretrain.callbacks import Log, Save
-from flux.training.trainer import Trainer
+from flux.training.pretrain.latents import load_state
+from flux.training.trainer import Batches, Loss, Trainer
 
-STATE = "captioner.safetensors"
-PROBE_WEIGHT = 0.2
+TOWER, LANGUAGE, STATE = "tower.safetensors", "language.safetensors", "captioner.safetensors"
+WARMUP = 20  # steps
 
 
-class Pupil(nn.Module):
-    """The captioner, and a probe that names the subjects from the vision tower's features.
+class ProbedTower(nn.Module):
+    """The vision tower, and a probe that says from its features which subject is where.
 
-    Through the probe's loss the tower learns subjects before the language model has learned to look at it.
-    The probe is not part of what is exported.
+    Captions alone would give the tower one hint a picture, a name among a dozen words that are easier; the
+    probe gives one at every place. It is not part of what is exported.
     """
 
-    def __init__(self, params: Florence2Params):
+    def __init__(self, params: VisionParams):
         super().__init__()
-        self.captioner = Florence2(params)
-        width = params.vision.embed_dim[-1]
-        self.probe_norm = nn.LayerNorm(width)
-        self.probe = nn.Linear(width, recipe.SUBJECTS)
-        # As large as the features that they are added to: else places are learned late.
-        positions = self.captioner.multi_modal_projector.image_position_embed
-        for table in (positions.row_embeddings, positions.column_embeddings):
-            table.weight = mx.random.normal(table.weight.shape)
+        self.tower = VisionTower(params)
+        self.norm = nn.LayerNorm(params.embed_dim[-1])
+        self.probe = nn.Linear(params.embed_dim[-1], recipe.SUBJECTS + 1)
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """Normalised pictures (B, H, W, 3) -> scores of each subject, and of none, (B, h, w, S + 1)."""
+        return self.probe(self.norm(self.tower(pixels)))
 
 
-def pupil_loss(
-    model: Pupil, batch: dict[str, mx.array], key: mx.array, pad: int
+def tower_loss(
+    model: ProbedTower, batch: dict[str, mx.array], key: mx.array
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """The captioner's loss and a share of the probe's.
+    """Cross entropy of the subjects at all places, with the share of the place that each takes as its target.
 
-    Metrics: both losses; the share of tokens whose most likely prediction is right.
+    Metric: the share of places whose likeliest subject takes most of it.
     """
-    pixels = batch["pictures"].astype(mx.float32) / 255
-    pixels = (pixels - mx.array(recipe.PICTURES.mean)) / mx.array(recipe.PICTURES.deviation)
-    features = model.captioner.vision_tower(pixels)  # (B, h, w, C)
-    caption, right = caption_loss(model.captioner, features, batch, pad)
-    named = model.probe(model.probe_norm(features).mean((1, 2)))  # (B, S)
-    probe = nn.losses.cross_entropy(named, batch["subjects"]).mean()
-    return caption + PROBE_WEIGHT * probe, {"caption": caption, "probe": probe, "right": right}
+    scores = model(normalised(batch["pictures"]))
+    right = (scores.argmax(axis=-1) == batch["places"].argmax(axis=-1)).mean()
+    return nn.losses.cross_entropy(scores, batch["places"]).mean(), {"right": right}
 
 
 def caption_loss(
-    model: Florence2, features: mx.array, batch: dict[str, mx.array], pad: int
-) -> tuple[mx.array, mx.array]:
-    """Mean cross entropy of the answers' tokens, each predicted from those before it, and how many are right.
+    model: Florence2, batch: dict[str, mx.array], key: mx.array, pad: int
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """Mean cross entropy of the answers' tokens, each predicted from those before it.
 
-    features (B, h, w, C): of the vision tower. The second is the share whose most likely prediction is right.
+    What is shown is pictures, or with a frozen tower its features.
+    Metric: the share of tokens whose likeliest prediction is right.
     """
     answers = batch["answers"]
     start = mx.full((len(answers), 1), recipe.GENERATION.decoder_start_token_id, answers.dtype)
     shifted = mx.concatenate([start, answers[:, :-1]], axis=1)
-    image = model.multi_modal_projector(features)
+    shown = batch["shown"]
+    if shown.dtype == mx.uint8:
+        shown = model.vision_tower(normalised(shown))  # (B, h, w, C)
+    image = model.multi_modal_projector(shown)
     logits = model.scores(*model.read(image, batch["prompts"], batch["mask"]), shifted)  # (B, L, vocabulary)
     counts = answers != pad
     total = counts.sum()
     loss = (nn.losses.cross_entropy(logits, answers) * counts).sum() / total
-    return loss, ((logits.argmax(axis=-1) == answers) * counts).sum() / total
+    return loss, {"right": ((logits.argmax(axis=-1) == answers) * counts).sum() / total}
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:
@@ -84,48 +88,94 @@ def is_edge(name: str, parameter: mx.array) -> bool:
     return any(edge in name for edge in edges)
 
 
-def make_trainer(
-    tokenizer: BartTokenizer, batch: int, steps: int, rate: float, seed: int, pool: Pool | None
-) -> Trainer:
-    mx.random.seed(seed)
-    model = Pupil(recipe.params(tokenizer))
-    if mx.default_device().type == mx.cpu:
-        use_products(model)
-    warmup = min(20, steps)
-    rates = (warmup_decay(peak, steps, warmup, 0.4) for peak in (rate, rate / 10))
-    loss = partial(pupil_loss, pad=tokenizer.pad_token_id)
-    return Trainer(model, loss, batches(tokenizer, batch, seed, pool), muon(*rates, is_edge), seed)
+def make_captioner(tokenizer: BartTokenizer) -> Florence2:
+    """With random weights."""
+    model = Florence2(recipe.params(tokenizer))
+    # As large as the features that they are added to: else places are learned late.
+    positions = model.multi_modal_projector.image_position_embed
+    for table in (positions.row_embeddings, positions.column_embeddings):
+        table.weight = mx.random.normal(table.weight.shape)
+    return model
+
+
+def train(
+    state: Path,
+    model: nn.Module,
+    loss: Loss,
+    make_batches: Callable[[], Batches],
+    steps: int,
+    rate: float,
+    seed: int,
+) -> None:
+    """Up to `steps` steps in all, from the state in the file if it is there; the state is left there.
+
+    The batches are made for the first step: a part that is done needs none.
+    """
+    made = cache(make_batches)
+    rates = (warmup_decay(peak, steps, min(WARMUP, steps), 0.4) for peak in (rate, rate / 10))
+    trainer = Trainer(model, loss, lambda number: made()(number), muon(*rates, is_edge), seed)
+    if state.exists():
+        trainer.load(state)
+    if trainer.step < steps:
+        trainer.run(steps, (Log(state.with_suffix(".jsonl"), 25), Save(state, 2.0)))
+        trainer.save(state)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run: state, log, vocabulary")
-    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--run", type=Path, required=True, help="folder of the run: states, logs, vocabulary")
+    parser.add_argument("--tower-steps", type=int, default=450, help="(default: %(default)s)")
+    parser.add_argument("--language-steps", type=int, default=420, help="(default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="of both (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=64, help="pictures a step (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=0.02, help="Muon's learning rate; AdamW's is a tenth")
-    parser.add_argument("--pool", type=int, default=2000, help="pictures through the generator's autoencoder")
     parser.add_argument(
-        "--generator", default="tiny", help="whose autoencoder that is (default: %(default)s)"
+        "--pictures",
+        type=int,
+        default=8000,
+        help="for the first two, and for the last (default: %(default)s)",
     )
+    parser.add_argument("--pool", type=int, default=1000, help="through the generator's autoencoder")
+    parser.add_argument("--generator", default="tiny", help="whose that is (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    run = arguments.run
+    run, seed = arguments.run, arguments.seed
     try:
         tokenizer = recipe.load_tokenizer(run / "tokenizer")
         pool = None
         if arguments.pool:
-            pool = Pool(FluxPipeline(arguments.generator).ae, arguments.pool, run / "pool.npy")
-        trainer = make_trainer(
-            tokenizer, arguments.batch, arguments.steps, arguments.rate, arguments.seed, pool
-        )
-        if (run / STATE).exists():
-            trainer.load(run / STATE)
+            pool = Pool(FluxPipeline(arguments.generator).ae, arguments.pool, run)
+        pictures = cache(lambda number: Pictures(arguments.pictures, number, run, pool))
+        mx.random.seed(seed)
+        probed, model = ProbedTower(recipe.VISION), make_captioner(tokenizer)
+        if mx.default_device().type == mx.cpu:
+            use_products(probed)
+            use_products(model)
+        batch, rate = arguments.batch, arguments.rate
+
+        def whole() -> Batches:
+            return pictures(seed).batches(batch, seed)
+
+        def seen() -> Batches:
+            found = features(model.vision_tower, pictures(seed).pixels)
+            return captioned(found, pictures(seed).compositions, tokenizer, batch, seed)
+
+        def others() -> Batches:
+            fresh = pictures(seed + 1)
+            return captioned(fresh.pixels, fresh.compositions, tokenizer, batch, seed)
+
+        train(run / TOWER, probed, tower_loss, whole, arguments.tower_steps, rate, seed)
+        load_state(model.vision_tower, run / TOWER, "model.tower")
+        model.vision_tower.freeze()
+        loss = partial(caption_loss, pad=tokenizer.pad_token_id)
+        train(run / LANGUAGE, model, loss, seen, arguments.language_steps, rate, seed)
+        load_state(model, run / LANGUAGE)
+        model.vision_tower.unfreeze()
+        train(run / STATE, model, loss, others, arguments.steps, rate / 4, seed)
     except FluxError as error:
         parser.exit(2, f"error: {error}\n")
-    trainer.run(arguments.steps, (Log(run / "captioner.jsonl", 20), Save(run / STATE)))
-    trainer.save(run / STATE)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def main() -> None:
     try:
         tokenizer = arguments.run / "tokenizer"
         network = Florence2(recipe.params(BartTokenizer.from_folder(tokenizer)))
-        load_state(network, arguments.run / STATE, "model.captioner")
+        load_state(network, arguments.run / STATE, "model")
         save(arguments.output, network, tokenizer)
     except FluxError as error:
         parser.exit(2, f"error: {error}\n")

@@ -1,6 +1,7 @@
 """What the captioner is shown: renderings, as they are and damaged as files and generated pictures are."""
 
 import io
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,12 +13,22 @@ from PIL import Image, ImageFilter
 from flux.captioning.tasks import TASKS
 from flux.captioning.tokenizer import BartTokenizer
 from flux.models.autoencoder import AutoEncoder
+from flux.models.florence2.vision import VisionTower
 from flux.training.captioner import recipe
 from flux.training.pretrain.autoencoder import reconstruct
-from flux.training.pretrain.emoji import COLOURS, SIDE, Renderer, draw_composition, subjects
+from flux.training.pretrain.emoji import (
+    COLOURS,
+    SIDE,
+    SIZES,
+    Composition,
+    Renderer,
+    corners,
+    draw_composition,
+    subjects,
+)
 
 BICUBIC = Image.Resampling.BICUBIC
-POOL_SHARE = 0.2  # of the pictures: reconstructed by the generator's autoencoder
+POOL_SHARE = 0.25  # of the pictures: reconstructed by the generator's autoencoder
 SHIFT = 2.0  # pixels; the places of large subjects are 8 apart
 ZOOM = 0.04
 
@@ -55,60 +66,116 @@ def augment(picture: np.ndarray, ground: tuple[int, int, int], rng: np.random.Ge
 class Pool:
     """Pictures that the generator's autoencoder has reconstructed: its blur is that of generated pictures."""
 
-    def __init__(self, autoencoder: AutoEncoder, count: int, file: Path, seed: int = 0):
-        """Kept in `file`, for a run that is resumed: `count` take half a minute a thousand."""
+    def __init__(self, autoencoder: AutoEncoder, count: int, folder: Path, seed: int = 0):
+        """Kept in the folder, for a run that is resumed: they take half a minute a thousand."""
         rng, render = np.random.default_rng((seed, count)), Renderer()
         names = list(subjects())[: recipe.SUBJECTS]
         self.compositions = [draw_composition(rng, names) for _ in range(count)]
-        if not file.exists():
-            pictures = reconstruct(autoencoder, np.stack([render(c) for c in self.compositions]))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name("partial.npy")
-            np.save(partial, pictures)
-            partial.replace(file)
-        self.pictures = np.load(file)  # (count, 64, 64, 3) uint8
+
+        def make() -> np.ndarray:
+            return reconstruct(autoencoder, np.stack([render(c) for c in self.compositions]))
+
+        self.pictures = kept(folder / f"pool-{count}.npy", make)  # (count, 64, 64, 3) uint8
 
 
-def batches(
-    tokenizer: BartTokenizer, count: int, seed: int, pool: Pool | None = None
-) -> Callable[[int], dict[str, mx.array]]:
-    """step -> a batch of `count` pictures.
+def kept(file: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array in the file; made and put there where it is absent."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"partial-{os.getpid()}.npy")
+        np.save(partial, make())
+        partial.replace(file)
+    return np.load(file)
 
-    pictures (B, 64, 64, 3) uint8; prompts (B, P) and their mask; answers (B, L), padded; subjects (B, S): the
-    share that each subject has in a picture.
+
+def places(composition: Composition, index: dict[str, int]) -> np.ndarray:
+    """(h, w, S + 1): the share of each place of the feature map that each subject's box has, and nothing has.
+
+    index: a subject's number.
     """
-    render, names = Renderer(), list(subjects())[: recipe.SUBJECTS]
+    side, stride = SIZES[composition.size], recipe.STRIDE
+    shares = np.zeros((SIDE // stride, SIDE // stride, len(index) + 1), np.float32)
+    for name, (x, y) in zip(composition.subjects, corners(composition), strict=True):
+        box = np.zeros((SIDE, SIDE), np.float32)
+        box[y : y + side, x : x + side] = 1
+        shares[:, :, index[name]] = box.reshape(SIDE // stride, stride, SIDE // stride, stride).mean((1, 3))
+    shares[:, :, -1] = 1 - shares.sum(axis=2)
+    return shares
+
+
+class Pictures:
+    """What is trained on: as many pictures, most of them damaged, and what they show."""
+
+    def __init__(self, count: int, seed: int, folder: Path, pool: Pool | None = None):
+        """The pictures are kept in the folder. pool: where a share of them comes from."""
+        rng, render = np.random.default_rng(seed), Renderer()
+        self.names = list(subjects())[: recipe.SUBJECTS]
+        drawn = [draw_composition(rng, self.names) for _ in range(count)]
+        rows: list[int | None] = [None] * count  # of the pool
+        if pool is not None:
+            rows = [
+                int(rng.integers(len(pool.pictures))) if rng.random() < POOL_SHARE else None for _ in drawn
+            ]
+            drawn = [c if i is None else pool.compositions[i] for c, i in zip(drawn, rows, strict=True)]
+        self.compositions = drawn
+
+        def make() -> np.ndarray:
+            pairs = zip(drawn, rows, strict=True)
+            pictures = ((c, render(c) if i is None else pool.pictures[i]) for c, i in pairs)
+            return np.stack([augment(picture, COLOURS[c.colour], rng) for c, picture in pictures])
+
+        self.pixels = kept(folder / f"pictures-{seed}-{count}.npy", make)  # (count, 64, 64, 3) uint8
+
+    def batches(self, count: int, seed: int) -> Callable[[int], dict[str, mx.array]]:
+        """step -> pictures (B, 64, 64, 3) uint8; places as in `places`, (B, h, w, S + 1)."""
+        index = {name: i for i, name in enumerate(self.names)}
+
+        def batch(step: int) -> dict[str, mx.array]:
+            rows = np.random.default_rng((seed, step)).integers(len(self.pixels), size=count)
+            shares = np.stack([places(self.compositions[row], index) for row in rows])
+            return {"pictures": mx.array(self.pixels[rows]), "places": mx.array(shares)}
+
+        return batch
+
+
+def features(tower: VisionTower, pictures: np.ndarray) -> np.ndarray:
+    """What a trained vision tower sees in pictures (P, 64, 64, 3) uint8: (P, h, w, C)."""
+    starts = range(0, len(pictures), 64)
+    return np.concatenate([np.array(tower(normalised(mx.array(pictures[i : i + 64])))) for i in starts])
+
+
+def captioned(
+    shown: np.ndarray, compositions: list[Composition], tokenizer: BartTokenizer, count: int, seed: int
+) -> Callable[[int], dict[str, mx.array]]:
+    """step -> rows of `shown`, pictures or features, with captions of their compositions.
+
+    shown (B, ...); prompts (B, P) and their mask; answers (B, L), padded.
+    """
     prompts, mask = tokenizer([TASKS[task].ask() for task in recipe.CAPTION_TASKS])  # (3, P)
     ids_of = cache(lambda word: tokenizer.encode(word)[1:-1])  # a caption is its words one by one
-    index = {name: i for i, name in enumerate(names)}
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def batch(step: int) -> dict[str, mx.array]:
         rng = np.random.default_rng((seed, step))
-        pictures = np.empty((count, SIDE, SIDE, 3), np.uint8)
-        answers = np.full((count, recipe.ANSWER_LENGTH), tokenizer.pad_token_id, np.int32)
-        shown = np.zeros((count, len(names)), np.float32)
+        rows = rng.integers(len(shown), size=count)
         tasks = rng.choice(len(recipe.CAPTION_TASKS), count, p=recipe.TASK_SHARES)
-        for i, task in enumerate(tasks):
-            if pool is not None and rng.random() < POOL_SHARE:
-                j = rng.integers(len(pool.compositions))
-                composition, picture = pool.compositions[j], pool.pictures[j]
-            else:
-                composition = draw_composition(rng, names)
-                picture = render(composition)
-            pictures[i] = augment(picture, COLOURS[composition.colour], rng)
-            words = tokenizer.WORDS.findall(recipe.answers(composition)[task])
+        answers = np.full((count, recipe.ANSWER_LENGTH), tokenizer.pad_token_id, np.int32)
+        for answer, row, task in zip(answers, rows, tasks, strict=True):
+            words = tokenizer.WORDS.findall(recipe.answers(compositions[row])[task])
             ids = [bos, *(i for word in words for i in ids_of(word)), eos]
-            answers[i, : len(ids)] = ids
-            for name in composition.subjects:
-                shown[i, index[name]] = 1 / len(composition.subjects)
+            answer[: len(ids)] = ids
         chosen = mx.array(tasks)
         return {
-            "pictures": mx.array(pictures),
+            "shown": mx.array(shown[rows]),
             "prompts": prompts[chosen],
             "mask": mask[chosen],
             "answers": mx.array(answers),
-            "subjects": mx.array(shown),
         }
 
     return batch
+
+
+def normalised(pictures: mx.array) -> mx.array:
+    """(B, H, W, 3) uint8 -> float32, as the captioner's network gets them."""
+    pixels = pictures.astype(mx.float32) / 255
+    return (pixels - mx.array(recipe.PICTURES.mean)) / mx.array(recipe.PICTURES.deviation)

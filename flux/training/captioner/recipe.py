@@ -17,15 +17,15 @@ ANSWER_LENGTH = 20  # tokens with start and end; the longest caption has so many
 PICTURES = PictureParams(SIDE, SIDE)
 GENERATION = GenerationParams(num_beams=1, max_new_tokens=32, no_repeat_ngram_size=0, early_stopping=False)
 VISION = VisionParams(
-    depths=(1, 1, 1),
+    depths=(1, 1),
     # Patches that touch and do not overlap are plain matrix products, forwards and backwards.
-    patch_size=(4, 2, 2),
-    patch_stride=(4, 2, 2),
-    patch_padding=(0, 0, 0),
-    patch_prenorm=(False, True, True),
-    embed_dim=(48, 96, 192),
-    num_heads=(2, 4, 8),
-    num_groups=(2, 4, 8),
+    patch_size=(8, 2),
+    patch_stride=(8, 2),
+    patch_padding=(0, 0),
+    patch_prenorm=(False, True),
+    embed_dim=(96, 192),
+    num_heads=(4, 8),
+    num_groups=(4, 8),
     window_size=4,
     mlp_ratio=2.0,
 )
