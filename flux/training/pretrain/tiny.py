@@ -8,8 +8,8 @@ To make the model, each line by two processes (`mlx.launch -n 2 --backend ring -
     python -m flux.training.pretrain.export --run DIR --output flux/assets/tiny
     python -m flux.training.pretrain.evaluate
 
-`--batch` is of each process. The committed weights were made by two of them on two CPU cores (Intel Xeon, 2.6
-GHz) that other work shared, in parts. The autoencoder: first of 48 subjects, by the first line, in 41
+`--batch` is of each process. The committed weights were made by two of them on two CPU cores (Intel Xeon, AMD
+EPYC) that other work shared, in parts. The autoencoder: first of 48 subjects, by the first line, in 41
 minutes; then of all, by `--init tiny --steps 700 --batch 8 --rate 0.01`, in 16. The latents: 6 minutes. The
 flow: 138 minutes, 528 thousand pictures. Its `--steps` were first 1700, from step 1160 on 1450, then 2400,
 then 2750: each time the rate had come down to zero it began again, at a part of its peak. TIME_SHIFT was 1 up
