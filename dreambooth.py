@@ -11,8 +11,8 @@ from flux.adapters import TARGETS
 from flux.adapters.writers import WRITERS
 from flux.arguments import Parser, adapter, count, finite, size
 from flux.data import check, samples
-from flux.distributed import Ranks, tell
 from flux.errors import FluxError
+from flux.ranks import Ranks, tell
 from flux.training import losses, optimizers
 from flux.training.finetune import FineTuning, Options, Stopped
 from flux.training.finetune.options import ITERATIONS, QUANTIZE, WARMUP
@@ -25,6 +25,7 @@ DATA_OPTIONS = (
     *("flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens", "caption_dropout_rate"),
     *("alpha_mask", "validation_split"),
 )
+ON = {"action": "store_true"}
 SEVERAL = (
     "With mlx.launch the ranks share out the batches. What counts is ranks x --iterations x --batch-size, "
     "the pictures in all, and ranks x --grad-accumulate x --batch-size, those of an update: where both stay "
@@ -118,13 +119,20 @@ def build_parser() -> Parser:
         epilog=SEVERAL,
         argument_default=argparse.SUPPRESS,
     )
-    on = {"action": "store_true"}
+    add_data(parser)
+    add_networks(parser, usual)
+    add_training(parser, usual)
+    add_output(parser, usual)
+    parser.add_argument("--version", action="version", version=flux.__version__, help="print it and end")
+    return parser
 
+
+def add_data(parser: Parser) -> None:
     add = parser.add_argument_group("what to learn").add_argument
     add("data", nargs="?", metavar="DATA", help="a folder (train.jsonl, index.json, data.toml, or pictures "
         "with caption files), one of these files, or a data set of the Hub")  # fmt: skip
     add("--config", metavar="FILE", help="the same, for a data.toml")
-    add("--check-data", **on, help="report all that is wrong with the data set, without a model, and end")
+    add("--check-data", **ON, help="report all that is wrong with the data set, without a model, and end")
     add("--resume", metavar="DIR", help="go on with the run in DIR, with its own options")
 
     add = parser.add_argument_group("pictures and captions (a data.toml goes before these)").add_argument
@@ -132,17 +140,19 @@ def build_parser() -> Parser:
     add("--batch-size", type=count, metavar="N", help="pictures an iteration (default 1)")
     add("--repeats", dest="num_repeats", type=count, metavar="N", help="of every picture an epoch (1)")
     add("--class-prompt", dest="class_tokens", metavar="TEXT", help="caption of pictures that have none")
-    add("--buckets", dest="enable_bucket", **on, help="keep aspect ratios: pictures of several shapes")
-    add("--no-upscale", dest="bucket_no_upscale", **on, help="with --buckets: only ever shrink pictures")
-    add("--flip", dest="flip_aug", **on, help="mirror pictures, by chance")
-    add("--color-aug", **on, help="vary colours a little, a variant a repeat")
-    add("--random-crop", **on, help="crop anywhere rather than in the middle, a variant a repeat")
-    add("--shuffle-caption", **on, help="shuffle the comma-separated tags of captions")
+    add("--buckets", dest="enable_bucket", **ON, help="keep aspect ratios: pictures of several shapes")
+    add("--no-upscale", dest="bucket_no_upscale", **ON, help="with --buckets: only ever shrink pictures")
+    add("--flip", dest="flip_aug", **ON, help="mirror pictures, by chance")
+    add("--color-aug", **ON, help="vary colours a little, a variant a repeat")
+    add("--random-crop", **ON, help="crop anywhere rather than in the middle, a variant a repeat")
+    add("--shuffle-caption", **ON, help="shuffle the comma-separated tags of captions")
     add("--keep-tokens", type=int, metavar="N", help="but leave the first N (0) in their places")
     add("--caption-dropout", dest="caption_dropout_rate", type=finite, metavar="P", help="drop captions (0)")
-    add("--alpha-mask", **on, help="learn only where pictures are opaque")
+    add("--alpha-mask", **ON, help="learn only where pictures are opaque")
     add("--validation-split", type=finite, metavar="P", help="hold out this share of the pictures (0)")
 
+
+def add_networks(parser: Parser, usual: Options) -> None:
     add = parser.add_argument_group("the model").add_argument
     add("--model", help=f"schnell, dev, krea, tiny, a folder, a Hub repository (default {usual.model})")
     for part in PARTS:
@@ -151,7 +161,7 @@ def build_parser() -> Parser:
     add("--quantize", nargs="?", const="4", metavar="BITS", help=f"QLoRA: {', '.join(QUANTIZE)} (default 4)")
     add("--adapter", dest="adapters", action="append", type=adapter, metavar="FILE[:X]",
         help="begin with this LoRA, X (1) times as strong; it is not trained further")  # fmt: skip
-    add("--fuse-adapter", dest="fuse_adapters", **on, help="that adapter into the weights, not beside them")
+    add("--fuse-adapter", dest="fuse_adapters", **ON, help="that adapter into the weights, not beside them")
 
     add = parser.add_argument_group("the adapter").add_argument
     add("--lora-rank", dest="rank", type=count, metavar="N", help=f"default {usual.rank}")
@@ -160,9 +170,11 @@ def build_parser() -> Parser:
     add("--lora-targets", dest="targets", metavar="WHICH", help=f"{', '.join(TARGETS)}, or a pattern for "
         f"layers' names (default {usual.targets})")  # fmt: skip
     add("--lora-blocks", dest="last_blocks", type=count, metavar="N", help="only the last N blocks")
-    add("--dora", **on, help="weight-decomposed: a magnitude and a direction")
-    add("--train-clip", **on, help="the CLIP text encoder, too")
+    add("--dora", **ON, help="weight-decomposed: a magnitude and a direction")
+    add("--train-clip", **ON, help="the CLIP text encoder, too")
 
+
+def add_training(parser: Parser, usual: Options) -> None:
     add = parser.add_argument_group("training").add_argument
     add("--iterations", type=count, metavar="N", help=f"batches (default {ITERATIONS}); on several "
         "machines, of each")  # fmt: skip
@@ -186,11 +198,13 @@ def build_parser() -> Parser:
     add("--huber-schedule", dest="delta_schedule", choices=DELTA_SCHEDULES, help="of delta over the time")
     add("--guidance", type=finite, metavar="X", help=f"that the model is told ({usual.guidance:g})")
     add("--prior-weight", type=finite, metavar="X", help="of regularisation pictures' loss (1)")
-    add("--grad-checkpoint", **on, help="far less memory for some more time")
-    add("--shard-base", **on, help="on several machines: each keeps a part of the model, and they send each "
+    add("--grad-checkpoint", **ON, help="far less memory for some more time")
+    add("--shard-base", **ON, help="on several machines: each keeps a part of the model, and they send each "
         "other its layers, for one that does not fit; with --grad-checkpoint")  # fmt: skip
     add("--seed", type=int, metavar="N", help=f"default {usual.seed}")
 
+
+def add_output(parser: Parser, usual: Options) -> None:
     add = parser.add_argument_group("watching").add_argument
     add("--progress-prompt", dest="progress_prompts", action="append", metavar="TEXT",
         help="draw this now and then, always from the same noise; may be given several times")  # fmt: skip
@@ -209,8 +223,6 @@ def build_parser() -> Parser:
         f"({usual.state_every})")  # fmt: skip
     add("--keep-states", type=count, metavar="N", help=f"states that stay on disk ({usual.keep_states})")
     add("--cache-dir", metavar="DIR", help="of encoded pictures and texts (default: cache in --output-dir)")
-    add("--version", action="version", version=flux.__version__, help="print the version and end")
-    return parser
 
 
 if __name__ == "__main__":

@@ -24,13 +24,15 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 import txt2image
-from flux import adapters, distributed, sampler
+from flux import adapters, sampler
+from flux import ranks as processes
 from flux.adapters import Adapter, Adapters, Delta, Dense, Kronecker, LowRank
 from flux.adapters.lora import linear_shape, linears
-from flux.distributed import Ranks, average_gradients, scatter, shard
+from flux.distributed import average_gradients, scatter, shard
 from flux.errors import FluxError
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
+from flux.ranks import Ranks
 from flux.weights import tensors
 from flux.weights.quantize import quantize
 from tests import tiny
@@ -215,7 +217,7 @@ def faults(ranks: Ranks) -> dict[str, str]:
     cut = quantize(Flux(replace(FLUX, hidden_size=320, num_heads=10)), 4, 64)  # heads of 32
     note("group", lambda: ranks.together(lambda: shard(cut, ranks)))
     other = "0.0" if ranks.rank == 1 else flux.__version__
-    with mock.patch.object(distributed, "__version__", other):
+    with mock.patch.object(processes, "__version__", other):
         note("version", Ranks)
     note("heads", lambda: shard(make_flux(hidden_size=32, num_heads=1), ranks))
     return said

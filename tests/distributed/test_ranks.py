@@ -252,7 +252,7 @@ def test_a_rank_is_killed(tmp_path):
 
 SILENT = """
 import flux, sys, time
-from flux.distributed import Ranks
+from flux.ranks import Ranks
 ranks = Ranks()
 if ranks.rank == 1:
     time.sleep(600)

@@ -13,8 +13,8 @@ from flux import machine
 from flux.conditioning import encode_texts, warn_if_cut
 from flux.data import latents as data
 from flux.data.epochs import Batch, Plan
-from flux.distributed import Ranks
 from flux.pipeline import Conditioning, FluxPipeline, TextConditioning
+from flux.ranks import Ranks
 
 Tensors = dict[str, mx.array]
 

@@ -19,8 +19,9 @@ from mlx.utils import tree_flatten
 from flux import adapters
 from flux.data import latents, samples
 from flux.data.epochs import Plan
-from flux.distributed import DOWNLOAD, Ranks, RanksError, average_gradients, scatter
+from flux.distributed import average_gradients, scatter
 from flux.errors import FluxError
+from flux.ranks import DOWNLOAD, Ranks, RanksError
 from flux.training import optimizers
 from flux.training.checkpointing import checkpoint_blocks
 from flux.training.ema import EMA, averaged

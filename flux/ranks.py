@@ -1,0 +1,274 @@
+"""The processes that mlx.launch starts: what they tell each other, and how one that is lost ends them all.
+
+A rank is a process; rank 0 is the one that prints and writes. Nothing here knows a model.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import select
+import stat
+import struct
+import sys
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
+from itertools import count
+from pathlib import Path
+from typing import Any, TypeVar
+
+import mlx.core as mx
+import numpy as np
+
+from flux import __version__
+from flux.errors import FluxError
+
+Value = TypeVar("Value")
+Item = TypeVar("Item")
+
+# A rank that dies is noticed at once, because its connections close. These bounds, in seconds, are for a
+# machine that vanishes without a word: how long the others wait for it while it should work, or download.
+PATIENCE = 3600
+DOWNLOAD = 24 * 3600
+GRACE = 10  # seconds for MLX to say by itself that a connection is closed
+LOST = "another rank has ended or cannot be reached"
+HEAD = 40  # bytes that a message begins with
+SHORT = 512  # bytes that go in a first message, of a length that all know
+_NUMBERS = count()  # of this process's messages
+
+
+class RanksError(FluxError):
+    """A FluxError that every rank raises alike: to be printed once."""
+
+
+class Ranks:
+    """The group that this process is in; alone, a group of one.
+
+    split: whether the ranks have parts of the networks (`shard`) and work on everything together; otherwise
+    each has them whole, and they take turns.
+    """
+
+    def __init__(self):
+        """FluxError where the other ranks cannot be reached, and where one has another version."""
+        self.split = False
+        self.group, self._links = _meet()
+        self.rank, self.size = self.group.rank(), self.group.size()
+        self.agree({"version of flux-mlx": __version__, "version of mlx": mx.__version__})
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that prints and writes."""
+        return self.rank == 0
+
+    def gather(self, value: Any, patience: float = PATIENCE) -> list[Any]:
+        """Every rank's value, by rank, on every rank. A value is what JSON can say."""
+        return [value for value, _ in self._exchange(value, mx.zeros((0,), mx.uint8), patience)]
+
+    def _exchange(self, value: Any, content: mx.array, patience: float) -> list[tuple[Any, mx.array]]:
+        """Every rank's value and bytes (n,), in one message if they are few, else in two."""
+        if self.size == 1:
+            return [(value, content)]
+        words = json.dumps(value).encode()
+        body = words + np.array(content).tobytes()
+        # MLX's ring goes on after a rank has died, with whatever was in memory for its message, be it an
+        # earlier one (0.32.4): so each has its number and sender, and check sums.
+        number = next(_NUMBERS)
+        head = struct.pack("<QQQQ", number, self.rank, len(words), content.size)
+        head += struct.pack("<II", zlib.crc32(head), zlib.crc32(body))
+        own = mx.array(np.frombuffer(head + body, np.uint8))
+        with self.waiting(patience):
+            rows = self._all_gather(own[:SHORT], SHORT)
+            lengths = [self._length(row, number, rank) for rank, row in enumerate(rows)]
+            if max(lengths) > SHORT:
+                rows = self._all_gather(own, max(lengths))
+        return [self._read(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+    def _length(self, row: bytes, number: int, rank: int) -> int:
+        """Of a message, by its head."""
+        *expected, words, content = struct.unpack("<QQQQ", row[:32])
+        if zlib.crc32(row[:32]) != struct.unpack("<I", row[32:36])[0] or expected != [number, rank]:
+            raise FluxError(f"{self._name()}: {LOST}")
+        return HEAD + words + content
+
+    def _read(self, row: bytes) -> tuple[Any, mx.array]:
+        if zlib.crc32(row[HEAD:]) != struct.unpack("<I", row[36:HEAD])[0]:
+            raise FluxError(f"{self._name()}: {LOST}")
+        end = HEAD + struct.unpack("<Q", row[16:24])[0]
+        return json.loads(row[HEAD:end]), mx.array(np.frombuffer(row[end:], np.uint8))
+
+    def _all_gather(self, x: mx.array, length: int) -> list[bytes]:
+        x = mx.pad(x, (0, length - x.size))
+        return [bytes(row) for row in np.array(mx.distributed.all_gather(x[None], group=self.group))]
+
+    def together(self, work: Callable[[], Value], patience: float = PATIENCE) -> Value:
+        """What work gives, here. Where it raises FluxError on any rank, every rank raises the first.
+
+        SystemExit, by which a parser ends after --help, likewise.
+        """
+        value, outcome = self._try(work)
+        self._check(self.gather(outcome, patience))
+        return value
+
+    def _try(self, work: Callable[[], Value]) -> tuple[Value | None, tuple]:
+        """What work gives, and how it ended: (fault, exit status, host)."""
+        try:
+            return work(), (None, None, platform.node())
+        except FluxError as error:
+            return None, (str(error), None, platform.node())
+        except SystemExit as error:
+            return None, (None, error.code or 0, platform.node())
+
+    def _check(self, outcomes: list[tuple]) -> None:
+        """Raises what the first rank has raised, if any has."""
+        for rank, (fault, status, host) in enumerate(outcomes):
+            if status is not None:
+                raise SystemExit(status)
+            if fault is not None:
+                raise RanksError(fault if rank == 0 else f"on rank {rank} ({host}): {fault}")
+
+    def from_first(self, work: Callable[[], Value]) -> Value:
+        """What work gives on rank 0, the only one to do it; as JSON says it on the others."""
+        return self.gather(self.together(lambda: work() if self.first else None))[0]
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """FluxError on every rank, with what differs, unless the facts are the same everywhere."""
+        theirs = self.gather((platform.node(), dict(facts)))
+        _, expected = theirs[0]
+        for rank, (host, own) in enumerate(theirs):
+            other = [name for name in {**expected, **own} if own.get(name) != expected.get(name)]
+            if other:
+                words = "; ".join(f"{name}: {own.get(name)}, not {expected.get(name)}" for name in other)
+                raise RanksError(f"rank {rank} ({host}) differs from rank 0 in its {words}")
+
+    def hush(self) -> None:
+        """On all ranks but the first: standard output leads nowhere, and nothing is warned of."""
+        if not self.first:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (to the process's end)
+            warnings.simplefilter("ignore")
+
+    def own(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The items that `map` gives to this rank."""
+        return items if self.split else items[self.rank :: self.size]
+
+    def map(self, work: Callable[[Item], mx.array], items: Sequence[Item]) -> Iterator[mx.array]:
+        """work of each item, in order, on every rank: each item by one rank, or by all if they are `split`.
+
+        What work gives must then be evaluated. FluxError from work on one rank is raised on all.
+        """
+        if self.split or self.size == 1:
+            for item in items:
+                with self.waiting():
+                    result = work(item)
+                self.gather(None)  # a sum without one of the ranks is no error to MLX
+                yield result
+            return
+        for start in range(0, len(items), self.size):
+            turn = items[start : start + self.size]
+            own = turn[self.rank : self.rank + 1]
+            result, outcome = self._try(lambda own=own: work(*own) if own else mx.zeros((0,)))
+            result = mx.zeros((0,)) if result is None else result
+            form = (result.shape, str(result.dtype).rpartition(".")[2])
+            parts = self._exchange((outcome, form), result.flatten().view(mx.uint8), PATIENCE)
+            self._check([outcome for (outcome, _), _ in parts])
+            for (_, (shape, dtype)), content in parts[: len(turn)]:
+                yield content.view(getattr(mx, dtype)).reshape(shape)
+
+    def of_first(self, x: mx.array) -> mx.array:
+        """Rank 0's array, on every rank; the others give one of the same shape and type."""
+        if self.size == 1:
+            return x
+        return mx.distributed.all_sum(x if self.first else mx.zeros_like(x), group=self.group)
+
+    @contextmanager
+    def waiting(self, patience: float | None = PATIENCE) -> Iterator[None]:
+        """For what waits for other ranks: FluxError when one is lost, or the process ends with such a line.
+
+        So no rank may leave before all have done what they do in here.
+        patience: seconds, after which the process ends, with a line that says so; None for ever.
+        """
+        if self.size == 1:
+            yield
+            return
+        done = threading.Event()
+        threading.Thread(target=self._watch, args=(done, patience), daemon=True).start()
+        try:
+            yield
+        except RuntimeError as error:
+            if not re.match(r"\[(ring|jaccl|mpi|nccl|distributed)", str(error)):
+                raise
+            raise FluxError(f"{self._name()}: {LOST}: {error}") from None
+        finally:
+            done.set()
+
+    def _watch(self, done: threading.Event, patience: float | None) -> None:
+        """In a thread: the main one is inside of MLX, where no exception reaches it.
+
+        MLX's ring raises an error where it is in the middle of a message; the next one it may wait for in
+        vain, for ever (0.32.4).
+        """
+        end = math.inf if patience is None else time.monotonic() + patience
+        while not done.wait(min(1, max(0, end - time.monotonic()))):
+            if time.monotonic() >= end:
+                self._give_up(f"no word from another rank in {patience:.0f} s")
+            if _is_cut(self._links) and not done.wait(GRACE):
+                self._give_up(LOST)
+
+    def _give_up(self, why: str) -> None:
+        print(f"error: {self._name()}: {why}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    def _name(self) -> str:
+        return f"rank {self.rank} of {self.size} ({platform.node()})"
+
+
+@cache
+def _meet() -> tuple[mx.distributed.Group, list[int]]:
+    """The group, and this process's connections to other ranks: of the ring, which keeps them to the end."""
+    before = set(_sockets())
+    try:
+        group = mx.distributed.init()
+    except RuntimeError as error:
+        raise FluxError(
+            f"cannot meet the other ranks: {error}: check the host file and that all were started"
+        ) from None
+    # MLX leaves the sockets of attempts open that came before the other rank was there: they are none.
+    links = [link for link in _sockets() if link not in before and not _is_cut([link])]
+    return group, links if "MLX_HOSTFILE" in os.environ else []
+
+
+def _sockets() -> list[int]:
+    """The process's open sockets."""
+    found = []
+    for name in os.listdir("/dev/fd"):
+        with suppress(OSError):  # the one that has listed the folder is closed by now
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                found.append(int(name))
+    return found
+
+
+def _is_cut(links: list[int]) -> bool:
+    """Whether the other end of a socket is closed: its process has ended, however it did."""
+    asked = getattr(select, "POLLRDHUP", 0)  # macOS says so by POLLHUP, which need not be asked for
+    poll = select.poll()
+    for link in links:
+        poll.register(link, asked)
+    return any(event & (asked | select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
+
+
+def tell(error: FluxError, ranks: Ranks | None) -> None:
+    """Prints an error: one that all ranks have on rank 0 alone, and before any of them goes on.
+
+    Because mlx.launch ends all ranks when one fails. ranks: None where they have not met.
+    """
+    everywhere = ranks is not None and isinstance(error, RanksError)
+    if not everywhere or ranks.first:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if everywhere:
+        with suppress(FluxError):
+            ranks.gather(None)
