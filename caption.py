@@ -17,8 +17,8 @@ from flux.captioning.captioner import Captioner
 from flux.captioning.files import Picture
 from flux.captioning.tasks import TASKS, Task
 from flux.captioning.wording import Wording
+from flux.distributed.ranks import Ranks, tell
 from flux.errors import FluxError
-from flux.ranks import Ranks, tell
 from flux.weights import checkpoints, quantize
 from flux.weights.registry import CAPTIONERS
 

@@ -11,12 +11,12 @@ from flux.adapters import TARGETS
 from flux.adapters.writers import WRITERS
 from flux.arguments import Parser, adapter, count, finite, size
 from flux.data import check, samples
+from flux.distributed.ranks import Ranks, tell
 from flux.errors import FluxError
-from flux.ranks import Ranks, tell
 from flux.training import losses, optimizers
 from flux.training.finetune import FineTuning, Options, Stopped
 from flux.training.finetune.options import ITERATIONS, QUANTIZE, WARMUP
-from flux.training.objective import DELTA_SCHEDULES
+from flux.training.flow_matching import DELTA_SCHEDULES
 from flux.weights import registry
 
 PARTS = ("transformer", "ae", "clip", "t5")

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from flux import FluxPipeline, images, sampler
 from flux.arguments import Parser, adapter, count, finite, size
+from flux.distributed.ranks import DOWNLOAD, PATIENCE, Ranks, tell
 from flux.errors import FluxError
 from flux.pipeline import Conditioning, Plan, check_sampling
-from flux.ranks import DOWNLOAD, PATIENCE, Ranks, tell
 from flux.weights import tensors
 
 PARTS = ("transformer", "ae", "clip", "t5")

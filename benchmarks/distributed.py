@@ -28,9 +28,9 @@ from mlx.utils import tree_flatten
 
 from flux import sampler
 from flux.adapters import evaluate
-from flux.distributed import shard
+from flux.distributed.ranks import Ranks
+from flux.distributed.sharding import shard
 from flux.models.transformer import Flux, FluxParams
-from flux.ranks import Ranks
 from flux.weights import tensors
 
 SIZES = (1, 2, 4)

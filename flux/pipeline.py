@@ -16,13 +16,13 @@ import mlx.nn as nn
 from flux import machine, sampler
 from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.conditioning import TextConditioning, encode_texts
-from flux.distributed import shard
+from flux.distributed.ranks import Ranks
+from flux.distributed.sharding import shard
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux, Modulation
-from flux.ranks import Ranks
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import checkpoints
 from flux.weights.quantize import quantize

@@ -17,9 +17,9 @@ from PIL import Image
 from flux.captioning import files, pictures, records, sheet
 from flux.captioning.captioner import Captioner
 from flux.captioning.wording import Wording
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2, Florence2Params, GenerationParams, LanguageParams, VisionParams
-from flux.ranks import Ranks
 from flux.weights import checkpoints, quantize, registry
 
 

@@ -25,14 +25,16 @@ from mlx.utils import tree_flatten
 
 import txt2image
 from flux import adapters, sampler
-from flux import ranks as processes
 from flux.adapters import Adapter, Adapters, Delta, Dense, Kronecker, LowRank
 from flux.adapters.lora import linear_shape, linears
-from flux.distributed import average_gradients, scatter, shard
+from flux.distributed import ranks as processes
+from flux.distributed.fsdp import scatter
+from flux.distributed.gradients import average_gradients
+from flux.distributed.ranks import Ranks
+from flux.distributed.sharding import shard
 from flux.errors import FluxError
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
-from flux.ranks import Ranks
 from flux.weights import tensors
 from flux.weights.quantize import quantize
 from tests import tiny

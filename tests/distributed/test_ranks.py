@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flux import __version__, images
-from flux.distributed import share
+from flux.distributed.sharding import share
 from tests import tiny_pipeline
 
 from .launch import ROOT, TIMEOUT, by_hand, run_program
@@ -252,7 +252,7 @@ def test_a_rank_is_killed(tmp_path):
 
 SILENT = """
 import flux, sys, time
-from flux.ranks import Ranks
+from flux.distributed.ranks import Ranks
 ranks = Ranks()
 if ranks.rank == 1:
     time.sleep(600)

@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from flux import machine
 from flux.conditioning import encode_texts, warn_if_cut
-from flux.data import latents as data
-from flux.data.epochs import Batch, Plan
+from flux.data import cache as data
+from flux.data.batches import Batch, Plan
+from flux.distributed.ranks import Ranks
 from flux.pipeline import Conditioning, FluxPipeline, TextConditioning
-from flux.ranks import Ranks
 
 Tensors = dict[str, mx.array]
 

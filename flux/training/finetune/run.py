@@ -17,13 +17,13 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
 from flux import adapters
-from flux.data import latents, samples
-from flux.data.epochs import Plan
-from flux.distributed import average_gradients, scatter
+from flux.data import cache, samples
+from flux.data.batches import Plan
+from flux.distributed.fsdp import scatter
+from flux.distributed.gradients import average_gradients
+from flux.distributed.ranks import DOWNLOAD, Ranks, RanksError
 from flux.errors import FluxError
-from flux.ranks import DOWNLOAD, Ranks, RanksError
 from flux.training import optimizers
-from flux.training.checkpointing import checkpoint_blocks
 from flux.training.ema import EMA, averaged
 from flux.training.finetune import fit
 from flux.training.finetune.console import LINES, Console
@@ -31,8 +31,9 @@ from flux.training.finetune.features import Features, sample_key
 from flux.training.finetune.length import Length
 from flux.training.finetune.model import Base, Network, extract, inject
 from flux.training.finetune.options import AUTO, WARMUP, Options
-from flux.training.finetune.watch import Pictures, validation_loss
-from flux.training.objective import FlowLoss
+from flux.training.finetune.previews import Pictures, validation_loss
+from flux.training.flow_matching import FlowLoss
+from flux.training.gradient_checkpointing import checkpoint_blocks
 from flux.training.report import Events, draw_loss
 from flux.training.states import STATE, States
 from flux.training.trainer import Metrics, Trainer
@@ -169,7 +170,7 @@ class FineTuning:
         options, plan = self.options, self._plan
         folder = Path(options.cache_dir).expanduser() if options.cache_dir else self.folder / "cache"
         identities = self._base.identities()
-        self._features = Features(plan, latents.Cache(folder), identities, options.train_clip)
+        self._features = Features(plan, cache.Cache(folder), identities, options.train_clip)
         size = plan.groups[0].resolution
         self._pictures = Pictures(
             self._base, self._features, options.progress_prompts, size, options.progress_seed

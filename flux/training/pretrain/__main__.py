@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
-from flux.ranks import Ranks
 from flux.training.pretrain.config import ConfigError
 from flux.training.pretrain.run import Run
 from flux.training.pretrain.validate import load
