@@ -12,6 +12,7 @@ MODULES = sorted((ROOT / "flux").rglob("*.py"))
 LEVELS = {
     "flux.errors": 0,
     "flux.openblas": 0,
+    "flux.version": 0,
     "flux.machine": 0,
     "flux.arguments": 1,
     "flux.tables": 1,
