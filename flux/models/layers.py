@@ -87,7 +87,7 @@ _ROUNDED_UP = {(256, 10000.0): (12, 106)}
 
 
 def embedding_frequencies(dim: int, max_period: float) -> mx.array:
-    """The dim / 2 frequencies exp(-ln(max_period) i / (dim / 2)), float32, equal to the reference's to the bit.
+    """The dim / 2 frequencies exp(-ln(max_period) i / (dim / 2)), float32, the reference's to the bit.
 
     BFL's and diffusers' code computes the exponents in float32; up to 4e-7 of a frequency hang on that.
     """
