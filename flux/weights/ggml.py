@@ -111,7 +111,7 @@ def _q6_k(b: mx.array) -> Parts:
 
 @dataclass(frozen=True)
 class Type:
-    """values, size: weights and bytes of a block. bits: of an integer, where MLX has layers of such groups."""
+    """values, size: weights and bytes of a block. bits: of an integer, where MLX has such layers."""
 
     values: int
     size: int

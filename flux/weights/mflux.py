@@ -5,15 +5,20 @@ mflux writes `transformer/0.safetensors`, ... with MLX's quantized layers, group
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import mlx.core as mx
+
+from flux.weights.headers import Entry, Header
 
 # mflux's names -> diffusers' and transformers'; None for what is there twice.
 NAMES: tuple[tuple[str, str | None], ...] = (
     (r"(transformer_blocks\.\d+\.ff(?:_context)?)\.linear1\.(\w+)", r"\1.net.0.proj.\2"),
     (r"(transformer_blocks\.\d+\.ff(?:_context)?)\.linear2\.(\w+)", r"\1.net.2.\2"),
-    (r"t5_blocks\.0\.attention\.(SelfAttention\.relative_attention_bias\.\w+)", r"encoder.block.0.layer.0.\1"),
+    (
+        r"t5_blocks\.0\.attention\.(SelfAttention\.relative_attention_bias\.\w+)",
+        r"encoder.block.0.layer.0.\1",
+    ),
     (r"t5_blocks\.\d+\.attention\.SelfAttention\.relative_attention_bias\.\w+", None),
     (r"t5_blocks\.(\d+)\.attention\.(.+)", r"encoder.block.\1.layer.0.\2"),
     (r"t5_blocks\.(\d+)\.ff\.(.+)", r"encoder.block.\1.layer.1.\2"),
@@ -21,7 +26,10 @@ NAMES: tuple[tuple[str, str | None], ...] = (
     (r"((?:en|de)coder\.conv_(?:in|out))\.conv2d\.(\w+)", r"\1.\2"),
     (r"((?:en|de)coder\.conv_norm_out)\.norm\.(\w+)", r"\1.\2"),
 )
-SIGNS = re.compile(r"t5_blocks\.|transformer_blocks\.\d+\.ff(_context)?\.linear1\.|(en|de)coder\.conv_in\.conv2d\.")
+AXES = (0, 3, 1, 2)  # of a convolution: (O, H, W, I) -> (O, I, H, W)
+SIGNS = re.compile(
+    r"t5_blocks\.|transformer_blocks\.\d+\.ff(_context)?\.linear1\.|(en|de)coder\.conv_in\.conv2d\."
+)
 
 
 def is_mflux(names: Iterable[str]) -> bool:
@@ -29,7 +37,26 @@ def is_mflux(names: Iterable[str]) -> bool:
     return any(SIGNS.match(name) for name in names)
 
 
-def name(theirs: str) -> str | None:
+def header(theirs: Header) -> Header:
+    """The header of a file that mflux wrote, with our names and shapes."""
+    entries = {
+        ours: Entry(entry.dtype, _permuted(entry.shape), entry.start)
+        for name, entry in theirs.tensors.items()
+        if (ours := _name(name))
+    }
+    return Header(entries, theirs.metadata)
+
+
+def tensors(theirs: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """The tensors of such a file in the same way. Lazy."""
+    return {
+        ours: tensor.transpose(AXES) if tensor.ndim == 4 else tensor
+        for name, tensor in theirs.items()
+        if (ours := _name(name))
+    }
+
+
+def _name(theirs: str) -> str | None:
     """mflux's name of a tensor -> diffusers' or transformers'; None where it repeats another."""
     for pattern, ours in NAMES:
         if match := re.fullmatch(pattern, theirs):
@@ -37,11 +64,5 @@ def name(theirs: str) -> str | None:
     return theirs
 
 
-def shape(theirs: tuple[int, ...]) -> tuple[int, ...]:
-    """A convolution's (O, H, W, I) -> (O, I, H, W); other shapes stay."""
-    return tuple(theirs[axis] for axis in (0, 3, 1, 2)) if len(theirs) == 4 else theirs
-
-
-def axes(tensor: mx.array) -> mx.array:
-    """The same for a tensor. Lazy."""
-    return tensor.transpose(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+def _permuted(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in AXES) if len(shape) == 4 else shape
