@@ -19,7 +19,7 @@ NAMES: tuple[tuple[str, str | None], ...] = (
         r"t5_blocks\.0\.attention\.(SelfAttention\.relative_attention_bias\.\w+)",
         r"encoder.block.0.layer.0.\1",
     ),
-    (r"t5_blocks\.\d+\.attention\.SelfAttention\.relative_attention_bias\.\w+", None),
+    (r"t5_blocks\.(?!0\.)\d+\.attention\.SelfAttention\.relative_attention_bias\.\w+", None),
     (r"t5_blocks\.(\d+)\.attention\.(.+)", r"encoder.block.\1.layer.0.\2"),
     (r"t5_blocks\.(\d+)\.ff\.(.+)", r"encoder.block.\1.layer.1.\2"),
     (r"final_layer_norm\.weight", "encoder.final_layer_norm.weight"),

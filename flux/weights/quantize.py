@@ -97,7 +97,7 @@ def metadata_of(network: nn.Module) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized matrix (out, in): parts by PARTS, each with `out` rows; without biases in modes of floats."""
+    """A quantized matrix: parts by PARTS, each with all of its rows; the modes of floats have no biases."""
 
     parts: Mapping[str, mx.array]
     bits: int
@@ -113,7 +113,7 @@ class Packed:
 def split(
     tensors: Mapping[str, mx.array], metadata: Mapping[str, str], config: Mapping[str, Any]
 ) -> tuple[dict[str, mx.array], dict[str, Packed]]:
-    """All of a part's tensors -> the same with widened weights, lazily, and the quantized ones by their names.
+    """All tensors of a part -> the same with widened weights, lazily, and the quantized ones by their names.
 
     metadata, config: of its file and beside it. They tell the size of a group, 64 where none does; the bits
     follow from the shapes. ValueError for what is no quantized layer of MLX's.

@@ -1,4 +1,4 @@
-"""Files of tensors, safetensors and GGUF: checked, read lazily, widened from other encodings, written atomically."""
+"""Files of tensors, safetensors and GGUF: read lazily, widened from other encodings, written atomically."""
 
 import hashlib
 import os
