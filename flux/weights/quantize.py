@@ -138,7 +138,7 @@ def _layout(metadata: Mapping[str, str], config: Mapping[str, Any]) -> tuple[int
     if not isinstance(how, dict):
         raise ValueError(f"its {METADATA} should be a JSON object")
     mode = how.get("mode", "affine")
-    if mode not in READ_GROUPS:
+    if not isinstance(mode, str) or mode not in READ_GROUPS:
         raise ValueError(f"its {METADATA} has the mode {jsonfiles.shown(mode)}")
     size, bits = how.get("group_size", READ_GROUPS[mode][0]), how.get("bits", READ_BITS[mode][0])
     if size not in READ_GROUPS[mode] or bits not in READ_BITS[mode]:
