@@ -43,14 +43,15 @@ def write(
 ) -> Path:
     """A file of version 3, aligned to 32 bytes."""
     keys = {"general.architecture": "flux"} if keys is None else keys
-    infos, data = b"", b""
+    infos, data, start = b"", [], 0
     for name, (dtype, shape, content) in tensors.items():
-        data += b"\0" * (-len(data) % 32)
         sides = struct.pack(f"<{len(shape)}Q", *reversed(shape))
         infos += text(name) + struct.pack("<I", len(shape)) + sides
-        infos += struct.pack("<IQ", NUMBERS[dtype], len(data))
-        data += content
+        infos += struct.pack("<IQ", NUMBERS[dtype], start)
+        data += [content, b"\0" * (-len(content) % 32)]
+        start += len(content) + len(data[-1])
+    data = data[:-1]  # nothing need follow the last
     head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(keys))
     head += b"".join(key(name, value) for name, value in keys.items()) + infos
-    path.write_bytes(head + b"\0" * (-len(head) % 32) + data)
+    path.write_bytes(b"".join([head, b"\0" * (-len(head) % 32), *data]))
     return path

@@ -5,6 +5,7 @@ quantization saves memory there, and time on a GPU only.
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ def quantize(
     bits: 4 or 8 a weight. mode: "affine", where 64 (or 32, or 128: group_size) weights share a scale and an
     offset, or "mxfp4", 4-bit floats of which 32 share a scale. A layer whose input size is no multiple of 64
     is quantized in groups of 32 unless group_size is given; of 32 neither, it stays as it is, and so does one
-    that its file has quantized. `describe` says what became of them. FluxError for other values.
+    that its file has quantized. `report` says what became of them. FluxError for other values.
     """
     if mode not in GROUP_SIZES:
         raise FluxError(f"cannot quantize by {mode!r}: choose {' or '.join(GROUP_SIZES)}")
@@ -65,19 +66,31 @@ def group_size_of(width: int, mode: str = "affine") -> int | None:
     return next((size for size in GROUP_SIZES[mode] if width % size == 0), None)
 
 
-def describe(network: nn.Module) -> str:
-    """What of a network is quantized, in words: "494 of 504 layers: 8 bits in groups of 64"; "" for none."""
-    layers = [layer for _, layer in network.named_modules() if isinstance(layer, nn.Linear)]
+def report(**networks: nn.Module) -> str:
+    """How many layers of each network are quantized and how, as one line; warns where none of any is.
+
+    "transformer 494 of 504 layers, 4 bits in groups of 64; T5 ..."
+    """
+    lines = {name: _counts(network) for name, network in networks.items()}
+    if not any(kinds for kinds, _ in lines.values()):
+        warnings.warn("nothing was quantized: no layer's input is a multiple of 32 wide", stacklevel=2)
+    return "; ".join(
+        f"{name} {sum(kinds.values())} of {total} layers"
+        + "".join(f", {f'{n} in ' if len(kinds) > 1 else ''}{kind}" for kind, n in kinds.items())
+        for name, (kinds, total) in lines.items()
+    )
+
+
+def _counts(network: nn.Module) -> tuple[dict[str, int], int]:
+    """How many layers of a network there are of each kind of quantization, and of all kinds and none."""
     kinds: dict[str, int] = {}
+    total = 0
     for _, layer in network.named_modules():
         if isinstance(layer, nn.QuantizedLinear):
             kind = f"{layer.bits} bits in groups of {layer.group_size}"
             kinds[kind] = kinds.get(kind, 0) + 1
-    if not kinds:
-        return ""
-    count = sum(kinds.values())
-    parts = (f"{n} with {kind}" if len(kinds) > 1 else kind for kind, n in kinds.items())
-    return f"{count} of {count + len(layers)} layers: {', '.join(parts)}"
+        total += isinstance(layer, nn.Linear | nn.QuantizedLinear)
+    return kinds, total
 
 
 def metadata_of(network: nn.Module) -> dict[str, str]:
