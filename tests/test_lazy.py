@@ -160,7 +160,10 @@ from flux.weights.layouts import Part
 from pathlib import Path
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    status = Path("/proc/self/status").read_text()  # ru_maxrss begins with the parent's
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 before = peak()
 network = checkpoints.load_part(Part("transformer", (Path(sys.argv[1]),)), mx.bfloat16)
