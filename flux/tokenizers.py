@@ -67,6 +67,7 @@ class CLIPTokenizer:
         self.max_length = max_length
         self.bos_token_id = vocab[self.BOS]
         self.eos_token_id = vocab[self.EOS]
+        self.size = 1 + max(vocab.values())  # so many rows a text encoder's embedding must have
         self._vocab = vocab
         self._ranks = {merge: rank for rank, merge in enumerate(merges)}
         self._letters = byte_letters()
@@ -197,6 +198,7 @@ class T5Tokenizer:
         self.pad_token_id = self._ids["<pad>"]
         self.eos_token_id = self._ids["</s>"]
         self._unk_token_id = self._ids["<unk>"]
+        self.size = len(model.pieces)  # with the extra ids; so many rows an embedding must have
         self._scores = dict(model.pieces)
         self._unknown_score = min(self._scores.values()) - 10.0  # SentencePiece's penalty
         self._longest = max(map(len, self._scores))

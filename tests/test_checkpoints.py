@@ -146,7 +146,7 @@ def test_everything_in_one_checkpoint(plain, tmp_path):
     together = {}
     for kind, network in plain.networks.items():
         own = keymaps.to_file(kind, tiny.parameters(network), diffusers=False)
-        together |= {keymaps.PREFIXES[kind][0] + name: w for name, w in own.items()}
+        together |= {prefixes.PREFIXES[kind][0] + name: w for name, w in own.items()}
     tensors.save(tmp_path / "c/checkpoints/all.safetensors", together)
     shutil.copytree(plain.clip_tokenizer, tmp_path / "c/tokenizer")
     shutil.copytree(plain.t5_tokenizer, tmp_path / "c/tokenizer_2")

@@ -100,7 +100,7 @@ def load_part(part: Part, dtype: mx.Dtype | None = None) -> nn.Module:
     """A part's network with its weights in dtype, lazily: nothing is read but the headers."""
     dtype = dtype or default_dtype()
     found = tensors.load(part.files)
-    names = keymaps.own_names(part.kind, found)
+    names = prefixes.own_names(part.kind, found)
     own = {bare: found[name] for name, bare in names.items()}
     weights = keymaps.to_ours(part.kind, own)
     metadata = tensors.read_header(part.files[0]).metadata
