@@ -9,13 +9,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from flux.errors import FluxError
+from flux.weights.headers import Entry, Header
 
 # Bytes of an element, for every type that a checkpoint has been seen with.
 SIZES = {
@@ -25,23 +25,6 @@ SIZES = {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
 }
 SHOWN = 12  # how many names an error line shows of each kind
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its type in safetensors' words, its shape, where its bytes begin."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says it holds."""
-
-    tensors: dict[str, Entry]
-    metadata: dict[str, str]
 
 
 def read_header(path: Path) -> Header:
