@@ -1,8 +1,8 @@
-"""What is in the weight files of a folder, by their headers: shards put together, parts recognized, faults named."""
+"""What is in the weight files of a folder, by their headers: shards together, faults named."""
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,11 @@ def look(files: Sequence[Path], fault: str | None = None) -> Found:
     return Found(**{**vars(found), "fault": f"{found.label}: {foreign}"}) if foreign else found
 
 
+def is_shard(path: Path) -> bool:
+    """Whether a file's name says that it is one of several."""
+    return bool(SHARD.fullmatch(path.name))
+
+
 def survey(folder: Path) -> list[Found]:
     """All weight files of a folder and of the folders in it, shards as one."""
     return [look(files, fault) for files, fault in _groups(list(weight_files(folder)))]
@@ -142,10 +147,3 @@ def _indexed(index: Path) -> tuple[list[Path], str | None]:
         there = [file for file in files if file.is_file()]
         return there, f"{index}: lists files that are not there: {', '.join(absent)}"
     return files, None
-
-
-def names(paths: Iterable[Path], most: int = 5) -> str:
-    """Files in one line: of very many the first and the count."""
-    all_names = [path.name for path in paths]
-    more = f" and {len(all_names) - most} more" if len(all_names) > most else ""
-    return ", ".join(all_names[:most]) + more

@@ -23,9 +23,9 @@ from flux.models.t5 import T5Encoder, T5Params
 from flux.models.transformer import Flux, FluxParams
 from flux.tokenizers import CLIPTokenizer
 from flux.weights import keymaps, quantize, tensors
-from flux.weights.checkpoints import DEFAULTS
 from flux.weights.layouts import FOLDERS
 from flux.weights.registry import ModelSpec
+from flux.weights.specs import DEFAULTS
 
 DIFFUSERS_VERSION = "0.32.0"  # of the format; diffusers reads the files of older versions
 STEMS = {

@@ -1,4 +1,4 @@
-"""What a file is that is no part of a FLUX.1 model: other models by their tensors' names, and what is no weights.
+"""What a file is that is no part of a FLUX.1 model: other models by their tensors, and no weights at all.
 
 Folders hold such files beside a model; a reader passes them over and says so by these words.
 """
@@ -7,9 +7,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+ADAPTER = "an adapter (give it with --adapter)"
 # Models by names of tensors that only they have; the first that fits counts.
 MODELS: tuple[tuple[str, str], ...] = (
-    ("an adapter (give it with --adapter)", r"\.(?:lora|lokr|hada|oft|boft|dora|glora)_?\w*(?:\.|$)|\.diff$"),
+    (ADAPTER, r"\.(?:lora|lokr|hada|oft|boft|dora|glora)_?\w*(?:\.|$)|\.diff$"),
     ("Chroma", r"distilled_guidance_layer\."),
     ("FLUX.2", r"double_stream_modulation_img\."),
     ("a ControlNet", r"^(?:controlnet|pos_embed_input|input_hint_block|control_model)"),
