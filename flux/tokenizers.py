@@ -170,7 +170,7 @@ def merge(pieces: list[str], ranks: dict[str, int]) -> list[str]:
 
 def join_pair(pieces: list[str], left: str, right: str) -> list[str]:
     """The pieces with every `left` and `right` that stand side by side made one, from the left."""
-    joined = []
+    joined: list[str] = []
     for piece in pieces:
         # A joined piece is longer than `left`, so that it cannot be taken for one.
         if piece == right and joined and joined[-1] == left:
@@ -270,7 +270,8 @@ class T5Tokenizer:
                 score = scores[start] + self._scores.get(word[start:end], missing)
                 if score > scores[end]:
                     scores[end], starts[end] = score, start
-        pieces, end = [], len(word)
+        pieces: list[str] = []
+        end = len(word)
         while end > 0:
             piece = word[starts[end] : end]
             if pieces and piece not in self._scores and pieces[-1] not in self._scores:
