@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flux import FluxPipeline, images, sampler
-from flux.arguments import Parser, adapter, count, finite, size
+from flux.arguments import Parser, adapter, count, finite, shift, size
 from flux.distributed.ranks import DOWNLOAD, PATIENCE, Ranks, print_error
 from flux.errors import FluxError
 from flux.pipeline import Conditioning, Plan, check_sampling
@@ -29,7 +29,17 @@ PARTS = ("transformer", "ae", "clip", "t5")
 # The options that make a picture what it is: written into it, read again by --remake. Prompts come beside.
 RECIPE = (
     *("model", *PARTS, "dtype", "quantize", "adapter", "fuse_adapter", "no_t5_padding", "negative_prompt"),
-    *("cfg_scale", "guidance", "steps", "image_size", "seed", "n_images", "n_rows", "decoding_batch_size"),
+    *(
+        "cfg_scale",
+        "guidance",
+        "shift",
+        "steps",
+        "image_size",
+        "seed",
+        "n_images",
+        "n_rows",
+        "decoding_batch_size",
+    ),
 )
 FLAGS = ("fuse_adapter", "no_t5_padding")
 PROGRAM = "flux-mlx"
@@ -89,7 +99,9 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
     files = {part: getattr(args, part) for part in PARTS}
     dtype = args.dtype and getattr(mx, args.dtype)
     adapters = (args.adapter or (), args.fuse_adapter, ranks if ranks.model_parallel else None)
-    pipeline = FluxPipeline(args.model, not args.no_t5_padding, dtype, args.quantize, *adapters, **files)
+    pipeline = FluxPipeline(
+        args.model, not args.no_t5_padding, dtype, args.quantize, *adapters, args.shift, **files
+    )
     fill_in(args, pipeline)
     return pipeline
 
@@ -122,7 +134,11 @@ def build_parser() -> Parser:
     add("--remake", metavar="PICTURE", help="make a PNG of this program again; other options change it")
 
     add = parser.add_argument_group("the model").add_argument
-    add("--model", default="schnell", help="schnell (default), dev, krea, tiny, a folder, a Hub repository")
+    add(
+        "--model",
+        default="schnell",
+        help="schnell (default), dev, krea, tiny, a folder, a file, owner/name[:FILE]",
+    )
     for part in PARTS:
         add(f"--{part}", metavar="FILE", help=f"take the {part} from FILE instead of the model's")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
@@ -143,6 +159,7 @@ def build_parser() -> Parser:
     add("--image-size", type=size, metavar="HxW", help="in pixels, multiples of 16; one number is a square")
     add("--steps", type=count, metavar="N", help="denoising steps")
     add("--guidance", type=finite, metavar="X", help="how closely to follow the prompt (not schnell)")
+    add("--shift", type=shift, metavar="X", help="of the times: dev, none, or a factor such as 3")
     add("--cfg-scale", type=finite, metavar="X", help="true guidance, with twice the work if above 1")
     add("--seed", type=int, metavar="N", help="a prompt's picture i is made from N + i; default: random")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from flux.weights import keymaps
+from flux.weights import keymaps, prefixes
 
 REFERENCE = Path(__file__).parent / "reference"
 

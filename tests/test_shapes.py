@@ -11,7 +11,7 @@ from flux.models.autoencoder import AutoEncoderParams
 from flux.models.clip import CLIPTextParams
 from flux.models.t5 import T5Params
 from flux.models.transformer import FluxParams
-from flux.weights import checkpoints, keymaps, shapes
+from flux.weights import checkpoints, keymaps, prefixes, shapes
 
 REFERENCE = Path(__file__).parent / "reference"
 PUBLISHED = {

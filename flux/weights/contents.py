@@ -1,13 +1,13 @@
 """What is in the weight files of a folder, by their headers: shards together, faults named."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from flux import jsonfiles
 from flux.errors import FluxError
-from flux.weights import gguf, prefixes, strangers, tensors
+from flux.weights import gguf, headers, prefixes, strangers
 from flux.weights.headers import Entry, Header
 
 SUFFIXES = (".safetensors", ".sft", ".gguf")
@@ -54,7 +54,7 @@ class Found:
 def read_header(path: Path) -> Header:
     """The header of a weight file of either format; FluxError that says what the file is instead."""
     try:
-        return gguf.read_header(path) if gguf.is_gguf(path) else tensors.read_header(path)
+        return gguf.read_header(path) if gguf.is_gguf(path) else headers.read_header(path)
     except FluxError as error:
         if path.is_file() and (instead := strangers.disguise(path)):
             raise FluxError(f"{path}: not a safetensors file but {instead}") from None
@@ -138,8 +138,8 @@ def _groups(paths: list[Path]) -> Iterator[tuple[list[Path], str | None]]:
 def _indexed(index: Path) -> tuple[list[Path], str | None]:
     """The files that an index lists, and what is wrong with it."""
     try:
-        listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        files = [index.parent / name for name in listed]
+        listed = sorted(set(jsonfiles.read(index)["weight_map"].values()))
+        files = [index.parent / Path(name).name for name in listed]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [], f"{index}: not an index of safetensors files"
     absent = [file.name for file in files if not file.is_file()]

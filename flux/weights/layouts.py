@@ -1,6 +1,5 @@
 """Which files of a folder are which part of a model: by what is in them; of several, by where they lie."""
 
-import json
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -8,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flux import jsonfiles
 from flux.errors import FluxError
 from flux.weights import prefixes, strangers
 from flux.weights.contents import Found, is_shard, look, survey
@@ -102,7 +102,7 @@ def find_parts(folder: Path, kinds: Iterable[str], given: Mapping[str, Part], na
             chosen[kind] = _best(folder, kind, fitting, transformer, name)
         transformer = transformer or chosen.get("transformer")
     used = {found.files for found in chosen.values()}
-    passed = _passed_over(folder, [fault for key, fault in faults.items() if key not in used])
+    passed = _passed_over([fault for key, fault in faults.items() if key not in used])
     if absent := [kind for kind in kinds if kind not in chosen]:
         raise FluxError(_missing(folder, absent, bool(chosen), passed))
     if passed:
@@ -161,10 +161,10 @@ def _below(folder: Path, found: Found) -> str:
     return os.path.relpath(found.label, folder)
 
 
-def _passed_over(folder: Path, faults: list[str]) -> str:
+def _passed_over(faults: list[str]) -> str:
     """What a line says of files that are no part of the model; "" where there are none."""
     adapters = [fault for fault in faults if strangers.ADAPTER in fault]
-    told = [fault.removeprefix(f"{folder}{os.sep}") for fault in faults if fault not in adapters]
+    told = [fault for fault in faults if fault not in adapters]
     told += [f"{len(adapters)} x {strangers.ADAPTER}"] if adapters else []
     return f"passed over: {_some(told, 5)}" if told else ""
 
@@ -242,15 +242,7 @@ def _config(folder: Path, kind: str, found: Found) -> dict[str, Any]:
 
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON file's object, {} where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise FluxError(f"{path}: not valid JSON") from None
-    if not isinstance(config, dict):
-        raise FluxError(f"{path}: should hold a JSON object")
-    return config
+    return jsonfiles.read(path) if path.is_file() else {}
 
 
 def find_tokenizer(folder: Path, name: str) -> Path:

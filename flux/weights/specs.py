@@ -1,13 +1,11 @@
 """What a model is: its row of the registry, and what its own configs say otherwise."""
 
-import json
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flux import sampler
+from flux import jsonfiles, sampler
 from flux.errors import FluxError
 from flux.sampler import AnyShift, Shift
 from flux.weights import registry
@@ -109,25 +107,9 @@ def _defaults(path: Path, spec: ModelSpec) -> ModelSpec:
     if not path.is_file():
         return spec
     try:
-        own = json.loads(path.read_text(encoding="utf-8"))
+        own = jsonfiles.read(path)
         own["image_size"] = tuple(own.get("image_size", spec.image_size))
         own["shift"] = sampler.read_shift(own.get("shift", spec.shift))
         return replace(spec, **own)
     except (ValueError, TypeError):
         raise FluxError(f"{path}: should hold a JSON object of ModelSpec's fields") from None
-
-
-# --- Inputs beside noise and text ---
-
-
-def other_input(in_channels: int, out_channels: int) -> str | None:
-    """What else a transformer wants in every step, by its channels; None for plain text to picture."""
-    extra = in_channels - out_channels
-    known: Mapping[int, str] = {
-        out_channels: "FLUX.1 Canny, Depth or another control model: it wants a control picture",
-        out_channels + 4 * 64: "FLUX.1 Fill: it wants a picture and a mask",
-        2 * out_channels + 4: "Flex.2: it wants a control picture, a picture and a mask",
-    }
-    if extra == 0:
-        return None
-    return known.get(extra, f"it takes {in_channels} channels and gives {out_channels}")

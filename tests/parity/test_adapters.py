@@ -20,7 +20,7 @@ from safetensors.torch import save_file  # noqa: E402
 from flux.adapters import Adapter, Adapters, Delta, LowRank, load, new_adapter, save, targets  # noqa: E402
 from flux.models.clip import CLIPTextModel, CLIPTextParams  # noqa: E402
 from flux.models.transformer import Flux, FluxParams  # noqa: E402
-from flux.weights import keymaps  # noqa: E402
+from flux.weights import keymaps, prefixes  # noqa: E402
 
 TOLERANCE = 5e-5  # relative error of one call in float32, from numerics.md
 HIDDEN, HEADS = 64, 2

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from flux.errors import FluxError
 from flux.models.clip import CLIPTextModel, CLIPTextParams
-from flux.weights import keymaps
+from flux.weights import prefixes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from flux.models.t5 import T5Encoder, T5Params, relative_position_bucket
-from flux.weights import keymaps
+from flux.weights import prefixes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
