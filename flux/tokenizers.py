@@ -208,7 +208,8 @@ class T5Tokenizer:
         self.pad_token_id = self._ids["<pad>"]
         self.eos_token_id = self._ids["</s>"]
         self._unk_token_id = self._ids["<unk>"]
-        self.size = len(model.pieces)  # with the extra ids; so many rows an embedding must have
+        # So many rows an embedding must have; the extra ids stand in no prompt, and small models lack them.
+        self.size = sum(not piece.startswith("<extra_id_") for piece, _ in model.pieces)
         self._scores = dict(model.pieces)
         self._unknown_score = min(self._scores.values()) - 10.0  # SentencePiece's penalty
         self._longest = max(map(len, self._scores))
