@@ -10,6 +10,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -111,32 +112,39 @@ class Checkpoint:
 
 
 def load_part(part: Part, dtype: mx.Dtype | None = None) -> nn.Module:
-    """A part's network with its weights in dtype, lazily: nothing is read but the headers."""
+    """A part's network with its weights in dtype, lazily: nothing is read but the headers.
+
+    Layers that the file has in few bits stay so, with their scales in dtype.
+    """
     dtype = dtype or default_dtype()
-    found = tensors.load(part.files)
-    names = prefixes.own_names(part.kind, found)
-    own = {bare: found[name] for name, bare in names.items()}
-    weights = keymaps.to_ours(part.kind, own)
     metadata = tensors.read_header(part.files[0]).metadata
+    found = {name: _cast(w, dtype) for name, w in tensors.load(part.files, packed=True).items()}
+    try:
+        wide, packed = quantize.split(found, metadata, part.config)
+    except ValueError as error:
+        raise FluxError(f"{part.label}: {error}") from None
+    names = prefixes.own_names(part.kind, wide)
+    own = {bare: wide[name] for name, bare in names.items()}
+    weights = keymaps.to_ours(part.kind, own)
     network = _build(part, weights, metadata)
     diffusers = keymaps.is_diffusers(own)
     expected = keymaps.to_file(part.kind, dict(tree_flatten(network.parameters())), diffusers)
-    found = own if diffusers or part.kind != "ae" else keymaps.unsqueeze_pointwise(own)
-    tensors.check(part.label, found, expected)
+    shown = own if diffusers or part.kind != "ae" else keymaps.unsqueeze_pointwise(own)
+    tensors.check(part.label, shown, expected)
+    own_packed = {bare: packed[name] for name, bare in names.items() if name in packed}
+    weights |= quantize.prepare(network, own_packed, partial(keymaps.to_ours, part.kind))
     network.load_weights([(name, _cast(w, dtype)) for name, w in weights.items()])
     network.eval()
     return network
 
 
 def _build(part: Part, weights: Mapping[str, mx.array], metadata: Mapping[str, str]) -> nn.Module:
-    """The network that these weights are of, with quantized layers where the file has them."""
+    """The network that these weights are of, none of it quantized."""
     try:
         config = part.config or json.loads(metadata.get("config", "{}"))
-        network = NETWORKS[part.kind](shapes.params(part.kind, weights, config))
-        quantize.prepare(network, metadata, weights)
+        return NETWORKS[part.kind](shapes.params(part.kind, weights, config))
     except (ValueError, TypeError, ZeroDivisionError) as error:
         raise FluxError(f"{part.label}: no network fits its tensors and its config: {error}") from None
-    return network
 
 
 def _cast(weight: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flux import jsonfiles
 from flux.errors import FluxError
-from flux.weights import gguf, headers, prefixes, strangers
+from flux.weights import prefixes, strangers, tensors
 from flux.weights.headers import Entry, Header
 
 SUFFIXES = (".safetensors", ".sft", ".gguf")
@@ -52,9 +52,9 @@ class Found:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a weight file of either format; FluxError that says what the file is instead."""
+    """The header of a weight file of any format; FluxError that says what the file is instead."""
     try:
-        return gguf.read_header(path) if gguf.is_gguf(path) else headers.read_header(path)
+        return tensors.read_header(path)
     except FluxError as error:
         if path.is_file() and (instead := strangers.disguise(path)):
             raise FluxError(f"{path}: not a safetensors file but {instead}") from None

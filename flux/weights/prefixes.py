@@ -27,7 +27,7 @@ SIGNS: dict[str, str] = {
         r"|transformer_blocks\.\d+\.attn\.(?:to_[qkv]|add_[qkv]_proj)"
         r"|single_transformer_blocks\.\d+\.attn\.to_[qkv])"
     ),
-    "ae": r"(?:en|de)coder\.conv_in(?:\.conv2d)?",
+    "ae": r"(?:en|de)coder\.conv_in",
     "clip": r"(?:text_model\.)?(?:embeddings\.token_embedding|encoder\.layers\.\d+\.mlp\.fc1)",
     "t5": r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.[qkvo]",
 }
@@ -52,7 +52,9 @@ def _sign(part: str) -> re.Pattern:
     """A full name with the part's prefix as its first group, and whether it is an average's as its second."""
     either = "|".join(map(re.escape, (*PREFIXES[part], *WRAPPERS)))
     average = "|".join(map(re.escape, AVERAGES))
-    return re.compile(rf"((?:{either})*(({average}))?(?:{either})*){SIGNS[part]}\.weight(?:\.\w+)*")
+    return re.compile(
+        rf"((?:{either})*(({average}))?(?:{either})*){SIGNS[part]}\.(?:weight(?:\.\w+)*|_weight_qdata)"
+    )
 
 
 @lru_cache
