@@ -31,26 +31,24 @@ from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import (
-    contents,
     florence2,
     keymaps,
     layouts,
     prefixes,
     quantize,
     registry,
+    repositories,
     shapes,
     specs,
-    strangers,
     tensors,
 )
-from flux.weights.layouts import FOLDERS, PARTS, TOKENIZERS, Part
+from flux.weights.layouts import PARTS, TOKENIZERS, Part
 from flux.weights.registry import ModelSpec
 
 REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
 HUB_FILE = re.compile(rf"({REPOSITORY}):(.+)")  # a repository and a file in it
 TINY = "or use --model tiny, which is built in"  # what always works
 # huggingface_hub's own errors, those of the HTTP library below it (whichever it is), and the disk's.
-ADAPTER_SUFFIXES = (".safetensors", ".sft")
 HUB_ERRORS = (OSError, RuntimeError, HFValidationError, *HfHubHTTPError.__bases__)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # of CLIP and of the captioner
 CAPTIONER_FILES = ("*config.json", *TOKENIZER_FILES)  # beside the weights
@@ -223,39 +221,15 @@ def find_adapter(name: str) -> Path:
     path = Path(name).expanduser()
     hub = HUB_FILE.fullmatch(name)
     if path.is_dir():
-        return _last_adapter(path, [file for file in sorted(path.iterdir()) if _is_adapter(file)])
+        return layouts.last_adapter(path)
     if path.exists() or not (hub or re.fullmatch(REPOSITORY, name)):
         return path  # whoever reads it says what is wrong with it
     if hub:
         return fetch(hub[1], hub[2])
     files = _list_files(name)
-    patterns = [file for file in files or () if "/" not in file and Path(file).suffix in ADAPTER_SUFFIXES]
+    patterns = [file for file in files or () if "/" not in file and file.endswith(layouts.ADAPTER_SUFFIXES)]
     folder = _snapshot(name, [*(patterns or ["*.safetensors"]), "adapter_config.json"], offline=files is None)
-    return _last_adapter(folder, [file for file in sorted(folder.iterdir()) if _is_adapter(file)])
-
-
-def _is_adapter(file: Path) -> bool:
-    if file.suffix not in ADAPTER_SUFFIXES or file.name.startswith("."):
-        return False
-    return strangers.model(contents.look([file]).entries) == strangers.ADAPTER
-
-
-def _last_adapter(folder: Path, files: list[Path]) -> Path:
-    """The adapter that a training wrote last: names end in an epoch or a step, the finished one's in none."""
-    if not files:
-        raise FluxError(
-            f"{folder}: no adapter in it (*.safetensors with a LoRA's or another adapter's tensors)"
-        )
-
-    def number(file: Path) -> float:
-        digits = re.search(r"[-_](?:step|epoch|e|s)?(\d{3,})$", file.stem)
-        return int(digits[1]) if digits else float("inf")
-
-    last = max(files, key=lambda file: (number(file), file.stat().st_mtime))
-    if len(files) > 1:
-        reason = "it has no number, so is the finished one" if number(last) == float("inf") else "the latest"
-        warnings.warn(f"{folder}: took {last.name} of {len(files)} adapters: {reason}", stacklevel=2)
-    return last
+    return layouts.last_adapter(folder)
 
 
 def find_captioner(model: str) -> Path:
@@ -297,7 +271,7 @@ def _from_hub(
             return _in_folder(folder, spec, given, name)
         except FluxError as error:
             raise FluxError(f"{error} ({_unreachable(repo)})") from None
-    patterns = _patterns(repo, list(files), spec, [kind for kind in PARTS if kind not in given])
+    patterns = repositories.patterns(repo, list(files), spec, [kind for kind in PARTS if kind not in given])
     _check_disk(repo, files, patterns)
     return _in_folder(_snapshot(repo, patterns, offline=False), spec, given, name)
 
@@ -330,35 +304,6 @@ def _list_files(repo: str) -> dict[str, int] | None:
             raise FluxError(_advice(repo, error)) from None
         return None
     return {file.rfilename: file.size or 0 for file in siblings}
-
-
-def _patterns(repo: str, files: list[str], spec: ModelSpec | None, kinds: list[str]) -> list[str]:
-    """What to download: of the two layouts that a repository may hold only one, BFL's where it is."""
-    patterns = [f"{name}/*" for name in TOKENIZERS] + [specs.DEFAULTS, specs.SCHEDULER, specs.INDEX]
-    for kind in kinds:
-        patterns += [f"{FOLDERS[kind]}/config.json", *_files_of_part(repo, files, spec, kind)]
-    return patterns
-
-
-def _files_of_part(repo: str, files: list[str], spec: ModelSpec | None, kind: str) -> list[str]:
-    """The files of a repository to download for a part; FluxError where only the user can choose."""
-    single = {"transformer": spec.file if spec else "flux1-*.safetensors", "ae": "ae.s*f*t*"}
-    top = fnmatch.filter([file for file in files if "/" not in file], single.get(kind, ""))
-    folder = [file for file in files if file.startswith(f"{FOLDERS[kind]}/")]
-    weights = [file for file in folder if file.endswith((*contents.SUFFIXES, ".index.json"))]
-    if len(top) == 1 or (top and not weights and kind == "ae"):
-        return top[:1]
-    if weights:
-        full = [file for file in weights if not re.search(r"\.(fp16|bf16|non_ema)[.-]", file)]
-        return full or weights
-    if kind != "transformer":
-        return []
-    others = top or [file for file in files if "/" not in file and file.endswith(contents.SUFFIXES)]
-    others = [file for file in others if not re.match(r"ae\.|.*lora|.*vae|t5xxl|clip_l", file.lower())]
-    if len(others) != 1:
-        found = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
-        raise FluxError(f"{repo}: {found or 'no transformer'} there; choose a file with --model {repo}:FILE")
-    return others
 
 
 def _check_disk(repo: str, files: Mapping[str, int], patterns: list[str]) -> None:

@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
+from flux.weights import keymaps
+
 # What may stand before a part's names, several of them one after another; the first are how this project
 # writes a part into a file with others, as ComfyUI does.
 PREFIXES: dict[str, tuple[str, ...]] = {
@@ -21,13 +23,13 @@ WRAPPERS = ("model.", "_orig_mod.", "module.", "transformer.")  # of programs an
 AVERAGES = ("ema.", "ema_model.", "model_ema.")  # a second copy of everything
 
 # A file holds a part if it has one of these weights; adapters have other names after the module's.
+_BLOCKS = [name for row in keymaps.TRANSFORMER for name in (row.ours, *row.theirs) if "{}" in name]
 SIGNS: dict[str, str] = {
-    "transformer": (
-        r"(?:double_blocks\.\d+\.(?:img|txt)_attn\.qkv|single_blocks\.\d+\.linear[12]"
-        r"|transformer_blocks\.\d+\.attn\.(?:to_[qkv]|add_[qkv]_proj)"
-        r"|single_transformer_blocks\.\d+\.attn\.to_[qkv])"
+    "transformer": "(?:" + "|".join(re.escape(name).replace(r"\{\}", r"\d+") for name in _BLOCKS) + ")",
+    "ae": (
+        r"(?:en|de)coder\.(?:conv_(?:in|out)|(?:down|up)\.\d+\.block\.\d+\.conv[12]"
+        r"|(?:down|up)_blocks\.\d+\.resnets\.\d+\.conv[12])"
     ),
-    "ae": r"(?:en|de)coder\.conv_in",
     "clip": r"(?:text_model\.)?(?:embeddings\.token_embedding|encoder\.layers\.\d+\.mlp\.fc1)",
     "t5": r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.[qkvo]",
 }
