@@ -109,7 +109,7 @@ class FluxPipeline:
         self._set(load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks), t5_padding)
         self._split = ranks is not None
         if shift is not None:
-            self.spec = replace(self.spec, shift=sampler.read_shift(shift))
+            self.spec: ModelSpec = replace(self.spec, shift=sampler.read_shift(shift))
 
     @classmethod
     def from_parts(cls, parts: Parts, t5_padding: bool = True) -> "FluxPipeline":

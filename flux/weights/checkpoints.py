@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import huggingface_hub
 import mlx.core as mx
@@ -49,7 +50,12 @@ REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
 HUB_FILE = re.compile(rf"({REPOSITORY}):(.+)")  # a repository and a file in it
 TINY = "or use --model tiny, which is built in"  # what always works
 # huggingface_hub's own errors, those of the HTTP library below it (whichever it is), and the disk's.
-HUB_ERRORS = (OSError, RuntimeError, HFValidationError, *HfHubHTTPError.__bases__)
+HUB_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    RuntimeError,
+    HFValidationError,
+    *HfHubHTTPError.__bases__,
+)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # of CLIP and of the captioner
 CAPTIONER_FILES = ("*config.json", *TOKENIZER_FILES)  # beside the weights
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -79,16 +85,16 @@ class Checkpoint:
     t5_tokenizer: Path
 
     def load_flux(self, dtype: mx.Dtype | None = None) -> Flux:
-        return load_part(self.parts["transformer"], dtype)
+        return cast(Flux, load_part(self.parts["transformer"], dtype))
 
     def load_ae(self, dtype: mx.Dtype | None = None) -> AutoEncoder:
-        return load_part(self.parts["ae"], dtype)
+        return cast(AutoEncoder, load_part(self.parts["ae"], dtype))
 
     def load_clip(self, dtype: mx.Dtype | None = None) -> CLIPTextModel:
-        return load_part(self.parts["clip"], dtype)
+        return cast(CLIPTextModel, load_part(self.parts["clip"], dtype))
 
     def load_t5(self, dtype: mx.Dtype | None = None) -> T5Encoder:
-        return load_part(self.parts["t5"], dtype)
+        return cast(T5Encoder, load_part(self.parts["t5"], dtype))
 
     def load_clip_tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer.from_folder(self.clip_tokenizer)
@@ -178,7 +184,7 @@ def find(model: str, **overrides: str | os.PathLike | None) -> Checkpoint:
     if path.is_dir() and (spec is None or "/" in model):  # "dev" is the model, not a folder of that name
         return _in_folder(layouts.model_folder(path), spec, given, path.resolve().name)
     if spec is None and path.exists():
-        return _in_folder(layouts.tree_of(path), None, layouts.parts_of_file(path) | given, path.stem)
+        return _in_folder(layouts.tree_of(path), None, {**layouts.parts_of_file(path), **given}, path.stem)
     if spec is None and (hub := HUB_FILE.fullmatch(model)):
         return _from_hub(hub[1], None, given, hub[2])
     if spec is None and not re.fullmatch(REPOSITORY, model):
@@ -194,11 +200,12 @@ def _in_folder(folder: Path, spec: ModelSpec | None, given: Mapping[str, Part], 
     absent = [kind for kind in PARTS if kind not in given]
     asked = spec.name if spec and spec.repo else ""
     try:
-        parts = {**(layouts.find_parts(folder, absent, given, asked) if absent else {}), **given}
+        found = layouts.find_parts(folder, absent, given, asked) if absent else {}
     except FluxError as error:
         pipeline = specs.class_name(folder)
         made_for = f" (it is made for {pipeline})" if pipeline not in ("", "FluxPipeline") else ""
         raise FluxError(f"{error}{made_for}") from None
+    parts = found | {kind: layouts.with_config(folder, part) for kind, part in given.items()}
     spec = specs.spec_of(folder, parts["transformer"], spec, name)
     for line in layouts.foreign_tensors(parts.values()):
         warnings.warn(line, stacklevel=2)
@@ -262,7 +269,7 @@ def _from_hub(
     file: its transformer, and maybe more; the rest is looked for in the repository.
     """
     if file is not None:
-        given = layouts.parts_of_file(fetch(repo, file)) | given
+        given = {**layouts.parts_of_file(fetch(repo, file)), **given}
     files = _list_files(repo)
     name = repo.rpartition("/")[2]
     if files is None:  # nothing can be downloaded: what an earlier time has left

@@ -1,5 +1,6 @@
 """What is in the weight files of a folder, by their headers: shards together, faults named."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,18 @@ from flux.weights import prefixes, strangers, tensors
 from flux.weights.headers import Entry, Header
 
 SUFFIXES = (".safetensors", ".sft", ".gguf")
-MOST_FILES, DEPTH = 2000, 4  # of a folder, and of folders in it, that are looked at
+MOST_FILES, DEPTH = 2000, 5  # of a folder, and of folders in it, that are looked at
+# Folders of such trees that hold no part of a model, and many files.
+SKIPPED = {
+    "loras",
+    "lora",
+    "controlnet",
+    "embeddings",
+    "upscale_models",
+    "esrgan",
+    "clip_vision",
+    "ipadapter",
+}
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(.*)")
 PACKED = ("U8", "I8", "U32", "I32")  # types of quantized weights, whose shapes say little
 
@@ -40,6 +52,11 @@ class Found:
     @property
     def size(self) -> int:
         return sum(file.stat().st_size for file in self.files)
+
+    def elements(self, part: str) -> int:
+        """How many numbers a part has."""
+        own = prefixes.own_names(part, self.entries)
+        return sum(math.prod(self.entries[name].shape) for name in own)
 
     def axis(self, part: str, *places: tuple[str, int]) -> int | None:
         """The size of a part's tensor along an axis, of the first place (bare name, axis) that is there."""
@@ -89,18 +106,20 @@ def survey(folder: Path) -> list[Found]:
 
 def weight_files(folder: Path) -> Iterator[Path]:
     """The weight files of a folder and of the folders in it, the nearest first, and unfinished downloads."""
-    level, seen, count = [folder], set(), 0
+    level, seen, count = [folder], {folder.resolve()}, 0
     for _ in range(DEPTH):
         below: list[Path] = []
-        for directory in level:
-            for path in _entries(directory):
-                if path.is_dir():
-                    real = path.resolve()
-                    below += [path] if real not in seen else []
-                    seen.add(real)
-                elif _is_weights(path) and count < MOST_FILES:
-                    count += 1
-                    yield path
+        for path in (path for directory in level for path in _entries(directory)):
+            if not path.is_dir() and not _is_weights(path):
+                continue
+            if (real := path.resolve()) in seen:  # by another link
+                continue
+            seen.add(real)
+            if path.is_dir():
+                below += [path] if path.name.lower() not in SKIPPED else []
+            elif count < MOST_FILES:
+                count += 1
+                yield path
         level = below
 
 
@@ -125,14 +144,14 @@ def _groups(paths: list[Path]) -> Iterator[tuple[list[Path], str | None]]:
             for file in files:
                 left.pop(file, None)
             yield files or [index], fault
-    numbered: dict[tuple, list[Path]] = {}
+    numbered: dict[tuple[str, ...], list[Path]] = {}
     for path in left:
         match = SHARD.fullmatch(path.name)
-        key = (path.parent, match[1], match[3], match[4]) if match else (path,)
+        key = (match[3], str(path.parent), match[1], match[4]) if match else ("1", str(path))
         numbered.setdefault(key, []).append(path)
-    for key, files in numbered.items():
-        lacking = len(key) > 1 and len(files) != int(key[2])
-        yield files, f"{files[0]}: {len(files)} of {int(key[2])} shards are there" if lacking else None
+    for (count, *_), files in numbered.items():
+        lacking = f"{files[0]}: {len(files)} of {int(count)} shards are there"
+        yield files, lacking if len(files) != int(count) else None
 
 
 def _indexed(index: Path) -> tuple[list[Path], str | None]:

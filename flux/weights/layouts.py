@@ -242,6 +242,20 @@ def _config(folder: Path, kind: str, found: Found) -> dict[str, Any]:
     return own or read_config(folder / FOLDERS[kind] / "config.json")
 
 
+def with_config(folder: Path, part: Part) -> Part:
+    """A part from elsewhere with the config of the folder's own, where both have the same size.
+
+    A config says what tensors cannot tell; of another network it would be wrong.
+    """
+    other = look(part.files)
+    config = read_config(folder / FOLDERS[part.kind] / "config.json")
+    if part.config or "config" in other.metadata or not config:
+        return part
+    own = [found for found in survey(folder) if part.kind in found.parts]
+    same = any(found.elements(part.kind) == other.elements(part.kind) for found in own)
+    return Part(part.kind, part.files, config) if same else part
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON file's object, {} where there is no such file."""
     return jsonfiles.read(path) if path.is_file() else {}
