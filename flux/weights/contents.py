@@ -69,13 +69,10 @@ class Found:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a weight file of any format; FluxError that says what the file is instead."""
-    try:
-        return tensors.read_header(path)
-    except FluxError as error:
-        if path.is_file() and (instead := strangers.disguise(path)):
-            raise FluxError(f"{path}: not a safetensors file but {instead}") from None
-        raise error
+    """The header of a weight file of any format; FluxError too for a download that is not finished."""
+    if strangers.is_unfinished(path):
+        raise FluxError(f"{path}: a download that is not finished: go on with it")
+    return tensors.read_header(path)
 
 
 def look(files: Sequence[Path], fault: str | None = None) -> Found:
