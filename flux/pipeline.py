@@ -112,7 +112,7 @@ class FluxPipeline:
         self._split = ranks is not None
         if shift is not None:
             self.spec: ModelSpec = replace(self.spec, shift=sampler.read_shift(shift))
-        self._adapters = [Path(file) for file, _ in adapters]
+        self._adapters = [checkpoints.find_adapter(str(file)) for file, _ in adapters]
 
     @classmethod
     def from_parts(cls, parts: Parts, t5_padding: bool = True) -> "FluxPipeline":

@@ -139,7 +139,10 @@ def read_gzip(file: Path, most: int = 2**24) -> str:
     """The text of a gzipped file, of `most` bytes at most; FluxError where it is none."""
     try:
         with gzip.open(file) as packed:
-            return packed.read(most).decode("utf-8")
+            text = packed.read(most).decode("utf-8")
+        if not text:
+            raise ValueError("it is empty")
+        return text
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise FluxError(f"{file}: not a gzipped text ({error})") from None
 

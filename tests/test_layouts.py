@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from flux.errors import FluxError
@@ -15,6 +17,7 @@ from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.transformer import Flux
 from flux.weights import checkpoints, keymaps, layouts, prefixes, save, strangers, tensors
+from flux.weights import gguf as gguf_names
 from tests import tiny
 from tests.test_checkpoints import LOADERS, assert_is
 
@@ -347,6 +350,40 @@ def test_depth_and_loops_are_bounded(model, tmp_path):
     assert found(tmp_path)[1] == []
 
 
+def write_gguf(path: Path, architecture: str, content: dict[str, mx.array]) -> None:
+    gguf = pytest.importorskip("gguf")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, w in content.items():
+        writer.add_tensor(name, np.array(w))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        step()
+    writer.close()
+
+
+def test_gguf_in_a_tree(model, tmp_path):
+    """A transformer under BFL's names, a T5 under llama.cpp's; both formats beside each other are a choice."""
+    write(tmp_path, model, TREES["comfyui"])
+    parts = parts_of(model)
+    write_gguf(tmp_path / "models/unet/flux1-dev-F32.gguf", "flux", parts["transformer"])
+    theirs = {ours: name for name, ours in [*gguf_names.T5_BLOCK.items(), *gguf_names.T5.items()]}
+    t5 = {}
+    for name, w in parts["t5"].items():
+        module, _, parameter = name.rpartition(".")
+        match = re.fullmatch(r"encoder\.block\.(\d+)\.layer\.(.+)", module)
+        t5[
+            f"enc.blk.{match[1]}.{theirs[match[2]]}.{parameter}" if match else f"{theirs[module]}.{parameter}"
+        ] = w
+    write_gguf(tmp_path / "models/clip/t5-v1_1-xxl-encoder-F32.gguf", "t5encoder", t5)
+    for file in (TREES["comfyui"][0], TREES["comfyui"][3]):
+        (tmp_path / file).unlink()
+    checkpoint, lines = found(tmp_path)
+    assert_is(checkpoint, model)
+    assert {part.files[0].suffix for part in checkpoint.parts.values()} == {".gguf", ".safetensors"}
+    assert checkpoint.spec.name == "dev"
+    assert lines == []
+
+
 @pytest.mark.parametrize("kind", LOADERS)
 def test_signs_of_the_real_files(kind, shared):
     """Every published layout is recognized, and each file as that part alone."""
@@ -361,25 +398,3 @@ def test_signs_of_the_real_files(kind, shared):
         assert prefixes.parts_in(names) == [kind]
         assert strangers.model(names) is None
         assert prefixes.foreign_names(names) == []
-
-
-# --- Adapters' files ---
-
-
-def test_the_adapter_of_a_folder(tmp_path):
-    for name in ("x-000002", "x-000010", "x"):
-        tensors.save(tmp_path / f"{name}.safetensors", LORA)
-    tensors.save(tmp_path / "state.safetensors", {"optimizer.x": mx.zeros(2)})
-    with pytest.warns(UserWarning, match=r"took x\.safetensors of 3 adapters: it has no number"):
-        assert checkpoints.find_adapter(str(tmp_path)) == tmp_path / "x.safetensors"
-    (tmp_path / "x.safetensors").unlink()
-    with pytest.warns(UserWarning, match=r"took x-000010\.safetensors of 2 adapters: the latest"):
-        assert checkpoints.find_adapter(str(tmp_path)) == tmp_path / "x-000010.safetensors"
-    (tmp_path / "x-000002.safetensors").unlink()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert checkpoints.find_adapter(str(tmp_path)) == tmp_path / "x-000010.safetensors"
-    (tmp_path / "x-000010.safetensors").unlink()
-    with pytest.raises(FluxError, match="no adapter in it"):
-        checkpoints.find_adapter(str(tmp_path))
-    assert checkpoints.find_adapter("nowhere.safetensors") == Path("nowhere.safetensors")

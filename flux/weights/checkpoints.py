@@ -220,23 +220,18 @@ def local_file(name: str) -> Path:
 
 
 def find_adapter(name: str) -> Path:
-    """The file of an adapter: by its path, its folder, or as `owner/name` or `owner/name:file` of the Hub.
+    """The file or folder of an adapter: by its path, or as `owner/name` or `owner/name:file` of the Hub.
 
-    Of a folder or a repository with several, the one without a number is taken, else the one with the highest
-    (what a training wrote last), with a warning. FluxError where there is none.
+    Of a repository that holds several adapters one must be named. FluxError where nothing can be had; what is
+    no path and no repository's name comes back as it is, and whoever reads it says what is wrong.
     """
     path = Path(name).expanduser()
-    hub = HUB_FILE.fullmatch(name)
-    if path.is_dir():
-        return layouts.last_adapter(path)
-    if path.exists() or not (hub or re.fullmatch(REPOSITORY, name)):
-        return path  # whoever reads it says what is wrong with it
-    if hub:
-        return fetch(hub[1], hub[2])
+    if path.exists() or not re.fullmatch(REPOSITORY, name):
+        return local_file(name)
     files = _list_files(name)
-    patterns = [file for file in files or () if "/" not in file and file.endswith(layouts.ADAPTER_SUFFIXES)]
-    folder = _snapshot(name, [*(patterns or ["*.safetensors"]), "adapter_config.json"], offline=files is None)
-    return layouts.last_adapter(folder)
+    if files is None:
+        return _snapshot(name, ["*.safetensors"], offline=True)
+    return _snapshot(name, repositories.adapter_patterns(name, list(files)), offline=False)
 
 
 def find_captioner(model: str) -> Path:

@@ -1,7 +1,6 @@
 """Which files of a folder are which part of a model: by what is in them; of several, by where they lie."""
 
 import os
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -55,7 +54,6 @@ TOKENIZERS = {
     "tokenizer": ("vocab.json", "tokenizer.json"),
     "tokenizer_2": ("spiece.model", "tokenizer.json"),
 }
-ADAPTER_SUFFIXES = (".safetensors", ".sft")
 SHIPPED_TOKENIZERS = Path(__file__).parents[1] / "assets" / "tokenizers"
 
 
@@ -283,34 +281,6 @@ def model_folder(folder: Path) -> Path:
     if len(found) > 1:
         warnings.warn(f"{folder}: took {newest.name}/, the newest of {len(found)} models in it", stacklevel=2)
     return newest
-
-
-def last_adapter(folder: Path) -> Path:
-    """The adapter in a folder, of several the one that a training wrote last, with a warning.
-
-    Names end in an epoch or a step, the finished one's in none. FluxError where there is none.
-    """
-    files = [file for file in sorted(folder.iterdir()) if _is_adapter(file)]
-    if not files:
-        raise FluxError(
-            f"{folder}: no adapter in it (*.safetensors with a LoRA's or another adapter's tensors)"
-        )
-
-    def number(file: Path) -> float:
-        digits = re.search(r"[-_](?:step|epoch|e|s)?(\d{3,})$", file.stem)
-        return int(digits[1]) if digits else float("inf")
-
-    last = max(files, key=lambda file: (number(file), file.stat().st_mtime))
-    if len(files) > 1:
-        reason = "it has no number, so is the finished one" if number(last) == float("inf") else "the latest"
-        warnings.warn(f"{folder}: took {last.name} of {len(files)} adapters: {reason}", stacklevel=2)
-    return last
-
-
-def _is_adapter(file: Path) -> bool:
-    if file.suffix not in ADAPTER_SUFFIXES or file.name.startswith("."):
-        return False
-    return strangers.model(look([file]).entries) == strangers.ADAPTER
 
 
 def foreign_tensors(parts: Iterable[Part]) -> list[str]:
