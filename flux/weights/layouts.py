@@ -152,7 +152,8 @@ def _rank(
     near, apart = 0, False
     if transformer:
         apart = transformer.files != found.files
-        near = len(Path(os.path.commonpath([file.parent, transformer.files[0].parent])).parts)
+        folders = [file.parent.absolute(), transformer.files[0].parent.absolute()]
+        near = len(Path(os.path.commonpath(folders)).parts)
     return not named, apart, -near, place, -found.size, str(file)
 
 
