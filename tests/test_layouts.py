@@ -263,6 +263,31 @@ def test_of_two_that_fit_the_reason_is_said(model, tmp_path):
     ]
 
 
+def test_a_model_that_wants_more_comes_second(model, tmp_path):
+    """Fill and Kontext beside dev, larger or first in order, do not keep dev from being run."""
+    write(tmp_path, model)
+    own = parts_of(model)["transformer"]
+    wide = mx.zeros((64, 16 + 16 + 256))
+    tensors.save(tmp_path / "flux1-a-fill.safetensors", own | {"img_in.weight": wide})
+    tensors.save(tmp_path / "flux1-a-kontext.safetensors", own)
+    checkpoint, lines = found(tmp_path)
+    assert_is(checkpoint, model)
+    assert len(lines) == 1
+    assert "took flux1-dev.safetensors for the transformer, not flux1-a-fill.safetensors, " in lines[0]
+    assert "it makes a picture of a text alone" in lines[0]
+
+
+def test_the_usual_name_comes_first(model, tmp_path):
+    """A whole CLIP, with its picture half, is larger."""
+    write(tmp_path, model)
+    vision = {"vision_model.post_layernorm.weight": mx.zeros(10**6)}
+    tensors.save(tmp_path / "ViT-L-14.safetensors", parts_of(model)["clip"] | vision)
+    checkpoint, lines = found(tmp_path)
+    assert checkpoint.parts["clip"].files[0].name == "clip_l.safetensors"
+    assert len(lines) == 1
+    assert "it has the usual name" in lines[0]
+
+
 def test_an_all_in_one_file_keeps_its_own_parts(model, tmp_path):
     """Parts of another model beside it are not mixed in."""
     tensors.save(tmp_path / "checkpoints/all.safetensors", all_in_one(model))
@@ -362,7 +387,7 @@ def write_gguf(path: Path, architecture: str, content: dict[str, mx.array]) -> N
 
 
 def test_gguf_in_a_tree(model, tmp_path):
-    """A transformer under BFL's names, a T5 under llama.cpp's; both formats beside each other are a choice."""
+    """A transformer under BFL's names, a T5 under llama.cpp's, the others in safetensors."""
     write(tmp_path, model, TREES["comfyui"])
     parts = parts_of(model)
     write_gguf(tmp_path / "models/unet/flux1-dev-F32.gguf", "flux", parts["transformer"])
@@ -381,6 +406,7 @@ def test_gguf_in_a_tree(model, tmp_path):
     assert_is(checkpoint, model)
     assert {part.files[0].suffix for part in checkpoint.parts.values()} == {".gguf", ".safetensors"}
     assert checkpoint.spec.name == "dev"
+    assert len(checkpoint.fingerprints()) == 6
     assert lines == []
 
 

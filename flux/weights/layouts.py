@@ -35,11 +35,14 @@ EXPECTED = {  # what the line about a missing part proposes
     "t5": "text_encoder_2/, text_encoders/t5xxl_fp16.safetensors, clip/",
 }
 
+USUAL = {"transformer": "flux1", "ae": "ae.", "clip": "clip_l", "t5": "t5xxl"}  # how their files are called
+
 # The subfolder whose config.json speaks of a part, also where the weights are a single file beside it.
 FOLDERS = {"transformer": "transformer", "ae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
 
 # Widths that must agree: what the transformer takes (bare names and axes), and what another part gives.
 TAKES = {
+    "picture": (("img_in.weight", 1), ("x_embedder.weight", 1)),
     "ae": (("final_layer.linear.bias", 0), ("proj_out.bias", 0)),
     "clip": (("vector_in.in_layer.weight", 1), ("time_text_embed.text_embedder.linear_1.weight", 1)),
     "t5": (("txt_in.weight", 1), ("context_embedder.weight", 1)),
@@ -73,10 +76,12 @@ class Part:
 
 # Why one of several files is taken, in the order of what `_rank` returns.
 REASONS = (
+    "it makes a picture of a text alone",
     "it is named after the model",
     "it is in the transformer's file",
     "it is the nearest to the transformer",
     "it is in the better place",
+    "it has the usual name",
     "it is the larger one",
     "by its name",
 )
@@ -113,7 +118,7 @@ def find_parts(folder: Path, kinds: Iterable[str], given: Mapping[str, Part], na
 def _best(folder: Path, kind: str, fitting: list[Found], transformer: Found | None, name: str) -> Found:
     """The file to take of those that fit; warns of the choice where there are several."""
 
-    def rank(found: Found) -> tuple[bool, bool, int, int, int, str]:
+    def rank(found: Found) -> tuple[Any, ...]:
         return _rank(folder, kind, found, transformer, name)
 
     best, *others = sorted(fitting, key=rank)
@@ -141,20 +146,23 @@ def _misfit(kind: str, found: Found, transformer: Found | None) -> str | None:
     return f"{found.label}: another {NAMES[kind]}, of width {gives}; the transformer takes {takes}"
 
 
-def _rank(
-    folder: Path, kind: str, found: Found, transformer: Found | None, name: str
-) -> tuple[bool, bool, int, int, int, str]:
+def _rank(folder: Path, kind: str, found: Found, transformer: Found | None, name: str) -> tuple[Any, ...]:
     """How well a file would do for a part, in the order of REASONS; the least is the best."""
     file = found.files[0]
     named = bool(name) and name in file.stem.lower()
     places = {part.lower() for part in file.parent.relative_to(folder).parts} or {""}
     place = min((i for i, p in enumerate(PLACES[kind]) if p in places), default=len(PLACES[kind]))
-    near, apart = 0, False
-    if transformer:
+    usual = file.name.lower().startswith(USUAL[kind])
+    near, apart, other = 0, False, False
+    if kind == "transformer":
+        channels = (found.axis(kind, *TAKES["picture"]), found.axis(kind, *TAKES["ae"]))
+        wide = None not in channels and channels[0] != channels[1]
+        other = wide or "kontext" in file.name.lower()
+    elif transformer:
         apart = transformer.files != found.files
         folders = [file.parent.absolute(), transformer.files[0].parent.absolute()]
         near = len(Path(os.path.commonpath(folders)).parts)
-    return not named, apart, -near, place, -found.size, str(file)
+    return other, not named, apart, -near, place, not usual, -found.size, str(file)
 
 
 def _below(folder: Path, found: Found) -> str:
@@ -228,7 +236,8 @@ def parts_of_file(path: Path) -> dict[str, Part]:
 def tree_of(file: Path) -> Path:
     """The folder of the model that a file belongs to: its own, or the one above `unet/` and the like."""
     places = {place for places in PLACES.values() for place in places if place}
-    return file.parent.parent if file.parent.name.lower() in places else file.parent
+    parent = file.absolute().parent
+    return parent.parent if parent.name.lower() in places else file.parent
 
 
 # --- Configs and tokenizers ---

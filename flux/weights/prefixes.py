@@ -19,7 +19,14 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "clip": ("text_encoders.clip_l.", "clip_l.", "cond_stage_model.", "text_encoder."),
     "t5": ("text_encoders.t5xxl.", "t5xxl.", "text_encoder_2."),
 }
-WRAPPERS = ("model.", "_orig_mod.", "module.", "transformer.")  # of programs and of torch.compile
+WRAPPERS = (
+    "model.",
+    "_orig_mod.",
+    "module.",
+    "transformer.",
+    "state_dict.",
+    "net.",
+)  # of programs and of torch.compile
 AVERAGES = ("ema.", "ema_model.", "model_ema.")  # a second copy of everything
 
 # A file holds a part if it has one of these weights; adapters have other names after the module's.
@@ -43,7 +50,7 @@ FOREIGN: dict[str, str] = {
     "t5": r"|decoder\..*|lm_head\..*",
 }
 _FOREIGN = (
-    r"__\w+__|scaled_fp8|logit_scale|(?:.*\.)?position_ids|epoch|step|global_step"
+    r"__\w+__|scaled_fp8|logit_scale|(?:optimizer|lr_scheduler)\..*|(?:.*\.)?position_ids|epoch|step|global_step"
     rf"|(?:{'|'.join(map(re.escape, AVERAGES))}).*|(?:{_OTHER_PARTS}).*"
 )
 MARKERS = frozenset({"scaled_fp8"})  # read by those who read the encoding
