@@ -13,6 +13,7 @@ from flux.adapters.adapter import Adapter
 from flux.adapters.formats import SHOWN, load, some
 from flux.adapters.lora import Adapters, linear_shape, mismatches
 from flux.errors import FluxError
+from flux.weights.checkpoints import find_adapter
 
 
 class Weighted(NamedTuple):
@@ -24,7 +25,7 @@ class Weighted(NamedTuple):
 
 
 def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
-    """Reads adapter files with their strengths; 1 is the adapter as it was trained.
+    """Reads adapter files, also the Hub's (`owner/name:file`), with their strengths; 1 is as it was trained.
 
     FluxError for a file that cannot be read or is no adapter, and for a strength that is no number.
     """
@@ -32,7 +33,7 @@ def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
     for file, strength in files:
         if not math.isfinite(strength):
             raise FluxError(f"{file}: the adapter's strength must be a finite number, not {strength}")
-        out.append(Weighted(str(file), load(file), strength))
+        out.append(Weighted(str(file), load(find_adapter(str(file))), strength))
     return out
 
 

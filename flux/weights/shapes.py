@@ -119,6 +119,10 @@ def autoencoder_params(tensors: Tensors, known: Mapping[str, Any]) -> AutoEncode
     ]
     if any(width % ch for width in widths):
         raise FluxError(f"the autoencoder's widths {widths} are not multiples of the first, {ch}")
+    if ch % (groups := known.get("norm_groups", usual.norm_groups)):
+        raise FluxError(
+            f"{ch} channels in {groups} norm groups: its config.json (norm_num_groups) is missing"
+        )
     return AutoEncoderParams(
         in_channels=_size(tensors, usual.in_channels, ("encoder.conv_in.weight", 3)),
         ch=ch,
