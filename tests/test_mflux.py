@@ -15,11 +15,11 @@ from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
 from flux.weights import checkpoints, keymaps, tensors
-from flux.weights.layouts import Part
+from flux.weights.layouts import FOLDERS, Part, part_of_file
 from tests import tiny
 
 PARAMS = {
-    "transformer": tiny.FLUX,
+    "transformer": replace(tiny.FLUX, vec_in_dim=64, context_in_dim=64),
     "ae": replace(tiny.AE, ch=32),
     "clip": replace(tiny.CLIP, hidden_size=64, num_attention_heads=4, vocab_size=70),
     "t5": replace(tiny.T5, d_model=64, d_ff=128, d_kv=32),
@@ -125,6 +125,23 @@ def test_the_header_has_the_names_and_shapes_of_diffusers(tmp_path):
     shapes = {name: entry.shape for header in headers for name, entry in header.items()}
     theirs = keymaps.to_file("ae", tiny.parameters(network("ae")), diffusers=True)
     assert shapes == {name: w.shape for name, w in theirs.items()}
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_a_whole_model(index, tmp_path):
+    """mflux's folder, with its index as today and without as before; either shard stands for both."""
+    parts = {kind: write(tmp_path / "m" / FOLDERS[kind], kind, 4, index) for kind in PARAMS}
+    for kind, part in parts.items():
+        (tmp_path / "m" / FOLDERS[kind] / "config.json").write_text(json.dumps(CONFIGS.get(kind, {})))
+        given = part_of_file(part.files[1], kind)
+        assert given.files == part.files
+    tiny.write_tokenizers(tmp_path / "t")
+    for name in ("tokenizer", "tokenizer_2"):
+        (tmp_path / "t" / name).rename(tmp_path / "m" / name)
+    found = checkpoints.find(str(tmp_path / "m"))
+    assert {kind: part.files for kind, part in found.parts.items()} == {k: p.files for k, p in parts.items()}
+    for kind in PARAMS:
+        assert tiny.same(checkpoints.load_part(found.parts[kind], mx.bfloat16), expected(kind, 4))
 
 
 # --- Files of other MLX programs: the same layers, described by a config.json beside them ---
