@@ -9,7 +9,7 @@ import pytest
 
 from flux.errors import FluxError
 from flux.models.transformer import Flux
-from flux.weights import checkpoints, keymaps, tensors
+from flux.weights import checkpoints, keymaps, layouts, tensors
 from flux.weights.layouts import Part
 from tests import tiny
 
@@ -159,6 +159,38 @@ def test_a_transformer_in_nf4(layout, tmp_path):
             content[prefix + name], plain[name] = weight, w
     load(tmp_path / "f.safetensors", content)
     loaded = checkpoints.load_part(Part("transformer", (tmp_path / "f.safetensors",)), mx.float32)
+    network.load_weights(list(keymaps.to_ours("transformer", plain).items()))
+    assert tiny.same(loaded, network)
+
+
+NAMES = {  # of a layer's data and scale
+    "quanto": (".weight._data", ".weight._scale"),
+    "torchao": ("._weight_qdata", "._weight_scale"),
+    "ComfyUI": (".weight", ".weight_scale"),
+}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("layout", ["BFL", "diffusers"])
+@pytest.mark.parametrize("kind", NAMES)
+def test_a_transformer_in_int8(kind, layout, prefix, tmp_path):
+    """Every matrix in bytes, so that none of the file's weights has its plain name."""
+    network = tiny.randomize(Flux(tiny.FLUX), 4)
+    theirs = keymaps.to_file("transformer", tiny.parameters(network), diffusers=layout == "diffusers")
+    content, plain, metadata = {}, {}, {}
+    for name, w in theirs.items():
+        weight, layer = torch.from_numpy(np.array(w)), name.removesuffix(".weight")
+        if w.ndim == 2:
+            scale = weight.abs().amax(1, keepdim=True) / 127
+            data = (weight / scale).round().to(torch.int8)
+            content |= dict(zip((prefix + layer + part for part in NAMES[kind]), (data, scale), strict=True))
+            metadata[f"{prefix}{name}"] = json.dumps({"_type": "Int8Tensor"})
+            plain[name] = mx.array((data.float() * scale).numpy())
+        else:
+            content[prefix + name], plain[name] = weight, w
+    load(tmp_path / "f.safetensors", content, metadata)
+    part = layouts.part_of_file(tmp_path / "f.safetensors", "transformer")
+    loaded = checkpoints.load_part(part, mx.float32)
     network.load_weights(list(keymaps.to_ours("transformer", plain).items()))
     assert tiny.same(loaded, network)
 
