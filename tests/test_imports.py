@@ -13,6 +13,7 @@ LEVELS = {
     "flux.errors": 0,
     "flux.jsonfiles": 0,
     "flux.openblas": 0,
+    "flux.version": 0,
     "flux.machine": 0,
     "flux.arguments": 1,
     "flux.tables": 1,
