@@ -13,9 +13,10 @@ from typing import Any
 import mlx.core as mx
 
 from flux.errors import FluxError
+from flux.jsonfiles import number as number
+from flux.jsonfiles import positive as positive
 from flux.jsonfiles import shown
 
-LARGEST = 3e38  # of float32
 MAX_SIDE = 2**17  # rows or columns of a layer's change; FLUX.1's widest layer has 21,504
 MAX_ELEMENTS = 2**28  # of a layer's change when it is multiplied out; FLUX.1's largest has 6.6e7
 MAX_NAMES, MAX_PATTERNS = 10_000, 200  # of a table: patterns that are names, and others
@@ -29,20 +30,6 @@ _GROUP = rf"\((?:\?:)?{_ATOM}+(?:\|{_ATOM}+)*\)\??"
 _SEQUENCE = rf"\^?(?:{_GROUP}|{_ATOM}[*+?]?)*\$?"
 SAFE = re.compile(rf"{_SEQUENCE}(?:\|{_SEQUENCE})*")
 PLAIN = re.compile(r"[\w.-]+")
-
-
-def number(value: Any, what: str) -> float:
-    """A number of a config as a float. FluxError, naming what it is, for what is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
-        raise FluxError(f"{what} is {shown(value)}; it should be a finite number")
-    return float(value)
-
-
-def positive(value: Any, what: str) -> float:
-    """As `number`, and above 0: a rank."""
-    if (found := number(value, what)) <= 0:
-        raise FluxError(f"{what} is {found:g}; it should be above 0")
-    return found
 
 
 def scalar(tensor: mx.array, what: str) -> float:
