@@ -3,6 +3,7 @@
 A case that fails says its number; `python -m pytest tests/test_fuzz.py` gives the same again.
 """
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -13,8 +14,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from flux import jsonfiles
+from flux.adapters import load, mismatches
+from flux.adapters import save as save_adapter
 from flux.errors import FluxError
-from flux.weights import checkpoints, save, torchfile
+from flux.models.transformer import Flux
+from flux.weights import checkpoints, save, tensors, torchfile
 from flux.weights.layouts import FOLDERS, Part
 from tests import fuzzing, tiny, torch_files
 
@@ -101,4 +105,106 @@ def test_pytorch_files(tmp_path):
             ends["line" if isinstance(found, FluxError) else "sound"] += 1
             if not isinstance(found, FluxError):
                 assert sum(array.nbytes for array in found.values()) < 4 * path.stat().st_size
+    assert min(ends["line"], ends["sound"]) > 20, ends
+
+
+def adapter_sources() -> dict[str, tuple[dict[str, np.ndarray], dict[str, str], dict | None]]:
+    """Adapters of the tiny model in the formats of the field: tensors, metadata, PEFT's config."""
+    size, rng = tiny.FLUX.hidden_size, np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return 0.1 * rng.standard_normal(shape, dtype=np.float32)
+
+    def pair(down: str, up: str, rows: int = size, columns: int = size) -> dict[str, np.ndarray]:
+        return {down: normal(4, columns), up: normal(rows, 4)}
+
+    alpha = {"alpha": np.array(2, np.float32)}
+    native = pair("{}.lora_A.weight", "{}.lora_B.weight") | {"{}.alpha": alpha["alpha"]}
+    kohya = {
+        f"lora_unet_{{}}.{key}": value for key, value in pair("lora_down.weight", "lora_up.weight").items()
+    }
+    lokr = {"lokr_w1": normal(4, 4), "lokr_w2_a": normal(16, 2), "lokr_w2_b": normal(2, 16), **alpha}
+    ours = ("double_blocks.0.img_attn.proj", "double_blocks.1.txt_attn.proj")
+    theirs = ("transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_add_out")
+    norm = {"double_blocks.0.img_attn.norm.query_norm.scale": normal(size // 2)}
+
+    def named(parts: dict[str, np.ndarray], modules: tuple[str, ...]) -> dict[str, np.ndarray]:
+        return {key.format(module): value for module in modules for key, value in parts.items()}
+
+    config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn.to_q": 2}, "rank_pattern": {}}
+    packed = json.dumps({f"transformer.{key}": value for key, value in config.items()})
+    plain = pair("{}.lora_A.weight", "{}.lora_B.weight")
+    return {
+        "native": ({"diffusion_model." + key: v for key, v in named(native, ours).items()}, {}, None),
+        "kohya": (
+            named(kohya, tuple(name.replace(".", "_") for name in ours)),
+            {"ss_network_dim": "4", "ss_network_alpha": "2"},
+            None,
+        ),
+        "diffusers": (
+            {"transformer." + key: value for key, value in named(plain, theirs).items()},
+            {"lora_adapter_metadata": packed},
+            None,
+        ),
+        "PEFT": (
+            {"base_model.model." + key: value for key, value in named(plain, theirs).items()},
+            {},
+            config,
+        ),
+        "LoKr": (
+            named({f"lycoris_{{}}.{key}": v for key, v in lokr.items()}, (ours[0].replace(".", "_"),)),
+            {},
+            None,
+        ),
+        "DoRA": (
+            {
+                "diffusion_model." + k: v
+                for k, v in named(native | {"{}.dora_scale": normal(size)}, ours).items()
+            },
+            {},
+            None,
+        ),
+        "full": (
+            {
+                f"diffusion_model.{ours[0]}.diff": normal(size, size),
+                f"diffusion_model.{ours[0]}.diff_b": normal(size),
+            },
+            {},
+            None,
+        ),
+        "control": (named(plain, ours) | norm, {}, None),
+    }
+
+
+def test_adapters(tmp_path):
+    """500 files of eight formats, of PEFT's config among them."""
+    flow = tiny.randomize(Flux(tiny.FLUX), 0)
+    sources = {}
+    for name, (arrays, metadata, config) in adapter_sources().items():
+        path = tmp_path / name / ("adapter_model.safetensors" if config else "adapter.safetensors")
+        tensors.save(path, {key: mx.array(value) for key, value in arrays.items()}, metadata)
+        assert not mismatches(flow, load(path)), name
+        sources[name] = path, fuzzing.File.read(path), config
+    ends: Counter[str] = Counter()
+    with fuzzing.bounded_memory():
+        for case in range(500):
+            rng = random.Random(case)
+            name, (path, file, config) = rng.choice(list(sources.items()))
+            by_config = config and rng.random() < 0.7
+            (file if by_config else fuzzing.mutate(file, rng)).write(path)
+            if config:
+                text = fuzzing.mutate_json(config, rng) if by_config else json.dumps(config).encode()
+                path.with_name("adapter_config.json").write_bytes(text)
+
+            def use(path=path):
+                adapter = load(path)
+                wrong = mismatches(flow, adapter)
+                save_adapter(tmp_path / "again.safetensors", adapter, "native")
+                layers = [delta.change for name, delta in adapter.modules.items() if name not in wrong]
+                return [layer.dense() for layer in layers if layer is not None]
+
+            found = fuzzing.outcome(use, f"case {case}, {name}")
+            ends["line" if isinstance(found, FluxError) else "sound"] += 1
+            if not isinstance(found, FluxError):
+                assert all(mx.isfinite(change).all().item() for change in found), f"case {case}, {name}"
     assert min(ends["line"], ends["sound"]) > 20, ends

@@ -19,6 +19,7 @@ from flux.adapters.fused import Piece, fuse, swap_halves
 from flux.adapters.names import Home
 from flux.errors import FluxError
 from flux.weights import tensors as files
+from flux.weights import values
 
 PEFT_METADATA = "lora_adapter_metadata"  # the header's entry in which diffusers keeps PEFT's config
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT itself saves
@@ -56,9 +57,12 @@ def load(path: str | Path, strict: bool = False) -> Adapter:
     if path.name == PEFT_FILE and path.with_name(PEFT_CONFIG).is_file():
         config = jsonfiles.read(path.with_name(PEFT_CONFIG))
     tensors = files.load([path])
+    header = files.read_header(path)
+    # NaN is sound in our own files' DoRA scales: a row that is no DoRA.
+    values.check(path, header.tensors, [n for n in header.tensors if not n.endswith(names.MAGNITUDES)])
     try:
-        adapter = read(tensors, files.read_header(path).metadata, config)
-    except FluxError as error:
+        adapter = read(tensors, header.metadata, config)
+    except ValueError as error:  # FluxError, and MLX's where matrices do not fit together
         raise FluxError(f"{path}: {error}") from None
     if strict and adapter.homeless:
         raise FluxError(f"{path}: {len(adapter.homeless)} keys found no home: {some(adapter.homeless)}")
