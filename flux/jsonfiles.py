@@ -45,6 +45,16 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         raise ValueError(f"cannot be read: {error.strerror}") from None
 
 
+def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    """A file's text, in UTF-8. FluxError, one line that names the file, where it cannot be read as that."""
+    try:
+        return read_bytes(path, max_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise FluxError(f"{path}: its text is not UTF-8") from None
+    except ValueError as error:
+        raise FluxError(f"{path}: {error}") from None
+
+
 def parse_object(text: bytes | str) -> dict[str, Any]:
     """As `parse`, and ValueError too for what is no object."""
     value = parse(text)

@@ -5,20 +5,27 @@ A case that fails says its number; `python -m pytest tests/test_fuzz.py` gives t
 
 import json
 import random
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from PIL import Image
 
 from flux import jsonfiles
 from flux.adapters import load, mismatches
 from flux.adapters import save as save_adapter
+from flux.captioning.captioner import Captioner
+from flux.captioning.pictures import prepare
+from flux.captioning.tokenizer import BartTokenizer
 from flux.errors import FluxError
 from flux.models.transformer import Flux
-from flux.weights import checkpoints, save, tensors, torchfile
+from flux.tokenizers import CLIPTokenizer, T5Tokenizer, byte_letters
+from flux.weights import checkpoints, registry, save, tensors, torchfile
 from flux.weights.layouts import FOLDERS, Part
 from tests import fuzzing, tiny, torch_files
 
@@ -207,4 +214,136 @@ def test_adapters(tmp_path):
             ends["line" if isinstance(found, FluxError) else "sound"] += 1
             if not isinstance(found, FluxError):
                 assert all(mx.isfinite(change).all().item() for change in found), f"case {case}, {name}"
+    assert min(ends["line"], ends["sound"]) > 20, ends
+
+
+TEXT = "a red äpple ﬁ ½ on </s> a <|endoftext|> 日本 <mask>background"
+
+
+def tokenizer_json(kind: str, vocab: object, normalizer: dict | None = None) -> dict:
+    special = ("<pad>", "</s>", "<unk>") if kind == "Unigram" else ("<s>", "<pad>", "</s>", "<unk>")
+    tokens = [{"id": i, "content": token, "lstrip": False} for i, token in enumerate(special)]
+    model = {"type": kind, "vocab": vocab, **({"merges": ["a b", ["c", "d</w>"]]} if kind == "BPE" else {})}
+    return {"model": model, "added_tokens": tokens, "normalizer": normalizer}
+
+
+def tokenizer_cases(folder: Path) -> list[tuple[Path, object, Callable]]:
+    """A file, what it holds (bytes, or JSON), and what is done with it in its folder."""
+    clip, t5 = tiny.write_tokenizers(folder)
+    letters = ["<s>", "<pad>", "</s>", "<unk>", *byte_letters(), *(c + "</w>" for c in byte_letters())]
+    bpe = {piece: i for i, piece in enumerate([*letters, "ab", "cd</w>", "<|startoftext|>", "<|endoftext|>"])}
+    unigram = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁a", -1.0], ["▁", -2.0], ["red", -3.5]]
+    step = {"type": "Precompiled", "precompiled_charsmap": ""}
+    jsons = {
+        "clip_json": tokenizer_json("BPE", bpe),
+        "t5_json": tokenizer_json("Unigram", unigram, {"type": "Sequence", "normalizers": [step]}),
+        "bart_json": tokenizer_json("BPE", bpe),
+    }
+    for name, content in jsons.items():
+        (folder / name).mkdir()
+        (folder / name / "tokenizer.json").write_text(json.dumps(content))
+
+    def use_t5(path: Path) -> object:
+        return T5Tokenizer.from_folder(path.parent, 30)
+
+    def use_clip(path: Path) -> object:
+        return CLIPTokenizer.from_folder(path.parent)
+
+    def use_bart(path: Path) -> object:
+        return BartTokenizer.from_folder(path.parent)
+
+    return [
+        (clip / "vocab.json", json.loads((clip / "vocab.json").read_text()), use_clip),
+        (clip / "merges.txt", b"a b\nc d</w>\nab c\n", use_clip),
+        (t5 / "spiece.model", (t5 / "spiece.model").read_bytes(), use_t5),
+        (folder / "clip_json" / "tokenizer.json", jsons["clip_json"], use_clip),
+        (folder / "t5_json" / "tokenizer.json", jsons["t5_json"], use_t5),
+        (folder / "bart_json" / "tokenizer.json", jsons["bart_json"], use_bart),
+    ]
+
+
+def spoil(path: Path, content: object, rng: random.Random) -> None:
+    is_bytes = isinstance(content, bytes)
+    path.write_bytes(fuzzing.mutate_bytes(content, rng) if is_bytes else fuzzing.mutate_json(content, rng))
+
+
+def restore(path: Path, content: object) -> None:
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+
+def test_tokenizers(tmp_path):
+    """200 of the files that tokenizers are read from."""
+    cases = tokenizer_cases(tmp_path)
+    ends: Counter[str] = Counter()
+    with fuzzing.bounded_memory():
+        for case in range(200):
+            rng = random.Random(case)
+            path, content, read = rng.choice(cases)
+            spoil(path, content, rng)
+
+            def use(path=path, read=read):
+                tokenizer = read(path)
+                ids = tokenizer.encode(TEXT)
+                return tokenizer, ids
+
+            found = fuzzing.outcome(use, f"case {case}, {path.parent.name}/{path.name}")
+            restore(path, content)
+            ends["line" if isinstance(found, FluxError) else "sound"] += 1
+            if not isinstance(found, FluxError):
+                tokenizer, ids = found
+                assert all(0 <= i < tokenizer.size for i in ids), f"case {case}: {path.name}"
+    assert min(ends["line"], ends["sound"]) > 20, ends
+
+
+def config_cases(model: save.Model, folder: Path) -> list[tuple[Path, dict, Callable]]:
+    """A config, and a use of what it speaks of."""
+    save.save_diffusers(folder / "model", model, dtype=None)
+    shutil.copytree(registry.TINY_CAPTIONER_FOLDER, folder / "captioner")
+
+    def use_part(kind: str, path: Path) -> Callable[[Path], mx.array]:
+        def use(config: Path) -> mx.array:
+            network = checkpoints.load_part(Part(kind, (path,), jsonfiles.read(config)), mx.float32)
+            return {
+                "transformer": lambda: network.img_in.weight,
+                "ae": lambda: network.decode(network.encode(mx.ones((1, 16, 16, 3)))),
+                "clip": lambda: network(mx.array([[1, 2, 513]]), 513).pooled_output,
+                "t5": lambda: network(mx.array([[1, 2, 3]])),
+            }[kind]()
+
+        return use
+
+    def use_captioner(config: Path) -> mx.array:
+        captioner = Captioner.from_folder(config.parent, mx.float32)
+        picture = prepare([Image.new("RGB", (8, 8))], captioner.pictures)
+        return captioner.model.encode(picture, *captioner.tokenizer(["a"]))[0]
+
+    cases = [
+        (path.with_name("config.json"), use_part(kind, path))
+        for kind, path in part_files(folder / "model").items()
+    ]
+    names = ("config.json", "generation_config.json", "preprocessor_config.json")
+    cases += [(folder / "captioner" / name, use_captioner) for name in names]
+    return [(path, jsonfiles.read(path), use) for path, use in cases]
+
+
+def test_configs(model, tmp_path):
+    """200 configs of networks and of the captioner."""
+    cases = config_cases(model, tmp_path)
+    ends: Counter[str] = Counter()
+    with fuzzing.bounded_memory():
+        for case in range(200):
+            rng = random.Random(case)
+            path, content, use = rng.choice(cases)
+            spoil(path, content, rng)
+
+            def run(path=path, use=use):
+                result = use(path)
+                mx.eval(result)
+                return result
+
+            found = fuzzing.outcome(run, f"case {case}, {path.parent.name}/{path.name}")
+            restore(path, content)
+            ends["line" if isinstance(found, FluxError) else "sound"] += 1
+            if not isinstance(found, FluxError):
+                assert mx.isfinite(found).all().item(), f"case {case}: {path}"
     assert min(ends["line"], ends["sound"]) > 20, ends
