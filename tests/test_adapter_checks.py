@@ -66,7 +66,7 @@ def test_floats():
 
 def test_sizes():
     checks.size((21504, 3072), "x")
-    for shape in ((2**17 + 1, 1), (2**15, 2**14), (0, 5)):
+    for shape in ((2**17 + 1, 1), (2**15, 2**14), (0, 5), (5,), (5, 5, 1)):
         with pytest.raises(FluxError, match="fits no layer"):
             checks.size(shape, "x")
 

@@ -85,6 +85,16 @@ def test_checkpoints(model, tmp_path):
     assert min(ends["line"], ends["sound"]) > 20, ends
 
 
+def odd_view(rng: random.Random) -> bytes:
+    """A tensor on a storage of 12 numbers, or somewhat beside it."""
+    axes = rng.choice((0, 1, 2, 2, 3))
+    shape = tuple(rng.choice((0, 1, 2, 3, 4, 2**40)) if rng.random() < 0.3 else 2 for _ in range(axes))
+    strides = tuple(rng.choice((0, 1, 2, 4, -1, 2**70)) if rng.random() < 0.3 else 2 for _ in range(axes))
+    return torch_files.tensor(
+        "FloatStorage", "s-layers.0.weight", 12, rng.choice((0, 0, 3, 11, 12)), shape, strides
+    )
+
+
 def test_pytorch_files(tmp_path):
     """400 files in both formats."""
     rng = np.random.default_rng(0)
@@ -99,7 +109,10 @@ def test_pytorch_files(tmp_path):
     with fuzzing.bounded_memory():
         for case in range(400):
             rng = random.Random(case)
-            spoilt = fuzzing.mutate_bytes(pickled, rng) if case % 4 else pickled
+            kind = case % 4
+            spoilt = fuzzing.mutate_bytes(pickled, rng) if kind in (1, 2) else pickled
+            if kind == 3:
+                spoilt = torch_files.table(torch_files.whole(arrays) | {"other": odd_view(rng)})
             if rng.random() < 0.5:
                 torch_files.write_zip(path, spoilt, data)
             else:

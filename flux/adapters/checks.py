@@ -58,7 +58,7 @@ def size(shape: Sequence[int], what: str) -> None:
     """FluxError for the (out, in) of a change that no layer of FLUX.1 comes near to: small factors of an
     enormous product would take all of the memory.
     """
-    if any(not 0 < side <= MAX_SIDE for side in shape) or math.prod(shape) > MAX_ELEMENTS:
+    if len(shape) != 2 or any(not 0 < side <= MAX_SIDE for side in shape) or math.prod(shape) > MAX_ELEMENTS:
         raise FluxError(f"{what}: a change of shape {tuple(shape)} fits no layer")
 
 

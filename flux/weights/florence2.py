@@ -161,6 +161,9 @@ def _check_shape(shape: Florence2Params) -> None:
     pairs += zip(vision.embed_dim, vision.num_groups, strict=True)
     if any(parts < 1 or width < 1 or width % parts for width, parts in pairs):
         raise FluxError("a width is not a multiple of its number of heads or groups")
+    language_sizes = (value for name, value in vars(language).items() if not name.endswith("layers"))
+    if min(language_sizes) < 1:
+        raise FluxError("text_config: widths and numbers of tokens should be above 0")
     if min(vision.window_size, *vision.patch_size, *vision.patch_stride) < 1 or vision.mlp_ratio <= 0:
         raise FluxError("vision_config: sizes of windows, patches, strides and ratios should be above 0")
 

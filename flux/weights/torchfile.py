@@ -40,7 +40,10 @@ MAGIC = 0x1950A86A20F9469CFC6C  # what the older format begins with
 MAX_PICKLE = 16 * 2**20  # bytes; Florence-2-large's has 130,000
 MAX_STEPS = 500_000  # of a pickle, which has about 30 a tensor
 MAX_COPIES = 4  # how often the views of a file may hold its bytes: tied weights are views of the same
-NOT_WEIGHTS = (OSError, zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError)
+NOT_WEIGHTS = (
+    *(OSError, zipfile.BadZipFile, NotImplementedError),
+    *(ValueError, LookupError, TypeError, AttributeError),
+)
 
 
 @dataclass(frozen=True)
