@@ -97,21 +97,17 @@ def gguf_file(path: Path, shapes: dict, rng: np.random.Generator, dtype: str) ->
     for name, shape in shapes.items():
         count, large = int(np.prod(shape)), is_large(name, shape)
         length = count // values * size if large else 4 * count
-        tensors[name] = (dtype if large else "F32", shape, rng.bytes(length))
+        tensors[name] = (dtype, shape, rng.bytes(length)) if large else ("F32", shape, bytes(length))
     return write(path.with_suffix(".gguf"), tensors)
 
 
 def fp8_file(path: Path, shapes: dict, rng: np.random.Generator, dtype: str) -> Path:
     tensors = {}
     for name, shape in shapes.items():
-        large = is_large(name, shape)
-        tensors[name] = (
-            dtype if large else "BF16",
-            shape,
-            rng.bytes(int(np.prod(shape)) * (1 if large else 2)),
-        )
+        count, large = int(np.prod(shape)), is_large(name, shape)
+        tensors[name] = (dtype, shape, rng.bytes(count)) if large else ("BF16", shape, bytes(2 * count))
         if large:
-            tensors[f"{name}_scale"] = ("F32", (), rng.bytes(4))
+            tensors[f"{name}_scale"] = ("F32", (), bytes(4))
     return safetensors(path, tensors)
 
 
@@ -120,7 +116,7 @@ def nf4_file(path: Path, shapes: dict, rng: np.random.Generator, dtype: str) -> 
     for name, shape in shapes.items():
         count = int(np.prod(shape))
         if not is_large(name, shape):
-            tensors[name] = ("BF16", shape, rng.bytes(2 * count))
+            tensors[name] = ("BF16", shape, bytes(2 * count))
             continue
         state = json.dumps({"shape": shape, "blocksize": 64}).encode()
         tensors[name] = ("U8", (count // 2, 1), rng.bytes(count // 2))
@@ -138,11 +134,9 @@ def mlx_file(path: Path, shapes: dict, rng: np.random.Generator, dtype: str) -> 
             layer = name.removesuffix("weight")
             groups = (shape[0], shape[1] // 64)
             tensors[name] = ("U32", (shape[0], shape[1] // 4), rng.bytes(count))
-            tensors |= {
-                layer + part: ("BF16", groups, rng.bytes(count // 32)) for part in ("scales", "biases")
-            }
+            tensors |= {layer + part: ("BF16", groups, bytes(count // 32)) for part in ("scales", "biases")}
         else:
-            tensors[name] = ("BF16", shape, rng.bytes(2 * count))
+            tensors[name] = ("BF16", shape, bytes(2 * count))
     return safetensors(path, tensors, {"quantization_level": "8", "mflux_version": "0.9.0"})
 
 

@@ -3,12 +3,11 @@
 import errno
 import fnmatch
 import hashlib
-import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from huggingface_hub.errors import (
 )
 from mlx.utils import tree_flatten
 
+from flux import jsonfiles
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
@@ -42,6 +42,7 @@ from flux.weights import (
     shapes,
     specs,
     tensors,
+    values,
 )
 from flux.weights.layouts import PARTS, TOKENIZERS, Part
 from flux.weights.registry import ModelSpec
@@ -116,21 +117,20 @@ class Checkpoint:
 
 
 def load_part(part: Part, dtype: mx.Dtype | None = None) -> nn.Module:
-    """A part's network with its weights in dtype, lazily: nothing is read but the headers.
+    """A part's network with its weights in dtype, lazily: read are the headers, and a page of each tensor.
 
     Layers that the file has in few bits stay so, with their scales in dtype.
     """
     dtype = dtype or default_dtype()
-    metadata = tensors.read_header(part.files[0]).metadata
     found = {name: _cast(w, dtype) for name, w in tensors.load(part.files, packed=True).items()}
+    names = prefixes.own_names(part.kind, found)
+    metadata = _look(part, names)
     try:
         wide, packed = quantize.split(found, metadata, part.config)
     except ValueError as error:
         raise FluxError(f"{part.label}: {error}") from None
-    names = prefixes.own_names(part.kind, wide)
-    own = {bare: wide[name] for name, bare in names.items()}
-    weights = keymaps.to_ours(part.kind, own)
-    network = _build(part, weights, metadata)
+    own = {bare: wide[name] for name, bare in names.items() if name in wide}
+    network, weights = _build(part, own, metadata)
     diffusers = keymaps.is_diffusers(own)
     expected = keymaps.to_file(part.kind, dict(tree_flatten(network.parameters())), diffusers)
     shown = own if diffusers or part.kind != "ae" else keymaps.unsqueeze_pointwise(own)
@@ -142,13 +142,25 @@ def load_part(part: Part, dtype: mx.Dtype | None = None) -> nn.Module:
     return network
 
 
-def _build(part: Part, weights: Mapping[str, mx.array], metadata: Mapping[str, str]) -> nn.Module:
-    """The network that these weights are of, none of it quantized."""
+def _look(part: Part, names: Collection[str]) -> dict[str, str]:
+    """The first file's metadata; FluxError where tensors of these names hold no numbers to work with."""
+    headers = {file: tensors.read_header(file) for file in part.files}
+    for file, header in headers.items():
+        values.check(file, header.tensors, names & header.tensors.keys())
+    return headers[part.files[0]].metadata
+
+
+def _build(
+    part: Part, own: Mapping[str, mx.array], metadata: Mapping[str, str]
+) -> tuple[nn.Module, dict[str, mx.array]]:
+    """The network that a file's tensors are of, with quantized layers where it has them, and its weights."""
     try:
-        config = part.config or json.loads(metadata.get("config", "{}"))
-        return NETWORKS[part.kind](shapes.params(part.kind, weights, config))
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+        weights = keymaps.to_ours(part.kind, own)
+        config = part.config or jsonfiles.parse_object(metadata.get("config", "{}"))
+        network = NETWORKS[part.kind](shapes.params(part.kind, weights, config))
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise FluxError(f"{part.label}: no network fits its tensors and its config: {error}") from None
+    return network, weights
 
 
 def _cast(weight: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -181,7 +181,8 @@ def _packed(layer: str, parts: Mapping[str, mx.array], group_size: int, mode: st
         raise ValueError(f"missing: {', '.join(missing)}")
     weight, scales = parts["weight"], parts["scales"]
     shapes = {parts[part].shape for part in wanted[1:]}
-    if weight.ndim != 2 or scales.ndim != 2 or weight.dtype != mx.uint32 or len(shapes) > 1:
+    flat = weight.ndim == scales.ndim == 2 and scales.size > 0
+    if not flat or weight.dtype != mx.uint32 or len(shapes) > 1:
         raise ValueError(f"{layer}: its weight, scales and biases make no quantized layer")
     bits, rest = divmod(32 * weight.shape[1], scales.shape[1] * group_size)
     if rest or bits not in READ_BITS[mode] or weight.shape[0] != scales.shape[0]:

@@ -105,7 +105,7 @@ def save(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str
 
 
 def check(label: str, found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:
-    """FluxError in one line with every missing, unexpected and misshapen tensor, unless found is expected.
+    """FluxError in one line with every missing, unexpected, misshapen and mistyped tensor.
 
     label: the file's name. Of very many names the first dozen and the count are shown.
     """
@@ -116,10 +116,26 @@ def check(label: str, found: Mapping[str, mx.array], expected: Mapping[str, mx.a
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
-    kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+    mistyped = [
+        f"{name} is {_kind(found[name])} and should be {_kind(tensor)}"
+        for name, tensor in expected.items()
+        if name in found and _kind(found[name]) != _kind(tensor)
+    ]
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "wrong shape": misshapen,
+        "wrong type": mistyped,
+    }
     faults = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
     if faults:
         raise FluxError(f"{label}: {'; '.join(faults)}")
+
+
+def _kind(tensor: mx.array) -> str:
+    """Floats of any size are one kind: they are cast to the type that is asked for."""
+    is_float = mx.issubdtype(tensor.dtype, mx.floating)
+    return "a float" if is_float else str(tensor.dtype).removeprefix("mlx.core.")
 
 
 def _some(names: Iterable[str]) -> str:
