@@ -20,6 +20,7 @@ from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest, Stages, generate
 from flux.metadata import PARTS, Recipe
 from flux.pipeline import FluxPipeline
+from flux.weights import quantize
 
 SEVERAL = (
     "With mlx.launch the ranks share out the pictures; where there are fewer pictures than ranks, each has a "
@@ -73,7 +74,7 @@ def run(ranks: Ranks) -> int:
 
 def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
     """The model, lazily."""
-    return FluxPipeline(
+    pipeline = FluxPipeline(
         args.model,
         t5_padding=not args.no_t5_padding,
         dtype=args.dtype and getattr(mx, args.dtype),
@@ -84,6 +85,9 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
         shift=args.shift,
         **{part: getattr(args, part) for part in PARTS},
     )
+    if args.quantize and ranks.is_rank_zero:
+        print(f"quantized: {quantize.report(transformer=pipeline.flow, T5=pipeline.t5)}", file=sys.stderr)
+    return pipeline
 
 
 # --- Arguments ---

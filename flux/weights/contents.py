@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 
 from flux import jsonfiles
@@ -93,7 +94,7 @@ def look(files: Sequence[Path], fault: str | None = None) -> Found:
 
 def is_shard(path: Path) -> bool:
     """Whether a file's name says that it is one of several."""
-    return bool(SHARD.fullmatch(path.name))
+    return bool(SHARD.fullmatch(path.name)) or path.stem.isdigit()
 
 
 def survey(folder: Path) -> list[Found]:
@@ -141,14 +142,25 @@ def _groups(paths: list[Path]) -> Iterator[tuple[list[Path], str | None]]:
             for file in files:
                 left.pop(file, None)
             yield files or [index], fault
+    for directory in dict.fromkeys(path.parent for path in left):
+        if files := _counted(directory, left):
+            yield files, None
     numbered: dict[tuple[str, ...], list[Path]] = {}
     for path in left:
         match = SHARD.fullmatch(path.name)
         key = (match[3], str(path.parent), match[1], match[4]) if match else ("1", str(path))
         numbered.setdefault(key, []).append(path)
-    for (count, *_), files in numbered.items():
-        lacking = f"{files[0]}: {len(files)} of {int(count)} shards are there"
-        yield files, lacking if len(files) != int(count) else None
+    for (wanted, *_), files in numbered.items():
+        lacking = f"{files[0]}: {len(files)} of {int(wanted)} shards are there"
+        yield files, lacking if len(files) != int(wanted) else None
+
+
+def _counted(directory: Path, left: dict[Path, None]) -> list[Path]:
+    """mflux's shards, 0.safetensors, 1.safetensors, ..., which are taken from those that are left."""
+    files = list(takewhile(left.__contains__, (directory / f"{i}.safetensors" for i in count())))
+    for file in files:
+        del left[file]
+    return files
 
 
 def _indexed(index: Path) -> tuple[list[Path], str | None]:

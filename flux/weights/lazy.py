@@ -49,9 +49,8 @@ def _mapped(path: Path, spans: Spans, base: int) -> dict[str, mx.array] | None:
     size = path.stat().st_size
     last = (max(base, size - CHECK), size)
     names = dict(zip(map(str, range(len(spans))), spans, strict=True))
-    header = {short: _entry(spans[name], base) for short, name in names.items()} | {
-        "last": _entry(last, base)
-    }
+    header = {short: _entry(spans[name], base) for short, name in names.items()}
+    header["last"] = _entry(last, base)
     text = json.dumps(header).encode().ljust(base - 8)
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as stand_in, path.open("rb") as true:
         stand_in.write(len(text).to_bytes(8, "little") + text)

@@ -1,4 +1,4 @@
-"""Files of tensors, safetensors and GGUF: checked, read lazily, widened from other encodings, written atomically."""
+"""Files of tensors, safetensors and GGUF: read lazily, widened from other encodings, written atomically."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ def read_header(path: Path) -> Header:
     FluxError, naming the file, where it is absent, damaged, cut short or of a type that is not read.
     """
     header = gguf.read_header(path) if gguf.is_gguf(path) else headers.read_header(path)
-    return mflux.header(header) if mflux.is_mflux(header.tensors) else header
+    return mflux.header(header) if mflux.is_mflux(header) else header
 
 
 def fingerprint(path: Path) -> str:
@@ -56,7 +56,7 @@ def load(files: Iterable[Path], packed: bool = False) -> dict[str, mx.array]:
         is_gguf = gguf.is_gguf(path)
         header = (gguf if is_gguf else headers).read_header(path)
         tensors = gguf.load(path, header, packed) if is_gguf else _load(path, header)
-        if mflux.is_mflux(tensors):
+        if mflux.is_mflux(header):
             tensors = mflux.tensors(tensors)
         if twice := out.keys() & tensors.keys():
             raise FluxError(f"{path}: {_some(twice)} is also in another file of the same folder")

@@ -37,7 +37,7 @@ from flux.training.gradient_checkpointing import checkpoint_blocks
 from flux.training.report import Events, draw_loss
 from flux.training.states import STATE, States
 from flux.training.trainer import Metrics, Trainer
-from flux.weights import tensors
+from flux.weights import quantize, tensors
 
 DROPOUT_SEED = 0x44524F50  # apart from the samples' own
 
@@ -162,6 +162,8 @@ class FineTuning:
             self._ranks.size if self.options.shard_base else 1,
         )
         self._console.say(line)
+        if self.options.quantize and self.first:
+            self._console.say(f"quantized: {quantize.report(transformer=flow)}")
         if advice and self.first:
             warnings.warn(advice, stacklevel=2)
 

@@ -9,6 +9,7 @@ import math
 
 import mlx.core as mx
 
+from flux import jsonfiles
 from flux.weights.encodings.layer import Layer, integer, times
 
 KINDS = ("nf4", "fp4")
@@ -26,7 +27,7 @@ def read(layer: Layer) -> mx.array:
     state = layer.json(STATE + kind)
     shape = state.get("shape")
     if not isinstance(shape, list) or not all(type(side) is int and 0 < side < 2**31 for side in shape):
-        raise ValueError(f"its description's shape is {shape!r}")
+        raise ValueError(f"its description's shape is {jsonfiles.shown(shape)}")
     table, packed = layer.need("weight.quant_map"), layer.need("weight").reshape(-1).view(mx.uint8)
     largest = _largest(layer, state)
     count, block = math.prod(shape), integer(state, "blocksize")
