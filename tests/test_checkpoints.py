@@ -162,7 +162,7 @@ def test_of_two_transformers_the_choice_is_said(plain, tmp_path):
     lines = [str(w.message) for w in warned if "took" in str(w.message)]
     assert lines == [
         f"{folder}: took unet/flux1-mine.safetensors for the transformer, not unet/other.safetensors: "
-        "by its name; --transformer FILE takes another"
+        "it has the usual name; --transformer FILE takes another"
     ]
     assert_is(checkpoints.find(str(folder), transformer=str(folder / "unet/other.safetensors")), plain)
 

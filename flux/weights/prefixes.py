@@ -71,23 +71,23 @@ def _foreign(part: str) -> re.Pattern:
     return re.compile(_FOREIGN + FOREIGN[part])
 
 
-def prefix_of(part: str, names: Iterable[str]) -> str | None:
-    """What stands before a part's names in a file; None where the file does not hold the part.
+def _prefixes(part: str, names: Iterable[str]) -> list[str]:
+    """What stands before a part's names in a file, for each copy of it; [] where the file does not hold it.
 
-    Of several copies the one with the most names counts, and an average only where it is alone.
+    The copy with the most names comes first, averages last.
     """
-    found: dict[str, list[int]] = {}
+    found: dict[str, tuple[bool, int]] = {}
     for name in names:
         if match := _sign(part).fullmatch(name):
-            count = found.setdefault(match[1], [match[2] is None, 0])
-            count[1] += 1
-    return max(found, key=lambda prefix: found[prefix], default=None)
+            _, count = found.get(match[1], (True, 0))
+            found[match[1]] = (match[2] is None, count + 1)
+    return sorted(found, key=lambda prefix: found[prefix], reverse=True)
 
 
 def parts_in(names: Iterable[str]) -> list[str]:
     """The parts ("transformer", "ae", "clip", "t5") that a file with these names holds."""
     names = list(names)
-    return [part for part in PREFIXES if prefix_of(part, names) is not None]
+    return [part for part in PREFIXES if _prefixes(part, names)]
 
 
 def own_names(part: str, names: Iterable[str]) -> dict[str, str]:
@@ -97,8 +97,13 @@ def own_names(part: str, names: Iterable[str]) -> dict[str, str]:
     `shared` (the same tensor), and leaves out what is known to be foreign; unknown names stay, for the check.
     """
     names = list(names)
-    prefix = prefix_of(part, names) or ""
-    own = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    prefix, *copies = _prefixes(part, names) or [""]
+    others = tuple(copy for copy in copies if copy.startswith(prefix))
+    own = {
+        name: name.removeprefix(prefix)
+        for name in names
+        if name.startswith(prefix) and not (others and name.startswith(others))
+    }
     own = {name: bare for name, bare in own.items() if not _foreign(part).fullmatch(bare)}
     if part == "clip":
         return {name: _with_text_model(bare) for name, bare in own.items()}
