@@ -130,7 +130,8 @@ class Packed:
 
     def widened(self) -> mx.array:
         """The weights (out, in), lazily, in the scales' type."""
-        return mx.dequantize(*(self.parts.get(part) for part in PARTS), **_kind(*self.kind))
+        biases = self.parts.get("biases")
+        return mx.dequantize(self.parts["weight"], self.parts["scales"], biases, **_kind(*self.kind))
 
 
 def split(

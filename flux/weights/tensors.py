@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 
@@ -69,7 +70,7 @@ def _load(path: Path, header: Header) -> dict[str, mx.array]:
     """A safetensors file's tensors, fp8 widened, which is exact."""
     entries = header.tensors
     if all(entry.dtype in TYPES or entry.dtype == "F8_E4M3" for entry in entries.values()):
-        tensors = mx.load(str(path), format="safetensors")
+        tensors = cast(dict[str, mx.array], mx.load(str(path), format="safetensors"))
     else:  # mx.load refuses the whole file for one tensor of another type
         spans = {name: (entry.start, entry.start + entry.size) for name, entry in entries.items()}
         tensors = {name: _typed(path, raw, entries[name]) for name, raw in lazy.read(path, spans).items()}

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from flux import jsonfiles
 
@@ -35,7 +36,7 @@ class Layer:
             return {}
         if tensor.dtype != mx.uint8 or tensor.size > LONGEST:
             raise ValueError(f"{name} should hold a short text")
-        return jsonfiles.parse_object(bytes(tensor.reshape(-1).tolist()))
+        return jsonfiles.parse_object(np.array(tensor).tobytes())
 
 
 def integer(content: Mapping[str, Any], name: str) -> int:
