@@ -86,7 +86,8 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
         **{part: getattr(args, part) for part in PARTS},
     )
     if args.quantize and ranks.is_rank_zero:
-        print(f"quantized: {quantize.report(transformer=pipeline.flow, T5=pipeline.t5)}", file=sys.stderr)
+        line = quantize.report(args.quantize, transformer=pipeline.flow, T5=pipeline.t5)
+        print(f"quantized: {line}", file=sys.stderr)
     return pipeline
 
 

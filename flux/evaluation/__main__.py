@@ -74,7 +74,8 @@ def run_grid(options: argparse.Namespace) -> int:
     likeness = None if options.compare is None else clip_similarity.to_folder(options.compare)
     pipeline = FluxPipeline(options.model, bits=options.quantize)
     if options.quantize:
-        print(f"quantized: {report(transformer=pipeline.flow, T5=pipeline.t5)}", file=sys.stderr)
+        line = report(options.quantize, transformer=pipeline.flow, T5=pipeline.t5)
+        print(f"quantized: {line}", file=sys.stderr)
     sampling = Request("", seeds=tuple(seeds), image_size=options.image_size, steps=options.steps)
     picture = grid(pipeline, adapters, options.prompt, options.class_prompt, strengths, sampling, likeness)
     facts = {

@@ -7,7 +7,7 @@ quantization saves memory there, and time on a GPU only.
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mode as mode_of
 from typing import Any
@@ -68,27 +68,30 @@ def group_size_of(width: int, mode: str = "affine") -> int | None:
     return next((size for size in GROUP_SIZES[mode] if width % size == 0), None)
 
 
-def report(**networks: nn.Module) -> str:
-    """How many layers of each network are quantized and how, as one line; warns where none of any is.
+def report(bits: int, **networks: nn.Module) -> str:
+    """How many layers of each network are quantized and how, after `quantize` to these bits, as one line.
 
-    "transformer 494 of 504 layers, 4 bits in groups of 64; T5 ..."
+    "transformer 494 of 504 layers, 4 bits in groups of 64; T5 ...". Warns where none of any network is, and
+    where layers have other bits, those of their file.
     """
-    lines = {name: _counts(network) for name, network in networks.items()}
-    if not any(kinds for kinds, _ in lines.values()):
+    layers = {name: [layer for _, layer in network.named_modules()] for name, network in networks.items()}
+    packed = {name: [m for m in own if isinstance(m, nn.QuantizedLinear)] for name, own in layers.items()}
+    if not any(packed.values()):
         warnings.warn("nothing was quantized: no layer's input is a multiple of 32 wide", stacklevel=2)
+    if other := sum(layer.bits != bits for own in packed.values() for layer in own):
+        warnings.warn(f"{other} layers stay in the bits that their file has, not in {bits}", stacklevel=2)
     return "; ".join(
-        f"{name} {kinds.total()} of {total} layers"
-        + "".join(f", {f'{n} in ' if len(kinds) > 1 else ''}{kind}" for kind, n in kinds.most_common())
-        for name, (kinds, total) in lines.items()
+        f"{name} {len(own)} of {len(own) + sum(isinstance(m, nn.Linear) for m in layers[name])} layers"
+        + _kinds(own)
+        for name, own in packed.items()
     )
 
 
-def _counts(network: nn.Module) -> tuple[Counter[str], int]:
-    """How many layers of a network there are of each kind of quantization, and of all kinds and none."""
-    layers = [layer for _, layer in network.named_modules()]
-    packed = [layer for layer in layers if isinstance(layer, nn.QuantizedLinear)]
-    kinds = Counter(f"{layer.bits} bits in groups of {layer.group_size}" for layer in packed)
-    return kinds, len(packed) + sum(isinstance(layer, nn.Linear) for layer in layers)
+def _kinds(layers: Sequence[nn.QuantizedLinear]) -> str:
+    """ ", 4 bits in groups of 64", or each kind with its count where there are several."""
+    kinds = Counter(f"{layer.bits} bits in groups of {layer.group_size}" for layer in layers)
+    counted = len(kinds) > 1
+    return "".join(f", {f'{n} in ' if counted else ''}{kind}" for kind, n in kinds.most_common())
 
 
 def metadata_of(network: nn.Module) -> dict[str, str]:

@@ -30,7 +30,7 @@ from flux.training.finetune.console import LINES, Console
 from flux.training.finetune.features import Features, sample_key
 from flux.training.finetune.length import Length
 from flux.training.finetune.model import Base, Network, extract, inject
-from flux.training.finetune.options import AUTO, WARMUP, Options
+from flux.training.finetune.options import AUTO, QUANTIZE, WARMUP, Options
 from flux.training.finetune.previews import Pictures, validation_loss
 from flux.training.flow_matching import FlowLoss
 from flux.training.gradient_checkpointing import checkpoint_blocks
@@ -163,7 +163,8 @@ class FineTuning:
         )
         self._console.say(line)
         if self.options.quantize and self.first:
-            self._console.say(f"quantized: {quantize.report(transformer=flow)}")
+            bits, _ = QUANTIZE[self.options.quantize]
+            self._console.say(f"quantized: {quantize.report(bits, transformer=flow)}")
         if advice and self.first:
             warnings.warn(advice, stacklevel=2)
 
