@@ -314,6 +314,7 @@ def test_a_class_of_torchao_that_is_not_read(tmp_path):
         {},
         {"shape": [8, 64], "blocksize": 0},
         {"shape": [8, 64], "blocksize": "64"},
+        {"shape": [8, 64], "blocksize": 2**30},
         {"shape": "8", "blocksize": 64},
         {"shape": [2**40, 2**40], "blocksize": 64},
         {"shape": [8, 65], "blocksize": 64},

@@ -9,6 +9,7 @@ import numpy as np
 
 from flux import jsonfiles
 
+LARGEST_BLOCK = 2**16
 LONGEST = 2**16  # bytes of a JSON text that is kept as a tensor
 
 
@@ -39,10 +40,10 @@ class Layer:
         return jsonfiles.parse_object(np.array(tensor).tobytes())
 
 
-def integer(content: Mapping[str, Any], name: str) -> int:
-    """A positive integer of a description."""
+def block_size(content: Mapping[str, Any], name: str) -> int:
+    """How many weights share a scale, of a description; ValueError for what no program writes."""
     value = content.get(name)
-    if type(value) is not int or not 0 < value < 2**31:
+    if type(value) is not int or not 0 < value <= LARGEST_BLOCK:
         raise ValueError(f"its description's {name} is {jsonfiles.shown(value)}")
     return value
 
