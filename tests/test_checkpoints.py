@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from flux.adapters import read_weighted
+from flux.adapters.attach import fingerprint
 from flux.errors import FluxError
 from flux.models.transformer import Flux
 from flux.weights import checkpoints, keymaps, layouts, prefixes, registry, save, tensors
@@ -656,3 +657,5 @@ def test_the_pipeline_takes_an_adapter_of_the_hub(monkeypatch, plain, folder, tm
     (weighted,) = read_weighted([("someone/lora:lora.safetensors", 0.5)])
     assert (weighted.file, weighted.strength) == ("someone/lora:lora.safetensors", 0.5)
     assert list(weighted.adapter.modules) == ["double_blocks.0.img_attn.proj"]
+    same = {fingerprint(file) for file in ("someone/lora:lora.safetensors", tmp_path / "x")}
+    assert len(same) == 1  # a folder too

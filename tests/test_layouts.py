@@ -115,6 +115,17 @@ def test_all_in_one(model, tmp_path):
             assert lines == []
 
 
+@pytest.mark.parametrize("bare", ["transformer", "ae", "t5"])
+def test_one_part_without_a_prefix_among_others_with(bare, model, tmp_path):
+    before = {"transformer": "module.", "ae": "vae.", "clip": "text_encoder.", "t5": "text_encoder_2."}
+    before[bare] = ""
+    content = {before[kind] + name: w for kind, own in parts_of(model).items() for name, w in own.items()}
+    tensors.save(tmp_path / "all.safetensors", content)
+    checkpoint, lines = found(tmp_path / "all.safetensors")
+    assert_is(checkpoint, model)
+    assert lines == []
+
+
 def test_a_file_takes_the_rest_from_its_tree(model, tmp_path):
     write(tmp_path, model, TREES["comfyui"])
     file = tmp_path / "models/diffusion_models/sub/mine.safetensors"

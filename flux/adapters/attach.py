@@ -13,6 +13,7 @@ from flux.adapters.adapter import Adapter
 from flux.adapters.formats import SHOWN, load, some
 from flux.adapters.lora import Adapters, linear_shape, mismatches
 from flux.errors import FluxError
+from flux.weights import tensors
 from flux.weights.checkpoints import find_adapter
 
 
@@ -35,6 +36,13 @@ def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
             raise FluxError(f"{file}: the adapter's strength must be a finite number, not {strength}")
         out.append(Weighted(str(file), load(find_adapter(str(file))), strength))
     return out
+
+
+def fingerprint(file: str | Path) -> str:
+    """A short text that differs where adapters do; file: as `read_weighted` takes it."""
+    path = find_adapter(str(file))
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    return " ".join(map(tensors.fingerprint, files))
 
 
 def attach(networks: Mapping[str, nn.Module], adapters: Sequence[Weighted]) -> dict[str, Adapters]:

@@ -71,6 +71,12 @@ def _foreign(part: str) -> re.Pattern:
     return re.compile(_FOREIGN + FOREIGN[part])
 
 
+@lru_cache(maxsize=8)  # each file is asked about for every part
+def _all_prefixes(names: tuple[str, ...]) -> dict[str, list[str]]:
+    """`_prefixes` of every part."""
+    return {part: _prefixes(part, names) for part in PREFIXES}
+
+
 def _prefixes(part: str, names: Iterable[str]) -> list[str]:
     """What stands before a part's names in a file, for each copy of it; [] where the file does not hold it.
 
@@ -86,8 +92,7 @@ def _prefixes(part: str, names: Iterable[str]) -> list[str]:
 
 def parts_in(names: Iterable[str]) -> list[str]:
     """The parts ("transformer", "ae", "clip", "t5") that a file with these names holds."""
-    names = list(names)
-    return [part for part in PREFIXES if _prefixes(part, names)]
+    return [part for part, prefixes in _all_prefixes(tuple(names)).items() if prefixes]
 
 
 def own_names(part: str, names: Iterable[str]) -> dict[str, str]:
@@ -96,9 +101,11 @@ def own_names(part: str, names: Iterable[str]) -> dict[str, str]:
     Takes off the prefix, gives `text_model.` to a CLIP that lacks it, reads `encoder.embed_tokens` as T5's
     `shared` (the same tensor), and leaves out what is known to be foreign; unknown names stay, for the check.
     """
-    names = list(names)
-    prefix, *copies = _prefixes(part, names) or [""]
-    others = tuple(copy for copy in copies if copy.startswith(prefix))
+    names = tuple(names)
+    found = _all_prefixes(names)
+    prefix = next(iter(found[part]), "")
+    # Of copies, and of other parts where this one has no prefix.
+    others = tuple(p for own in found.values() for p in own if p != prefix and p.startswith(prefix))
     own = {
         name: name.removeprefix(prefix)
         for name in names
@@ -112,7 +119,7 @@ def own_names(part: str, names: Iterable[str]) -> dict[str, str]:
 
 def foreign_names(names: Iterable[str]) -> list[str]:
     """The names in a file that no part of a model takes."""
-    names = list(names)
+    names = tuple(names)
     own = [own_names(part, names) for part in parts_in(names)]
     known = MARKERS.union(*own)
     # The second embedding is the first one again.

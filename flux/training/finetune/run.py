@@ -17,6 +17,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
 from flux import adapters
+from flux.adapters.attach import fingerprint
 from flux.data import cache, samples
 from flux.data.batches import Plan
 from flux.distributed.fsdp import fully_shard
@@ -37,7 +38,7 @@ from flux.training.gradient_checkpointing import checkpoint_blocks
 from flux.training.report import Events, draw_loss
 from flux.training.states import STATE, States
 from flux.training.trainer import Metrics, Trainer
-from flux.weights import quantize, tensors
+from flux.weights import quantize
 
 DROPOUT_SEED = 0x44524F50  # apart from the samples' own
 
@@ -137,7 +138,7 @@ class FineTuning:
 
     def _facts(self) -> dict[str, str]:
         """What must be the same on all ranks."""
-        files = {f"adapter {file}": tensors.fingerprint(Path(file)) for file, _ in self.options.adapters}
+        files = {f"adapter {file}": fingerprint(file) for file, _ in self.options.adapters}
         return {**self._base.checkpoint.fingerprints(), **files, "data set": self._digest[:12]}
 
     def _make_optimizer(self) -> Optimizer:
