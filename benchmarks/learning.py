@@ -28,11 +28,12 @@ from PIL import Image
 from flux import adapters, images
 from flux.adapters.writers import WRITERS
 from flux.conditioning import encode_texts
+from flux.evaluation.proportion import Proportion
 from flux.pipeline import Conditioning, FluxPipeline
 from flux.recipes.emoji import COLOURS, PLACES, SIZES, Composition, Renderer, captions, subjects
-from flux.recipes.tiny.evaluate import Share, held_out_prompts, judge
+from flux.recipes.tiny.evaluate import held_out_prompts, judge
 from flux.recipes.tiny.recipe import SUBJECTS
-from flux.training.finetune import FineTuning, Options
+from flux.training.finetune import Options, begin, finetune
 
 Asked = list[tuple[Composition, str]]  # what a picture should show, and the prompt that says so
 
@@ -103,10 +104,10 @@ def train(folder: Path, subject: str, **settings: Any) -> Path:
     """The adapter's file."""
     data = write(folder / "data", subject)
     options = {"data": str(data), "output_dir": str(folder / "run"), **SETTINGS, **settings}
-    return FineTuning(Options(**options), quiet=True).execute()
+    return finetune(begin(Options(**options)), quiet=True).path
 
 
-def right(pipeline: FluxPipeline, prompts: Asked) -> dict[str, Share]:
+def right(pipeline: FluxPipeline, prompts: Asked) -> dict[str, Proportion]:
     """How many pictures of these prompts show what they say: subject, background, place."""
     shown, texts = zip(*prompts, strict=True)
     return judge(draw(pipeline, texts), shown)

@@ -1,8 +1,13 @@
-"""What the programs' command lines have in common: types of arguments, and errors of one line."""
+"""What the programs have in common: types of arguments, errors and warnings of one line, signals."""
 
 import argparse
 import math
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from flux.errors import FluxError
 
@@ -50,3 +55,21 @@ def adapter(text: str) -> tuple[str, float]:
             message = f"the strength of {file} must be a number, not {number!r}"
             raise argparse.ArgumentTypeError(message) from None
         return text, 1.0
+
+
+def print_warning(message: Any, *_: Any) -> None:
+    """For `warnings.showwarning`: one line, without the source."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+@contextmanager
+def on_stop_signals(ask: Callable[[], None]) -> Iterator[None]:
+    """Within the block Ctrl-C and SIGTERM call `ask`."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    for name in before:
+        signal.signal(name, lambda *_: ask())
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

@@ -13,7 +13,9 @@ from flux.recipes.tiny import autoencoder, flow, latents, recipe
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.training import losses, vocabularies
 from flux.training.ema import EMA
-from flux.training.optimizers import muon, warmup_decay
+from flux.training.optimizers import muon
+from flux.training.schedules import warmup_decay
+from flux.training.states import load_state
 from flux.training.trainer import Trainer
 
 needs_font = pytest.mark.skipif(not emoji.FONT.is_file(), reason="needs the font Noto Color Emoji")
@@ -204,5 +206,5 @@ def test_load_state_takes_parameters_or_their_average(tmp_path: Path):
     trainer.save(tmp_path / "flow.safetensors")
     for tree, expected in (("model", np.array(model.flow.img_in.bias)), ("ema.average", np.full(192, 7.0))):
         other = flow.TextToLatent(40, 30, end=39)
-        latents.load_state(other, tmp_path / "flow.safetensors", tree)
+        load_state(other, tmp_path / "flow.safetensors", tree)
         assert np.array_equal(np.array(other.flow.img_in.bias), expected)

@@ -9,8 +9,8 @@ from flux.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux.training.matmul_convolution import ProductConv2d
 from flux.training.pretrain import run as runs
 from flux.training.pretrain.encoded import Encoded, identity
-from flux.training.pretrain.report import read_lines
 from flux.training.pretrain.run import Run
+from flux.training.report import read_lines
 
 from . import pretraining
 

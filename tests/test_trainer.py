@@ -15,7 +15,8 @@ from mlx.utils import tree_flatten
 
 from flux.errors import FluxError
 from flux.training.ema import EMA
-from flux.training.optimizers import muon, warmup_decay
+from flux.training.optimizers import muon
+from flux.training.schedules import warmup_decay
 from flux.training.trainer import Trainer
 
 

@@ -1,10 +1,12 @@
-"""Gradients averaged over the processes that mlx.launch starts."""
+"""Gradients and metrics averaged over the processes that mlx.launch starts."""
 
 from collections.abc import Callable
 from itertools import accumulate
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
+
+from flux.distributed.ranks import Ranks
 
 
 def average_gradients(group: mx.distributed.Group) -> Callable[[dict], dict]:
@@ -17,5 +19,15 @@ def average_gradients(group: mx.distributed.Group) -> Callable[[dict], dict]:
         ends = list(accumulate(array.size for array in flat))
         parts = iter(mx.split(message, ends[:-1]))
         return tree_map(lambda array: next(parts).reshape(array.shape).astype(array.dtype), gradients)
+
+    return average
+
+
+def average_metrics(ranks: Ranks) -> Callable[[dict[str, float]], dict[str, float]]:
+    """Mean of each metric over the ranks. Shows a lost rank, too: a sum without it is no error to MLX."""
+
+    def average(metrics: dict[str, float]) -> dict[str, float]:
+        rows = ranks.gather(metrics)
+        return {name: sum(row[name] for row in rows) / len(rows) for name in metrics}
 
     return average

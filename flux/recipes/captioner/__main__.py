@@ -20,14 +20,16 @@ from flux.models.florence2.vision import VisionTower
 from flux.pipeline import FluxPipeline
 from flux.recipes.captioner import recipe
 from flux.recipes.captioner.pictures import Pictures, Pool, captioned, features, normalised
-from flux.recipes.tiny.latents import load_state
-from flux.training.callbacks import Log, Save
+from flux.training.callbacks import logged_and_saved
 from flux.training.matmul_convolution import use_products
-from flux.training.optimizers import muon, warmup_decay
+from flux.training.optimizers import muon
+from flux.training.schedules import warmup_decay
+from flux.training.states import load_state
 from flux.training.trainer import Batches, Loss, Trainer
 
 TOWER, LANGUAGE, STATE = "tower.safetensors", "language.safetensors", "captioner.safetensors"
 WARMUP = 20  # steps
+LOG_STEPS = 25
 
 
 class ProbedTower(nn.Module):
@@ -117,7 +119,7 @@ def train(
     if state.exists():
         trainer.load(state)
     if trainer.step < steps:
-        trainer.run(steps, (Log(state.with_suffix(".jsonl"), 25), Save(state, 2.0)))
+        trainer.run(steps, logged_and_saved(state.with_suffix(".jsonl"), state, LOG_STEPS))
         trainer.save(state)
 
 

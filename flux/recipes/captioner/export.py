@@ -19,7 +19,7 @@ from flux.errors import FluxError
 from flux.models.florence2 import Florence2
 from flux.recipes.captioner import recipe
 from flux.recipes.captioner.__main__ import STATE
-from flux.recipes.tiny.latents import load_state
+from flux.training.states import load_state
 from flux.training.vocabularies import IMAGE_TOKEN
 from flux.weights import florence2, tensors
 

@@ -31,9 +31,10 @@ from flux.recipes.emoji import (
 )
 from flux.recipes.tiny import recipe
 from flux.training import losses
-from flux.training.callbacks import Log, Save
+from flux.training.callbacks import logged_and_saved
 from flux.training.matmul_convolution import use_products
-from flux.training.optimizers import muon, warmup_decay
+from flux.training.optimizers import muon
+from flux.training.schedules import warmup_decay
 from flux.training.trainer import Trainer
 
 GRID = 8  # pixels, the stride of the latent
@@ -74,7 +75,7 @@ def autoencoder_loss(
     """L1 + MSE + KL of pictures (B, H, W, 3) uint8, decoded from a sample of the raw latent."""
     x = pictures.astype(mx.float32) / 127.5 - 1
     mean, logvar = model.moments(x)
-    z = mean + mx.exp(0.5 * logvar) * mx.random.normal(mean.shape, key=key)
+    z = losses.posterior(mean, logvar, mx.random.normal(mean.shape, key=key))
     error, mse = losses.reconstruction(model.decoder(z), x, mse_weight)
     divergence = losses.kl(mean, logvar)
     return error + kl_weight * divergence, {"mse": mse, "kl": divergence}
@@ -166,10 +167,8 @@ def main() -> None:
     if state.exists():
         trainer.load(state)
     first = mx.distributed.init().rank() == 0
-    trainer.run(
-        arguments.steps,
-        (Log(arguments.run / "autoencoder.jsonl", recipe.LOG_STEPS), Save(state)) if first else (),
-    )
+    log = arguments.run / "autoencoder.jsonl"
+    trainer.run(arguments.steps, logged_and_saved(log, state, recipe.LOG_STEPS) if first else ())
     if first:
         trainer.save(state)
         print("PSNR", save_grid(trainer.model, arguments.run / "autoencoder.png"))

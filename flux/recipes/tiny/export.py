@@ -10,7 +10,8 @@ from pathlib import Path
 from flux.models.autoencoder import AutoEncoder
 from flux.recipes.tiny import recipe
 from flux.recipes.tiny.flow import load_tokenizers, make_model
-from flux.recipes.tiny.latents import load_state, read
+from flux.recipes.tiny.latents import read
+from flux.training.states import load_state
 from flux.weights import registry
 from flux.weights.save import Model, save_diffusers
 

@@ -25,10 +25,11 @@ from flux.recipes.emoji import PAIR, Composition, captions, compositions
 from flux.recipes.tiny import recipe
 from flux.recipes.tiny.latents import Latents, read, training_compositions
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
-from flux.training import losses
-from flux.training.callbacks import Log, Save
+from flux.training.callbacks import logged_and_saved
 from flux.training.ema import EMA
-from flux.training.optimizers import muon, warmup_decay
+from flux.training.flow_matching import random_guidance_loss
+from flux.training.optimizers import muon
+from flux.training.schedules import warmup_decay
 from flux.training.trainer import Trainer
 from flux.training.vocabularies import save_clip, train_clip, train_t5
 
@@ -56,21 +57,14 @@ class TextToLatent(nn.Module):
 def flow_loss(
     model: TextToLatent, batch: dict[str, mx.array], key: mx.array
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """Mean squared error of the velocity, at logit-normal times.
+    """Mean squared error of the velocity, at logit-normal times."""
 
-    The guidance is random and means nothing, so that every value of it gives the same picture. Half of the
-    times are rounded as the network rounds them in 16-bit types, so that it knows both.
-    """
+    def predict(x: mx.array, times: mx.array, guidance: mx.array) -> mx.array:
+        return model(x, batch["clip"], batch["t5"], times, guidance)
+
     noise_key, time_key, guidance_key = mx.random.split(key, 3)
-    x0 = sampler.pack(batch["latents"])
-    noise = mx.random.normal(x0.shape, key=noise_key)
-    times = losses.flow_times(len(x0), recipe.TIME_SHIFT, time_key)
-    half = len(x0) // 2
-    rounded = (1000 * times[:half]).astype(mx.bfloat16).astype(mx.float32) / 1000
-    times = mx.concatenate([rounded, times[half:]])
-    guidance = mx.random.uniform(0, 5, (len(x0),), key=guidance_key)
-    velocity = model(losses.noised(x0, noise, times), batch["clip"], batch["t5"], times, guidance)
-    return mx.square(velocity - (noise - x0)).mean(), {}
+    keys = (noise_key, time_key, guidance_key)
+    return random_guidance_loss(predict, batch["latents"], keys, recipe.TIME_SHIFT), {}
 
 
 def flow_batches(
@@ -190,7 +184,7 @@ def main() -> None:
     if state.exists():
         trainer.load(state)
     first = group.rank() == 0
-    trainer.run(steps, (Log(run / "flow.jsonl", recipe.LOG_STEPS), Save(state)) if first else ())
+    trainer.run(steps, logged_and_saved(run / "flow.jsonl", state, recipe.LOG_STEPS) if first else ())
     if first:
         trainer.save(state)
 

@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from flux.models.autoencoder import AutoEncoder
 from flux.recipes.emoji import (
@@ -26,6 +24,7 @@ from flux.recipes.emoji import (
     subjects,
 )
 from flux.recipes.tiny import recipe
+from flux.training.states import load_state
 
 
 @dataclass(frozen=True)
@@ -93,14 +92,6 @@ def read(file: Path) -> Latents:
     mean, logvar = np.array(arrays["mean"]), np.array(arrays["logvar"])
     scale, shift = float(1 / mean.std()), float(mean.mean())
     return Latents(training_compositions(recipe.PAIRS), mean, logvar, scale, shift)
-
-
-def load_state(model: nn.Module, file: Path, tree: str = "model") -> None:
-    """Puts what a trainer saved into a model: the parameters ("model") or their average ("ema.average")."""
-    state = mx.load(str(file))
-    own = [(n.removeprefix(f"{tree}."), a) for n, a in state.items() if n.startswith(f"{tree}.")]
-    model.update(tree_unflatten(own))
-    mx.eval(model.parameters())
 
 
 def main() -> None:

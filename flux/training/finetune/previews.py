@@ -8,7 +8,7 @@ import numpy as np
 
 from flux import images
 from flux.pipeline import FluxPipeline
-from flux.training.finetune.features import Features, sample_key
+from flux.training.finetune.features import Features
 from flux.training.finetune.model import Base, Network
 from flux.training.flow_matching import FlowLoss
 
@@ -21,7 +21,7 @@ def validation_loss(network: Network, features: Features, loss: FlowLoss) -> flo
     total, count = 0.0, 0
     network.eval()  # no dropout
     for batch in features.plan.validation():
-        arrays = features.batch(batch, lambda position: sample_key(VALIDATION_SEED, position))
+        arrays = features.batch(batch, VALIDATION_SEED)
         for time in TIMES:
             losses = loss.per_sample(network, arrays | {"times": mx.full((len(batch.entries),), time)})
             total, count = total + losses.sum().item(), count + len(batch.entries)

@@ -3,16 +3,20 @@
     python -m flux.training.pretrain CONFIG [--validate-pipeline] [--resume]
     mlx.launch -n 2 --backend ring -- python -m flux.training.pretrain CONFIG
 
-A run may be killed at any moment; with --resume it goes on to the result that it would have had.
+A run may be stopped (by Ctrl-C or SIGTERM, which save its state) or killed at any moment; with --resume it
+goes on to the result that it would have had.
 """
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
+from flux.arguments import on_stop_signals, print_warning
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
-from flux.training.pretrain.config import ConfigError
+from flux.training.callbacks import Stop, Stopped
+from flux.training.pretrain.config import Config, ConfigError
 from flux.training.pretrain.run import Run
 from flux.training.pretrain.validate import load
 
@@ -29,19 +33,14 @@ def main() -> int:
     )
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
     arguments = parser.parse_args()
+    warnings.showwarning = print_warning
     try:
         config = load(arguments.config)
         if arguments.validate_pipeline:
             for number, step in enumerate(config.steps, 1):
                 print(f"{number}. {step.name}: trains {', '.join(sorted(step.trained))}")
             return 0
-        ranks = Ranks()
-        with ranks.waiting(None):
-            run = Run(config, arguments.resume)
-            result = run.execute()
-            ranks.barrier()  # until rank 0 has written everything
-        if run.first:
-            print(result)
+        return train(config, arguments.resume)
     except ConfigError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
@@ -49,7 +48,24 @@ def main() -> int:
     except FluxError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def train(config: Config, resume: bool) -> int:
+    """Runs all steps; the exit status. A signal ends it with its state saved."""
+    ranks = Ranks()
+    stop = Stop(ranks)
+    with ranks.waiting(None), on_stop_signals(stop.ask):
+        run = Run(config, resume, stop=stop)
+        try:
+            result, status = str(run.execute()), 0
+        except Stopped:
+            result, status = "stopped; go on with the same command and --resume", 130
+        ranks.barrier()  # until rank 0 has written everything
+    if run.first:
+        print(result, file=sys.stderr if status else sys.stdout)
+    return status
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ def open_dataset(config: Any) -> Pictures:
 
 
 @dataclass(frozen=True)
-class Share:
-    """This process's share of the data: the `rank`-th part of each epoch's `size`."""
+class Shard:
+    """This process's shard of the data: the `rank`-th part of each epoch's `size`."""
 
     rank: int = 0
     size: int = 1
@@ -48,14 +48,14 @@ class Batches:
         index: int,
         source: Pictures,
         tokenizers: Tokenizers | None,
-        share: Share,
+        shard: Shard,
         encoded: Encoded | None = None,
     ):
         self._step: Step = config.steps[index]
         self._source = source
         self._captions = source.captions
         self._tokenizers = tokenizers if self._step.train_diff else None
-        self._share = share
+        self._shard = shard
         self._encoded = encoded
         self._seed = (config.training.seed, index)
         self._sides = (config.data.img_size, *config.data.reduced_min_sizes)
@@ -65,11 +65,11 @@ class Batches:
         self._ahead: tuple[int, list[Future]] | None = None
         self._order = lru_cache(maxsize=2)(self._permutation)
         self._tokens = lru_cache(maxsize=100_000)(self._tokenize)
-        self.epoch_length = len(self._captions) // (self._step.batch_size * share.size)
+        self.epoch_length = len(self._captions) // (self._step.batch_size * shard.size)
         if self.epoch_length == 0:
             raise FluxError(
                 f'step "{self._step.name}": {len(self._captions)} pictures are no batch of '
-                f"{self._step.batch_size} for each of {share.size} process(es)"
+                f"{self._step.batch_size} for each of {shard.size} process(es)"
             )
 
     def __call__(self, step: int) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class Batches:
 
     def _rows(self, step: int) -> np.ndarray:
         epoch, place = divmod(step, self.epoch_length)
-        first = (place * self._share.size + self._share.rank) * self._step.batch_size
+        first = (place * self._shard.size + self._shard.rank) * self._step.batch_size
         return self._order(epoch)[first : first + self._step.batch_size]
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -103,7 +103,7 @@ class Batches:
         return int(np.random.default_rng((*self._seed, step, 2)).choice(self._sides))
 
     def _random(self, step: int, purpose: int) -> np.random.Generator:
-        return np.random.default_rng((*self._seed, step, purpose, self._share.rank))
+        return np.random.default_rng((*self._seed, step, purpose, self._shard.rank))
 
     def _images(self, step: int, rows: np.ndarray, side: int) -> dict[str, Any]:
         """The batch's pictures, or their latents' mean and log variance."""

@@ -7,7 +7,6 @@ table, then in `pipeline.defaults`, then in `training`, then here.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,9 @@ from flux.models.clip import CLIPTextParams
 from flux.models.t5 import T5Params
 from flux.models.transformer import FluxParams
 from flux.tables import Faults, limits, nearest, option, read
+from flux.training.optimizers import CONFIGURED, DEFAULT_RATE
 from flux.training.pretrain.adversary import DiscriminatorParams
-from flux.training.schedules import DEFAULT_RATE, OPTIMIZERS, SCHEDULERS
+from flux.training.schedules import SCHEDULERS
 
 # What a step can train, and the groups that have an optimizer each.
 GROUPS = {
@@ -130,7 +130,7 @@ class Output:
 @dataclass(frozen=True)
 class Optimization:
     optimizers: dict[str, Any] = field(
-        default_factory=dict, metadata=limits(choices=tuple(GROUPS), kinds=OPTIMIZERS)
+        default_factory=dict, metadata=limits(choices=tuple(GROUPS), kinds=CONFIGURED)
     )
     schedulers: dict[str, Any] = field(
         default_factory=dict, metadata=limits(choices=tuple(GROUPS), kinds=SCHEDULERS)
@@ -241,43 +241,6 @@ def expand(names: tuple[str, ...]) -> set[str]:
     """Components and groups -> components. `spade` comes by its own name only, being off by default."""
     parts = {part for name in names for part in GROUPS.get(name, (name,))}
     return parts - {"spade"} | {"spade"} & set(names)
-
-
-def parse(path: Path) -> dict[str, Any]:
-    """The tables of a YAML, TOML or JSON file. Raises FluxError for a file that is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FluxError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    readers = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml, ".json": json.loads}
-    if path.suffix not in readers:
-        raise FluxError(f"{path}: a config's suffix is one of {', '.join(readers)}")
-    try:
-        tables = readers[path.suffix](text)
-    except ValueError as error:
-        raise FluxError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(tables, dict):
-        raise FluxError(f"{path}: a config is a table with the keys model, data, training, output")
-    return tables
-
-
-def _yaml(text: str) -> Any:
-    try:
-        import yaml  # comes with huggingface-hub
-    except ImportError:
-        raise FluxError("PyYAML is missing: pip install pyyaml, or write the config in TOML") from None
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(error) from None
-
-
-def _toml(text: str) -> Any:
-    try:
-        import tomllib
-    except ImportError:
-        raise FluxError("TOML needs Python 3.11 or newer; write the config in YAML") from None
-    return tomllib.loads(text)
 
 
 def read_config(raw: dict[str, Any], faults: Faults) -> Config | None:

@@ -9,7 +9,7 @@ from flux.data.sources import open_folder
 from flux.data.webdataset import shards
 from flux.errors import FluxError
 from flux.models.clip import ACTIVATIONS
-from flux.tables import Faults, nearest
+from flux.tables import Faults, nearest, read_file
 from flux.training.pretrain.config import (
     Config,
     ConfigError,
@@ -17,7 +17,6 @@ from flux.training.pretrain.config import (
     Step,
     WebDataset,
     expand,
-    parse,
     read_config,
 )
 from flux.training.pretrain.losses import threshold_metrics
@@ -30,7 +29,7 @@ LPIPS_SIDE = 16  # VGG16 halves a picture four times
 def load(path: Path) -> Config:
     """Reads and checks a config. ConfigError with every fault, each with the name of its step."""
     faults = Faults()
-    config = read_config(parse(path), faults)
+    config = read_config(read_file(path), faults)
     if config is not None:
         check(config, faults)
     if faults.lines:
@@ -184,7 +183,7 @@ def _sizes(config: Config, faults: Faults) -> None:
         heads = clip.num_attention_heads
         faults.add("model.clip", f"hidden_size {clip.hidden_size} is not a multiple of {heads} heads")
     if clip.hidden_act not in ACTIVATIONS:
-        faults.add("model.clip.hidden_act", f"{clip.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
+        faults.add("model.clip.hidden_act", f"{clip.hidden_act!r} must be one of {', '.join(ACTIVATIONS)}")
     if clip.max_position_embeddings < CLIP_LENGTH:
         faults.add("model.clip.max_position_embeddings", f"must be at least {CLIP_LENGTH}, a text's tokens")
     for name in ("clip", "t5", "autoencoder", "transformer"):
