@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from flux.errors import FluxError
 
@@ -15,7 +15,7 @@ from flux.errors import FluxError
 class Parser(argparse.ArgumentParser):
     """Wrong arguments are bad input like any other: one line."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise FluxError(f"{message} (see {self.prog} --help)")
 
 
