@@ -98,7 +98,6 @@ class Trainer:
         self._clip_norm = clip_norm
         self._compiled = compiled
         self._save_frozen = save_frozen
-        self._sum: dict[str, Any] = {}  # "gradients": of the step's batches so far, where it has several
         self._functions: tuple[Callable, Callable] | None = None
         optimizer.init(model.trainable_parameters())
 
@@ -126,15 +125,16 @@ class Trainer:
         """Adds up the gradients of all batches but the last; the last one's function makes the update."""
         self._functions = self._functions or self._make_functions()
         add, finish = self._functions
+        parts, gradients = [], None
         if self._accumulate > 1:
-            self._sum["gradients"] = tree_map(mx.zeros_like, self.model.trainable_parameters())
-        parts = []
+            gradients = tree_map(mx.zeros_like, self.model.trainable_parameters())
         for i in range(self._accumulate - 1):
-            parts.append(add(*self._batch(self.step * self._accumulate + i)))
-            mx.eval(parts, self._sum)
+            metrics, gradients = add(gradients, *self._batch(self.step * self._accumulate + i))
+            parts.append(metrics)
+            mx.eval(parts, gradients)
             for callback in callbacks:
                 callback.between_batches(self)
-        last, update = finish(*self._batch((self.step + 1) * self._accumulate - 1))
+        last, update = finish(gradients, *self._batch((self.step + 1) * self._accumulate - 1))
         parts.append(last)
         metrics = {name: sum(part[name] for part in parts) / len(parts) for name in last} | update
         mx.eval(metrics, self._state())
@@ -144,31 +144,28 @@ class Trainer:
         return self._batches(number), sample_key(self._seed, number)
 
     def _make_functions(self) -> tuple[Callable, Callable]:
-        """Of a batch and its key: one adds its gradients to the sum, the other makes the update with them."""
+        """Of the gradients so far (or None), a batch and its key: one adds, the other makes the update."""
         value_and_grad = nn.value_and_grad(self.model, self._loss)
 
-        def gradients_so_far(batch: Any, key: mx.array) -> tuple[Metrics, dict]:
+        def add(so_far: dict | None, batch: Any, key: mx.array) -> tuple[Metrics, dict]:
             (loss, metrics), gradients = value_and_grad(self.model, batch, key)
-            if self._accumulate > 1:
-                gradients = tree_map(mx.add, self._sum["gradients"], gradients)
+            if so_far is not None:
+                gradients = tree_map(mx.add, so_far, gradients)
             return {"loss": loss, **metrics}, gradients
 
-        def add(batch: Any, key: mx.array) -> Metrics:
-            metrics, self._sum["gradients"] = gradients_so_far(batch, key)
-            return metrics
-
-        def finish(batch: Any, key: mx.array) -> tuple[Metrics, Metrics]:
-            metrics, gradients = gradients_so_far(batch, key)
-            if self._accumulate > 1:
+        def finish(so_far: dict | None, batch: Any, key: mx.array) -> tuple[Metrics, Metrics]:
+            metrics, gradients = add(so_far, batch, key)
+            if so_far is not None:
                 gradients = tree_map(lambda g: g / self._accumulate, gradients)
             return metrics, self._update(gradients)
 
         if not self._compiled:
             return add, finish
-        state = self._state()
+        state, model = self._state(), [self.model.state]
         return (
-            mx.compile(add, inputs=[self.model.state, self._sum], outputs=[self._sum]),
-            mx.compile(finish, inputs=[*state, self._sum], outputs=state),
+            # The model is an output although it stays: the gradient's transformation leaves its tracers in it.
+            mx.compile(add, inputs=model, outputs=model),
+            mx.compile(finish, inputs=state, outputs=state),
         )
 
     def _update(self, gradients: dict) -> Metrics:

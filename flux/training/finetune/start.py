@@ -73,7 +73,7 @@ def _stored(folder: Path, changes: dict[str, Any], ranks: int) -> tuple[str, str
     """The path of the state, its digest, and the options to go on with, as a table."""
     state: State[_Stored] | None = States(folder.expanduser() / "states", 1).newest_whole(_Stored.parse)
     if state is None:
-        raise FluxError(f"{folder}: this run has no state to go on from: start it again without --resume")
+        raise FluxError(f"{folder}: no state of a run to go on from: start it again without --resume")
     for damage in state.damaged:
         warnings.warn(f"{damage}: going on from {state.path}", stacklevel=2)
     options = replace(state.value.options, output_dir=str(folder)).shared_out(state.value.ranks, ranks)
