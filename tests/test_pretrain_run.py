@@ -61,7 +61,11 @@ def no_compiler():
     mx.enable_compile()
 
 
-def run(folder: Path, *steps: dict, resume: bool = False, hook=None, **sections) -> Run:
+def nothing(stage: Stage, progress: Progress) -> None:
+    pass
+
+
+def run(folder: Path, *steps: dict, resume: bool = False, hook=nothing, **sections) -> Run:
     made = Run(pretraining.config(folder, *steps, **sections), resume, quiet=True, hook=hook)
     made.execute()
     return made

@@ -101,9 +101,9 @@ def draw_steps(folder: Path, steps: Iterable[str]) -> None:
     every = [line for found in lines.values() for line in found]
     if not every:
         return
-    marks = [found[0].get("global_step", 0) for found in lines.values()][1:]
+    marks = [_number(found[0].get("global_step"), 0) for found in lines.values()][1:]
     charts = {name: _metric_curves(every, names) for name, names in PLOTS.items()}
-    rates = dict.fromkeys(name for line in every for name in line.get("learning_rates", {}))
+    rates = dict.fromkeys(name for line in every for name in _table(line, "learning_rates"))
     charts["rates"] = [_curve(name, every, "global_step", "learning_rates", name) for name in rates]
     charts["times"] = [_curve("seconds a batch", every, "global_step", "batch_time")]
     drawn = {name: figure(name, curves, marks) for name, curves in charts.items() if curves}
@@ -130,7 +130,7 @@ def summary(lines: dict[str, list[Line]]) -> str:
         place = f"epoch {last.get('epoch')}, global step {last.get('global_step')}"
         parts.append(f"{step}: to {place}, {seconds:.3f} s a batch\n")
         parts.append(f"  {'metric':<16}{'first':>12}{'last':>12}{'least':>12}{'greatest':>12}\n")
-        names = sorted({name for line in found for name in line.get("metrics", {})})
+        names = sorted({name for line in found for name in _table(line, "metrics")})
         for curve in _metric_curves(found, names):
             y = curve.y
             row = "".join(f"{value:>12.5g}" for value in (y[0], y[-1], y.min(), y.max()))
@@ -154,6 +154,11 @@ def _curve(name: str, lines: list[Line], position: str, *keys: str) -> Curve:
             x.append(line[position])
             y.append(value)
     return Curve(name, np.array(x, float), np.array(y, float))
+
+
+def _table(line: Line, key: str) -> dict[str, Any]:
+    value = line.get(key)
+    return value if isinstance(value, dict) else {}
 
 
 def _number(value: Any, otherwise: float | None = None) -> Any:
