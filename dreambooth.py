@@ -2,15 +2,14 @@
 
 import argparse
 import sys
-import warnings
 from typing import Any
 
 import flux
 from flux.adapters import TARGETS
 from flux.adapters.writers import WRITERS
-from flux.arguments import Parser, adapter, count, finite, on_stop_signals, print_warning, size
+from flux.arguments import Parser, adapter, count, finite, on_stop_signals, run_program, size
 from flux.data import check, samples
-from flux.distributed.ranks import Ranks, print_error
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.training import losses, optimizers, schedules
 from flux.training.finetune import Options, Stop, Stopped, begin, finetune, resume
@@ -35,22 +34,12 @@ SEVERAL = (
 
 def main() -> int:
     """Run the program; its exit status: 0, 2 for bad input or a failed training, 130 when interrupted."""
-    warnings.showwarning = print_warning
-    ranks = None
-    try:
-        ranks = Ranks()
-        ranks.silence_other_ranks()
-        return run(ranks.on_all_ranks(lambda: build_parser().parse_args(sys.argv[1:])), ranks)
-    except FluxError as error:
-        print_error(error, ranks)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_program(run)
 
 
-def run(args: argparse.Namespace, ranks: Ranks) -> int:
-    """Do what the arguments ask for; the exit status."""
-    given = vars(args)
+def run(ranks: Ranks) -> int:
+    """Do what the command line asks for; the exit status."""
+    given = vars(ranks.on_all_ranks(lambda: build_parser().parse_args(sys.argv[1:])))
     check_only, folder = given.pop("check_data", False), given.pop("resume", None)
     options = ranks.on_all_ranks(lambda: to_options(given))
     if check_only:

@@ -15,13 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from flux.errors import FluxError
 from flux.evaluation.proportion import Proportion, Z
+from flux.generation import Request, generate
 from flux.pipeline import FluxPipeline
 from flux.recipes.emoji import (
     COLOURS,
@@ -89,12 +88,9 @@ def judge(pictures: np.ndarray, shown: Sequence[Composition]) -> dict[str, Propo
 
 def draw(pipeline: FluxPipeline, prompts: Sequence[str]) -> tuple[np.ndarray, float]:
     """A picture of each prompt, (B, 64, 64, 3) uint8, and the seconds that one took."""
-    size = pipeline.latent_size((SIDE, SIDE))
-    start, pictures = time.perf_counter(), []
-    for seed, prompt in enumerate(tqdm(prompts, disable=None)):
-        *_, x = pipeline.generate_latents(prompt, latent_size=size, seed=seed)
-        picture = mx.round(255 * pipeline.decode(x, size)[0])  # (64, 64, 3)
-        pictures.append(np.array(picture.astype(mx.uint8)))
+    requests = [Request(prompt, seeds=(i,), image_size=(SIDE, SIDE)) for i, prompt in enumerate(prompts)]
+    start = time.perf_counter()
+    pictures = list(generate(pipeline, requests, stream=True, keep_models=True, progress=True))
     return np.stack(pictures), (time.perf_counter() - start) / len(prompts)
 
 

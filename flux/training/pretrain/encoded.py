@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from flux import images
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder
 
@@ -45,8 +46,7 @@ class Encoded:
 
     def make(self, row: int, picture: np.ndarray) -> np.ndarray:
         """The record of a picture (side, side, 3), uint8, which is kept. FluxError where the disk refuses."""
-        pixels = mx.array(picture[None]).astype(mx.float32) / 127.5 - 1
-        mean, logvar = self._encode(pixels)
+        mean, logvar = self._encode(images.normalize(picture[None]))
         record = np.array(mx.concatenate([mean, logvar]).astype(mx.float32))
         data, path = record.tobytes(), self._path(len(picture))
         try:

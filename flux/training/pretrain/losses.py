@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from flux import sampler
+from flux import images, sampler
 from flux.training import losses
 from flux.training.flow_matching import random_guidance_loss
 from flux.training.pretrain.adversary import hinge, r1
@@ -51,7 +51,7 @@ class Objective:
         total, metrics = mx.array(0.0), {}
         with mapped(model, _to_bfloat16) if self._half else nullcontext():
             if "pictures" in batch:
-                x = batch["pictures"].astype(mx.float32) / 127.5 - 1
+                x = images.normalize(batch["pictures"])
             if self._step.decodes:
                 loss, more = self._autoencoder(model, x, batch, vae_key)
                 total, metrics = total + loss, metrics | more
