@@ -1,5 +1,6 @@
 """Fine-tuning: stop and resume equal a straight run, watching disturbs nothing, faults have their lines."""
 
+import json
 import os
 import random
 import shutil
@@ -21,7 +22,6 @@ from flux.training.finetune import run as runs
 from flux.training.finetune.length import Length
 from flux.training.finetune.options import QUANTIZE
 from flux.training.report import Events, draw_loss, read_lines
-from flux.training.states import States
 
 from . import finetuning
 from .finetuning import assert_same_run, events, go_on, options, run
@@ -282,6 +282,31 @@ def test_a_data_set_that_is_gone_or_changed(model, tmp_path):
         go_on(tmp_path / "run", iterations=6)
 
 
+def test_a_damaged_state_is_named_and_the_run_goes_on_from_the_one_before(model, data, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    table = tmp_path / "run/states/00000012/progress.json"
+    table.write_text(table.read_text().replace('"rank": 2', '"rank": 3'))
+    (tmp_path / "run/events.jsonl").open("ab").write(b"\xff\xfe\n")
+    with pytest.warns(UserWarning, match=r"00000012 is damaged: progress\.json .*going on from .*00000010"):
+        go_on(tmp_path / "run")
+    assert_same_run(straight, tmp_path / "run")
+    for name in ("00000010", "00000012"):
+        (tmp_path / "run/states" / name / "state.safetensors").write_bytes(b"")
+    with pytest.raises(FluxError, match=r"no state is whole: .*00000012 is damaged.*00000010 is damaged"):
+        resume(tmp_path / "run", {})
+
+
+def test_a_state_with_an_option_that_there_is_not_is_named(model, data, tmp_path):
+    run(options(model, data, tmp_path / "run", iterations=1, keep_states=1))
+    (table,) = (tmp_path / "run/states").glob("*/progress.json")
+    content = json.loads(table.read_text())
+    del content["checksums"]  # as an earlier version wrote it
+    content["options"]["colour"] = "red"
+    table.write_text(json.dumps(content))
+    with pytest.raises(FluxError, match=r"is damaged: .*'colour'"):
+        resume(tmp_path / "run", {})
+
+
 def test_options_that_contradict_a_resumed_run_are_refused_by_name(model, data, tmp_path):
     run(options(model, data, tmp_path / "run", iterations=2))
     same = {"learning_rate": 1e-2, "data": data, "model": model, "data_options": {"resolution": (64, 64)}}
@@ -337,26 +362,6 @@ def test_length():
     assert Length.of(options("m", "d", Path("o"), iterations=10, accumulate=4), 5, 1).iterations == 12
     four = Length.of(options("m", "d", Path("o"), iterations=None, epochs=3, accumulate=2), 20, 4)
     assert (four.iterations, four.updates, four.epochs) == (16, 8, 4)  # 15 batches on each of four ranks
-
-
-def test_states_keep_the_last_and_ignore_what_is_incomplete(tmp_path):
-    states = States(tmp_path / "states", keep=2)
-    assert states.latest() is None
-    for name in ("1", "2", "3"):
-        states.save(name, {"name": name}, lambda path: path.write_bytes(b"arrays"))
-    assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["2", "3"]
-    (tmp_path / "states/4").mkdir()
-    (tmp_path / "states/4/state.safetensors").write_bytes(b"half")
-    assert states.latest().name == "3"
-
-    def fails(path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(FluxError, match="5: the state cannot be written: No space left on device"):
-        states.save("5", {}, fails)
-    states.save("6", {}, lambda path: path.write_bytes(b"arrays"))
-    assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["3", "6"]
 
 
 def test_events_are_neither_doubled_nor_torn(tmp_path):

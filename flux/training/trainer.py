@@ -163,7 +163,7 @@ class Trainer:
             return add, finish
         state, model = self._state(), [self.model.state]
         return (
-            # The model is an output although it stays: the gradient's transformation leaves its tracers in it.
+            # The model is an output although it stays: taking gradients leaves tracers in it.
             mx.compile(add, inputs=model, outputs=model),
             mx.compile(finish, inputs=state, outputs=state),
         )
