@@ -22,7 +22,7 @@ DATA_OPTIONS = (
     *("flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens", "caption_dropout_rate"),
     *("alpha_mask", "validation_split"),
 )
-ON = {"action": "store_true"}
+ON: dict[str, Any] = {"action": "store_true"}
 SEVERAL = (
     "With mlx.launch the ranks share out the batches. What counts is ranks x --iterations x --batch-size, "
     "the pictures in all, and ranks x --grad-accumulate x --batch-size, those of an update: where both stay "

@@ -10,7 +10,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,12 @@ from flux.errors import FluxError
 
 def read_file(path: Path) -> dict[str, Any]:
     """The tables of a YAML, TOML or JSON file, by its suffix. FluxError for a file that is none of these."""
-    readers = {".yaml": _yaml, ".yml": _yaml, ".toml": parse_toml, ".json": json.loads}
+    readers: dict[str, Callable[[str], Any]] = {
+        ".yaml": _yaml,
+        ".yml": _yaml,
+        ".toml": parse_toml,
+        ".json": json.loads,
+    }
     if path.suffix not in readers:
         raise FluxError(f"{path}: the suffix of a file of options must be one of {', '.join(readers)}")
     try:
@@ -40,7 +45,7 @@ def parse_toml(text: str) -> dict[str, Any]:
         import tomllib
     except ImportError:  # Python 3.10
         try:
-            import tomli as tomllib
+            import tomli as tomllib  # type: ignore[no-redef]
         except ImportError:
             raise FluxError("TOML needs Python 3.11 or newer, or `pip install tomli`") from None
     return tomllib.loads(text)

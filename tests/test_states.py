@@ -100,9 +100,7 @@ def test_a_damaged_state_is_named_and_the_one_before_is_taken(states, tmp_path, 
 def test_where_all_are_damaged_every_one_is_named(states, tmp_path):
     for number in (1, 2, 3):
         (tmp_path / f"states/00{number}" / PROGRESS).write_text("")
-    with pytest.raises(
-        FluxError, match=r"no state is whole: .*003 is.*002 is.*001 is damaged"
-    ):
+    with pytest.raises(FluxError, match=r"no state is whole: .*003 is.*002 is.*001 is damaged"):
         states.newest_whole(parse)
 
 

@@ -111,7 +111,7 @@ class FlowLoss:
     def per_sample(self, model: nn.Module, batch: dict[str, mx.array]) -> mx.array:
         """The samples' losses (B,), float32, without the weight of regularisation pictures."""
         x0, noise, times = self._draw(batch)
-        size = x0.shape[1:3]
+        size = (x0.shape[1], x0.shape[2])
         t5, pooled = batch["t5"], self._pooled(model, batch)
         guidance = mx.full((len(t5),), self.guidance)  # a model without the embedder does not look at it
         positions = sampler.image_positions(size), sampler.text_positions(t5.shape[1])

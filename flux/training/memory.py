@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from flux.adapters.lora import linear_shape, linears
 from flux.adapters.training import DEFAULT_TARGET, targets
 from flux.models.transformer import Flux, FluxParams
 from flux.training.gradient_checkpointing import SCORES
+from flux.trees import named_arrays
 from flux.weights.quantize import GROUP_SIZES, QUANTIZED
 
 PIXELS_PER_TOKEN = 16  # along each side: 8 of the autoencoder, 2 of a token's patch
@@ -69,7 +69,7 @@ def estimate(
 @cache
 def weight_bytes(params: FluxParams, bits: int | None, mode: str = "affine", element_size: int = 2) -> int:
     """The transformer's weights, quantized as `weights.quantize.quantize` does it with its own group size."""
-    flow, total = Flux(params), 0
+    flow, total = Flux(params), 0.0
     group = GROUP_SIZES[mode][0]
     shared = 8 / group if mode == "mxfp4" else 2 * 8 * element_size / group  # bits a weight of the scales
     quantized = {
@@ -77,9 +77,9 @@ def weight_bytes(params: FluxParams, bits: int | None, mode: str = "affine", ele
         for name, layer in flow.named_modules()
         if isinstance(layer, nn.Linear) and name.startswith(QUANTIZED) and layer.weight.shape[1] % group == 0
     }
-    for name, array in tree_flatten(flow.parameters()):
+    for name, array in named_arrays(flow.parameters()):
         small = bits is not None and name in quantized
-        total += array.size * (bits + shared) / 8 if small else array.size * element_size
+        total += array.size * ((bits or 0) + shared) / 8 if small else array.size * element_size
     return int(total)
 
 
@@ -96,7 +96,7 @@ def activation_bytes(
     if not checkpoint:
         kept = width * (21 + 11.5 * element_size) + scores
         return int(blocks * kept + width * (39 + 16.5 * element_size))
-    inside = width * (90 + 10 * element_size)  # of the block whose gradient is made
+    inside: float = width * (90 + 10 * element_size)  # of the block whose gradient is made
     if scores > SCORES:  # some heads at a time
         inside += 4 * max(SCORES, scores // params.num_heads)
     else:

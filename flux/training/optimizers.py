@@ -3,14 +3,16 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from flux.errors import FluxError
 from flux.tables import option
 from flux.training.schedules import Schedule
+from flux.trees import named_arrays
 
 DEFAULT_RATE = 1e-4
 
@@ -79,7 +81,9 @@ class Prodigy(optim.Optimizer):
         before = dict(self.state["prodigy"])
         terms = super().apply_gradients(gradients, parameters)  # of every parameter, by apply_single
         step_size = self._step_size(before)
-        self.state["prodigy"] = self._estimate(before, sum(pair for _, pair in tree_flatten(terms)))
+        self.state["prodigy"] = self._estimate(
+            before, reduce(mx.add, (pair for _, pair in named_arrays(terms)))
+        )
         moves = self.state["prodigy"]["updates"] > before["updates"]
         return tree_map(
             lambda g, p, state: self._moved(p, state, mx.where(moves, step_size, 0.0)),
@@ -90,11 +94,10 @@ class Prodigy(optim.Optimizer):
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         """Takes a gradient into the averages; returns its share of d's numerator and denominator, (2,)."""
-        b1, b2 = self.betas
-        b3 = math.sqrt(b2)
         d, size = self.state["prodigy"]["d"], self._step_size(self.state["prodigy"])
         moves = self.learning_rate > 0  # an update of rate 0 is as none: nothing fades either
-        b1, b2, b3 = (mx.where(moves, b, 1.0) for b in (b1, b2, b3))
+        b1, b2 = (mx.where(moves, b, 1.0) for b in self.betas)
+        b3 = mx.where(moves, math.sqrt(self.betas[1]), 1.0)
         state["m"] = b1 * state["m"] + (1 - b1) * d * gradient
         state["v"] = b2 * state["v"] + (1 - b2) * d * d * mx.square(gradient)
         state["s"] = b3 * state["s"] + (d / self.d0) * size * gradient

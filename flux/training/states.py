@@ -138,7 +138,7 @@ def _table_checksum(table: dict[str, Any]) -> str:
 def load_state(model: nn.Module, file: Path, tree: str = "model") -> None:
     """Loads a trainer's state into a model: the parameters ("model") or their average ("ema.average")."""
     prefix = f"{tree}."
-    arrays = mx.load(str(file))
+    arrays = tensors.load([file])
     model.update(
         tree_unflatten([(n.removeprefix(prefix), a) for n, a in arrays.items() if n.startswith(prefix)])
     )

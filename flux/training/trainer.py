@@ -9,19 +9,20 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_map, tree_map_with_path
 
 from flux.errors import FluxError
 from flux.training.ema import EMA
+from flux.trees import named_arrays
 
 Metrics = dict[str, mx.array]  # scalars that a loss reports
 Means = dict[str, float]  # the metrics of a whole step, or of several
-Loss = Callable[[nn.Module, Any, mx.array], tuple[mx.array, Metrics]]  # (model, batch, key) -> loss, metrics
+Loss = Callable[[Any, Any, mx.array], tuple[mx.array, Metrics]]  # (model, batch, key) -> loss, metrics
 Batches = Callable[[int], Any]  # number of the batch, from 0 -> a tree of arrays
 MAX_SEED = 2**32 - 1
 
@@ -194,7 +195,7 @@ class Trainer:
         partial = path.with_name(path.name + ".partial.safetensors")
         metadata = {"step": json.dumps(self.step)}
         try:
-            mx.save_safetensors(str(partial), dict(tree_flatten(self._trees())), metadata)
+            mx.save_safetensors(str(partial), dict(named_arrays(self._trees())), metadata)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -204,11 +205,11 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Goes on from a file of `save`. The networks and optimizers must be those that it was saved from."""
         try:
-            arrays, metadata = mx.load(str(path), return_metadata=True)
+            arrays, metadata = cast(tuple[dict, dict], mx.load(str(path), return_metadata=True))
             step = json.loads(metadata["step"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise FluxError(f"{path} is damaged or not a state of a training: {error}") from None
-        expected = {name: array.shape for name, array in tree_flatten(self._trees())}
+        expected = {name: array.shape for name, array in named_arrays(self._trees())}
         found = {name: array.shape for name, array in arrays.items()}
         wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
         if wrong:

@@ -114,8 +114,8 @@ def train(
     The batches are made for the first step: a part that is done needs none.
     """
     made = cache(make_batches)
-    rates = (warmup_decay(peak, steps, min(WARMUP, steps), 0.4) for peak in (rate, rate / 10))
-    trainer = Trainer(model, loss, lambda number: made()(number), muon(*rates, is_edge), seed)
+    main_rate, adam_rate = (warmup_decay(r, steps, min(WARMUP, steps), 0.4) for r in (rate, rate / 10))
+    trainer = Trainer(model, loss, lambda number: made()(number), muon(main_rate, adam_rate, is_edge), seed)
     if state.exists():
         trainer.load(state)
     if trainer.step < steps:

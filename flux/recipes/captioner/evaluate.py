@@ -59,7 +59,7 @@ def agreement(captions: Sequence[str], shown: Sequence[Composition]) -> dict[str
 def speaker(captioner: Captioner, task: str = "caption") -> Say:
     def say(images: list[Image.Image]) -> list[str]:
         starts = tqdm(range(0, len(images), BATCH), disable=None, desc=task)
-        return [text for i in starts for text in captioner.answers(images[i : i + BATCH], TASKS[task])]
+        return [str(text) for i in starts for text in captioner.answers(images[i : i + BATCH], TASKS[task])]
 
     return say
 

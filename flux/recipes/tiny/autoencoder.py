@@ -110,11 +110,11 @@ def is_edge(name: str, parameter: mx.array) -> bool:
     return "conv_in" in name or "conv_out" in name
 
 
-def make_trainer(batch: int, steps: int, rate: float, seed: int, mse_weight: float) -> Trainer:
+def make_trainer(
+    model: AutoEncoder, batch: int, steps: int, rate: float, seed: int, mse_weight: float
+) -> Trainer:
     """The trainer of stage 1, for this process's share of the pictures."""
     group = mx.distributed.init()
-    mx.random.seed(seed)
-    model = AutoEncoder(recipe.AUTOENCODER)
     if mx.default_device().type == mx.cpu:
         use_products(model)
     warmup = min(100, steps)
@@ -156,13 +156,13 @@ def main() -> None:
         "--init", metavar="MODEL", help="begin with this model's autoencoder (default: random)"
     )
     arguments = parser.parse_args()
+    mx.random.seed(arguments.seed)
+    model = AutoEncoder(recipe.AUTOENCODER)
     trainer = make_trainer(
-        arguments.batch, arguments.steps, arguments.rate, arguments.seed, arguments.mse_weight
+        model, arguments.batch, arguments.steps, arguments.rate, arguments.seed, arguments.mse_weight
     )
     if arguments.init:
-        trainer.model.update(
-            tree_map(lambda w: w.astype(mx.float32), FluxPipeline(arguments.init).ae.parameters())
-        )
+        model.update(tree_map(lambda w: w.astype(mx.float32), FluxPipeline(arguments.init).ae.parameters()))
     state = arguments.run / "autoencoder.safetensors"
     if state.exists():
         trainer.load(state)
@@ -171,7 +171,7 @@ def main() -> None:
     trainer.run(arguments.steps, logged_and_saved(log, state, recipe.LOG_STEPS) if first else ())
     if first:
         trainer.save(state)
-        print("PSNR", save_grid(trainer.model, arguments.run / "autoencoder.png"))
+        print("PSNR", save_grid(model, arguments.run / "autoencoder.png"))
 
 
 if __name__ == "__main__":

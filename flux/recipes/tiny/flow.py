@@ -112,7 +112,7 @@ def tokenize(
 
 def load_tokens(
     run: Path, chosen: list[Composition], clip: CLIPTokenizer, t5: T5Tokenizer
-) -> list[np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """`tokenize`, kept in the run's folder: it takes half a minute."""
     file = run / "tokens.npz"
     if not file.exists():
@@ -121,7 +121,7 @@ def load_tokens(
         np.savez(partial, clip=clip_ids, t5=t5_ids)
         partial.replace(file)
     with np.load(file) as arrays:
-        return [arrays["clip"], arrays["t5"]]
+        return arrays["clip"], arrays["t5"]
 
 
 def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
@@ -169,13 +169,13 @@ def main() -> None:
     mx.random.seed(arguments.seed)
     model = make_model(run, clip)
     warmup = min(100, steps)
-    rates = (warmup_decay(peak, steps, warmup, 0.4) for peak in (arguments.rate, arguments.rate / 10))
-    ids = load_tokens(run, latents.compositions, clip, t5)
+    rate, adam_rate = (warmup_decay(r, steps, warmup, 0.4) for r in (arguments.rate, arguments.rate / 10))
+    clip_ids, t5_ids = load_tokens(run, latents.compositions, clip, t5)
     trainer = Trainer(
         model,
         flow_loss,
-        flow_batches(latents, *ids, arguments.batch, arguments.seed, group.rank()),
-        muon(*rates, is_edge),
+        flow_batches(latents, clip_ids, t5_ids, arguments.batch, arguments.seed, group.rank()),
+        muon(rate, adam_rate, is_edge),
         seed=2 * arguments.seed + group.rank(),
         ema=EMA(model, recipe.EMA_DECAY),
         average=average_gradients(group) if group.size() > 1 else None,

@@ -26,6 +26,7 @@ from flux.recipes.emoji import (
 )
 from flux.recipes.tiny import recipe
 from flux.training.states import load_state
+from flux.weights import tensors
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def encode_shared(model: AutoEncoder, chosen: list[Composition]) -> list[mx.arra
 
 def read(file: Path) -> Latents:
     """The file of `main`."""
-    arrays = mx.load(str(file))
+    arrays = tensors.load([file])
     mean, logvar = np.array(arrays["mean"]), np.array(arrays["logvar"])
     scale, shift = float(1 / mean.std()), float(mean.mean())
     return Latents(training_compositions(recipe.PAIRS), mean, logvar, scale, shift)

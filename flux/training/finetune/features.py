@@ -38,7 +38,7 @@ class Features:
             "encoding pictures",
             self._latents,
             self.plan.variants(),
-            lambda item: self._latents.encode(*item, autoencoder),
+            lambda item: self._latents.encode(item[0], item[1], autoencoder),
             ranks,
             console,
         )

@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from flux.models.transformer import FluxParams
-from flux.training.finetune.options import QUANTIZE, Options
+from flux.training.finetune.options import Options
 from flux.training.memory import Estimate, estimate
 
 USABLE = 0.9  # of the memory: the rest is for the system
@@ -15,7 +15,7 @@ def needed(options: Options, params: FluxParams, shape: dict[str, Any], ranks: i
 
     ranks: that share the base's weights.
     """
-    bits, mode = QUANTIZE.get(options.quantize, (None, "affine"))
+    bits, mode = options.quantization
     need = estimate(
         params,
         bits,

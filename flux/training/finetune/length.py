@@ -19,7 +19,7 @@ class Length:
 
     @classmethod
     def of(cls, options: Options, batches_per_epoch: int, ranks: int) -> "Length":
-        iterations = options.iterations or -(-options.epochs * batches_per_epoch // ranks)
+        iterations = options.iterations or -(-(options.epochs or 0) * batches_per_epoch // ranks)
         whole = -(-iterations // options.accumulate) * options.accumulate
         return cls(whole, options.accumulate, batches_per_epoch, ranks)
 

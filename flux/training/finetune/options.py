@@ -125,6 +125,11 @@ class Options:
             weight_decay=(0.01 if adamw else 0.0) if self.weight_decay is None else self.weight_decay,
         )
 
+    @property
+    def quantization(self) -> tuple[int | None, str]:
+        """Bits and mode of the base's weights; None for weights as they are."""
+        return (None, "affine") if self.quantize is None else QUANTIZE[self.quantize]
+
     def with_size(self, image_size: tuple[int, int]) -> dict[str, Any]:
         """The data set's options where the model's pictures have this (height, width) by default.
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from flux import adapters
 from flux.training.callbacks import Estimate, Every, Finite, Log
@@ -18,6 +17,7 @@ from flux.training.finetune.start import Start
 from flux.training.report import Events, draw_loss
 from flux.training.states import States
 from flux.training.trainer import Callback, Means, Trainer
+from flux.trees import named_arrays
 
 LINES = 20  # of a whole run, where there is no terminal
 
@@ -80,7 +80,7 @@ class Watch:
 
     def _say_what_begins(self, done: int) -> None:
         length, plan = self._length, self._prepared.plan
-        count = sum(a.size for _, a in tree_flatten(self._built.network.trainable_parameters()))
+        count = sum(a.size for _, a in named_arrays(self._built.network.trainable_parameters()))
         several = f" on each of {self._ranks.size} ranks" if self._ranks.size > 1 else ""
         self._console.say(
             f"{len(plan.items)} samples and {length.batches_per_epoch} batches an epoch; "
@@ -98,7 +98,7 @@ class Watch:
 
     def _log(self, trainer: Trainer, metrics: Means, seconds: float) -> None:
         optimizer, step, length = trainer.optimizer, trainer.step, self._length
-        line = {"event": "update", "update": step, "iteration": length.iterations_at(step)}
+        line: dict[str, Any] = {"event": "update", "update": step, "iteration": length.iterations_at(step)}
         line |= {"epoch": length.epoch_of(step), "loss": metrics["loss"], "norm": metrics.get("norm", 0.0)}
         line |= {"rate": optimizer.learning_rate.item(), "seconds": round(seconds, 4)}
         if "prodigy" in optimizer.state:

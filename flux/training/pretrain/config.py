@@ -31,7 +31,7 @@ GROUPS = {
 }
 COMPONENTS = tuple(component for group in GROUPS.values() for component in group)
 FREEZABLE = tuple(dict.fromkeys([*COMPONENTS, *GROUPS]))
-UNSCALED = {"scale_factor": 1.0, "shift_factor": 0.0}  # of the latents, before they have been measured
+UNSCALED = AutoEncoderParams(scale_factor=1.0, shift_factor=0.0)  # before latents have been measured
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class LpipsFiles:
 class Model:
     """Sizes. Channels that two networks share follow from one of them and are no keys."""
 
-    autoencoder: AutoEncoderParams = field(default_factory=lambda: AutoEncoderParams(**UNSCALED))
+    autoencoder: AutoEncoderParams = field(
+        default_factory=lambda: AutoEncoderParams(scale_factor=1.0, shift_factor=0.0)
+    )
     discriminator: DiscriminatorParams = field(default_factory=DiscriminatorParams)
     transformer: FluxParams = field(default_factory=FluxParams)
     clip: CLIPTextParams = field(default_factory=CLIPTextParams)

@@ -48,7 +48,8 @@ class Objective:
 
     def __call__(self, model: Networks, batch: dict[str, Any], key: mx.array) -> tuple[mx.array, Metrics]:
         vae_key, flow_key = mx.random.split(key)
-        total, metrics = mx.array(0.0), {}
+        total = mx.array(0.0)
+        metrics: Metrics = {}
         with mapped(model, _to_bfloat16) if self._half else nullcontext():
             if "pictures" in batch:
                 x = images.normalize(batch["pictures"])
@@ -75,7 +76,7 @@ class Objective:
         metrics = {"mse": mse, "kl": kl, "beta": batch["beta"]}
         if step.train_vae or step.train_spade:
             total, metrics["vae"] = total + error, error
-            if step.use_lpips:
+            if step.use_lpips and self._perceptual is not None:
                 metrics["lpips"] = self._perceptual(y, x).mean()
                 total = total + step.lambda_lpips * metrics["lpips"]
         if step.gan_training:
@@ -121,7 +122,10 @@ def flow_loss(
     latent = mx.stop_gradient(params.scale_factor * (z - params.shift_factor))  # (B, h, w, z)
     text = model.t5(batch["t5"])
     pooled = model.clip(batch["clip"], end).pooled_output
-    positions = sampler.image_positions(latent.shape[1:3]), sampler.text_positions(text.shape[1])
+    positions = (
+        sampler.image_positions((latent.shape[1], latent.shape[2])),
+        sampler.text_positions(text.shape[1]),
+    )
 
     def predict(x: mx.array, times: mx.array, guidance: mx.array) -> mx.array:
         return model.flow(x, positions[0], text, positions[1], times, pooled, guidance)

@@ -37,7 +37,7 @@ def write_samples(
             pictures = np.stack(batches.first(count, (height, width)))
             pair = np.concatenate([pictures, reconstruct(networks, pictures)])
             images.save(folder / f"{name}_vae_{width}x{height}.png", images.grid(list(pair), 2))
-        if step.train_diff:
+        if step.train_diff and tokenizers is not None:
             texts = list(config.output.sample_captions) or list(batches.captions(count))
             drawn = draw(config, networks, tokenizers, texts[:count], (height, width))
             images.save(folder / f"{name}_flow_{width}x{height}.png", images.grid(drawn))

@@ -10,22 +10,15 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import mlx.core as mx
-import numpy as np
-
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.training.callbacks import Estimate, Every, Finite, Log, Stop, Stopped, always, interval
 from flux.training.console import Advance, Console
 from flux.training.ema import averaged
-from flux.training.matmul_convolution import use_products
-from flux.training.pretrain import lpips
-from flux.training.pretrain.batches import Batches, Shard, open_dataset
-from flux.training.pretrain.config import Config, Step
-from flux.training.pretrain.encoded import Encoded
-from flux.training.pretrain.encoded import identity as encoded_identity
-from flux.training.pretrain.losses import Objective, encode
-from flux.training.pretrain.networks import Networks, Tokenizers
+from flux.training.pretrain.batches import Batches, Shard
+from flux.training.pretrain.config import Config
+from flux.training.pretrain.losses import Objective
+from flux.training.pretrain.prepare import LATENTS, latent_store, measure_latents, prepare
 from flux.training.pretrain.previews import export, write_samples
 from flux.training.pretrain.stage import Stage
 from flux.training.pretrain.state import Checkpoints, Progress, identity
@@ -33,10 +26,7 @@ from flux.training.pretrain.validate import save_interval
 from flux.training.pretrain.watch import Move, Numbers
 from flux.training.report import draw_steps
 from flux.training.states import STATE, load_state
-from flux.training.vocabularies import save_clip, train_clip, train_t5
 
-LATENTS = "latents"  # the folder
-MEASURED_PICTURES = 1024  # for the latents' mean and deviation
 Hook = Callable[[Stage, Progress], None]  # after each optimizer step; for tests
 
 
@@ -67,102 +57,50 @@ class Run:
         if not resume and self._checkpoints.latest() is not None:
             raise FluxError(f"{self.folder} holds a run: go on with --resume, or give another output_path")
         found = self._checkpoints.newest()
-        self._latest = None if found is None else found.path
-        self.progress = Progress() if found is None else found.value
-        self.progress.session += found is not None
-        for damage in () if found is None or not self.first else found.damaged:
-            warnings.warn(f"{damage}: going on from {found.path}", stacklevel=2)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FluxError(f"output.output_path: {self.folder} cannot be made: {error.strerror}") from None
-        self._sources = {name: open_dataset(config.datasets[name]) for name in self._used_datasets()}
-        self._tokenizers = self._open_tokenizers()
-        mx.random.seed(config.training.seed)
-        self.networks = Networks(config, self._tokenizers)
-        self._perceptual = self._load_lpips()
-        if mx.default_device() == mx.cpu:  # elsewhere MLX's own convolutions are the faster ones
-            use_products(self.networks.ae)
-            if self._perceptual is not None:
-                use_products(self._perceptual)
-
-    def _used_datasets(self) -> list[str]:
-        return list(dict.fromkeys(self.config.dataset_of(step) for step in self.config.steps))
-
-    def _load_lpips(self) -> lpips.LPIPS | None:
-        if not any(step.use_lpips for step in self.config.steps):
-            return None
-        return lpips.load(self.config.model.lpips.vgg, self.config.model.lpips.linear)
-
-    # --- vocabularies ---
-
-    def _open_tokenizers(self) -> Tokenizers | None:
-        """The config's, or ones that are trained on the captions; None where no step trains the flow."""
-        config = self.config
-        texts = {
-            config.data.fixed_prompt_prefix + caption
-            for step in config.steps
-            if step.train_diff
-            for caption in self._sources[config.dataset_of(step)].captions
-        }
-        if not texts:
-            return None
-        folders = [self.folder / "vocabularies" / name for name in ("tokenizer", "tokenizer_2")]
-
-        def train() -> None:
-            if config.model.tokenizer is None and not folders[0].is_dir():
-                vocab, merges = train_clip(sorted(texts), config.model.clip_merges)
-                _whole(folders[0], lambda new: save_clip(vocab, merges, new))
-            if config.model.tokenizer_2 is None and not folders[1].is_dir():
-                size = config.model.t5_vocabulary
-                _whole(folders[1], lambda new: train_t5(sorted(texts), size, new / "spiece.model"))
-
-        self._ranks.rank_zero_only(train)  # the others wait for the files
-        given = (config.model.tokenizer, config.model.tokenizer_2)
-        chosen = [Path(g).expanduser() if g else made for g, made in zip(given, folders, strict=True)]
-        return Tokenizers(*chosen, config.model.t5_length)
-
-    # --- the steps ---
+        self._latest = None if found is None else found.path / STATE
+        self.progress = Progress()
+        if found is not None:
+            self.progress = found.value
+            self.progress.session += 1
+            for damage in found.damaged if self.first else ():
+                warnings.warn(f"{damage}: going on from {found.path}", stacklevel=2)
+        self._prepared = prepare(config, self.folder, self._ranks)
+        self.networks = self._prepared.networks
 
     def execute(self) -> Path:
         """Runs all steps that are left; the path of the trained model."""
-        resumed = self._latest is not None
-        if resumed and self.progress.index == len(self.config.steps):
-            self._load_networks(self._latest / STATE)
+        if self._latest is not None:
+            load_state(self.networks, self._latest)
+        self._scale_latents()
+        resumes = self.progress.begun
         while self.progress.index < len(self.config.steps):
-            stage = self._begin(resumed)
-            resumed = False
+            stage = self._begin()
+            if resumes and self._latest is not None:
+                stage.trainer.load(self._latest)
+            resumes = False
             self._run(stage)
             self._end(stage)
         shutil.rmtree(self.folder / LATENTS, ignore_errors=True)
         if self.first:
-            return export(self.config, self.networks, self._tokenizers)
+            return export(self.config, self.networks, self._prepared.tokenizers)
         return self.folder
 
-    def _begin(self, resumed: bool) -> Stage:
-        """The next step, ready to run: from the checkpoint that the run resumes with, or from its start."""
+    def _begin(self) -> Stage:
+        """The next step, ready to run from its start."""
         config, index = self.config, self.progress.index
-        step = config.steps[index]
+        step, tokenizers = config.steps[index], self._prepared.tokenizers
         shard = Shard(self._ranks.rank, self._ranks.size)
-        source = self._sources[config.dataset_of(step)]
-        if resumed:
-            self._load_networks(self._latest / STATE)
-        encoded = self._encoded(step) if step.train_diff else None
+        source = self._prepared.sources[config.dataset_of(step)]
+        encoded = latent_store(config, step, self.networks, self.folder) if step.train_diff else None
         kept = encoded if step.encodes_once else None
-        batches = Batches(config, index, source, self._tokenizers, shard, kept)
-        if step.train_diff and not self.progress.measured:
-            self._measure_latents(batches, encoded)
-        self._scale_latents()
-        end = self._tokenizers.clip.eos_token_id if self._tokenizers else 0
-        objective = Objective(step, self._perceptual, config.training.use_fp16, end)
-        stage = Stage(config, index, self.networks, batches, objective, self._ranks)
-        if resumed and self.progress.begun:
-            stage.trainer.load(self._latest / STATE)
-        return stage
-
-    def _load_networks(self, path: Path) -> None:
-        load_state(self.networks, path)
-        self._scale_latents()
+        batches = Batches(config, index, source, tokenizers, shard, kept)
+        if encoded is not None and not self.progress.measured:
+            scale, shift = measure_latents(batches, encoded, config.data.img_size)
+            self.progress.scale, self.progress.shift, self.progress.measured = scale, shift, True
+            self._scale_latents()
+        end = tokenizers.clip.eos_token_id if tokenizers else 0
+        objective = Objective(step, self._prepared.perceptual, config.training.use_fp16, end)
+        return Stage(config, index, self.networks, batches, objective, self._ranks)
 
     def _run(self, stage: Stage) -> None:
         """Takes the optimizer steps that a stage has left, up to its length or its threshold."""
@@ -173,25 +111,24 @@ class Run:
         graph = self.folder / "graph" if self.first else None
         numbers = Numbers(stage, progress, graph, console, title)
         log = Log(numbers.log, output.log_interval, progress.window)
-        is_due = interval(*save_interval(output.checkpoint_save_interval))
+        steps, seconds = save_interval(output.checkpoint_save_interval)
+        is_due = interval(steps, seconds)
+        callbacks = (
+            Finite(lambda _: self._advice(stage)),
+            Move(stage, progress),
+            log,
+            numbers.live(log),
+            Advance(console),
+            Estimate(console.say, stage.total, "batches"),
+            # The end of a step has a checkpoint of its own.
+            Every(lambda t: is_due(t) and not t.is_done, lambda _: self._save_and_draw(stage)),
+            Every(always, lambda _: self._hook(stage, progress)),
+            self._stop,
+        )
         console.begin(stage.total, stage.trainer.step)
         try:
             with self._stop.training():
-                stage.trainer.run(
-                    stage.total,
-                    (
-                        Finite(lambda _: self._advice(stage)),
-                        Move(stage, progress),
-                        log,
-                        numbers.live(log),
-                        Advance(console),
-                        Estimate(console.say, stage.total, "batches"),
-                        # The end of a step has a checkpoint of its own.
-                        Every(lambda t: is_due(t) and not t.is_done, lambda _: self._save_and_draw(stage)),
-                        Every(always, lambda _: self._hook(stage, progress)),
-                        self._stop,
-                    ),
-                )
+                stage.trainer.run(stage.total, callbacks)
         except Stopped:
             self._save(stage)
             raise
@@ -236,42 +173,11 @@ class Run:
         position = stage.position()
         name = f"{stage.step.name}_e{position['epoch']:04d}_b{position['batch']:05d}"
         with averaged(self.networks, stage.trainer.ema):
-            write_samples(self.config, stage.step, self.networks, self._tokenizers, stage.batches, name)
-
-    # --- latents ---
-
-    def _encoded(self, step: Step) -> Encoded:
-        """Where the latents of a step's data are kept, for as long as its autoencoder is the same."""
-        config, half = self.config, self.config.training.use_fp16
-        name = config.dataset_of(step)
-        key = encoded_identity(self.networks.ae, name, config.datasets[name], half)
-        downscale, channels = self.networks.ae.downscale, config.model.autoencoder.z_channels
-
-        def shape(side: int) -> tuple[int, ...]:
-            return (2, side // downscale, side // downscale, channels)
-
-        return Encoded(self.folder / LATENTS, key, shape, lambda x: encode(self.networks, x, half))
-
-    def _measure_latents(self, batches: Batches, encoded: Encoded) -> None:
-        """Mean and deviation of the autoencoder's latents, for which the flow sees them scaled to 0 and 1."""
-        side = self.config.data.img_size
-        pictures = batches.first(MEASURED_PICTURES, (side, side))
-        records = [encoded.make(row, picture) for row, picture in enumerate(pictures)]
-        mean, logvar = np.stack(records, axis=1).astype(np.float64)
-        self.progress.shift = float(mean.mean())
-        self.progress.scale = float(1 / np.sqrt(mean.var() + np.exp(logvar).mean()))
-        self.progress.measured = True
+            write_samples(
+                self.config, stage.step, self.networks, self._prepared.tokenizers, stage.batches, name
+            )
 
     def _scale_latents(self) -> None:
         self.networks.ae.params = dataclasses.replace(
             self.networks.ae.params, scale_factor=self.progress.scale, shift_factor=self.progress.shift
         )
-
-
-def _whole(folder: Path, write: Callable[[Path], None]) -> None:
-    """A folder that is there only when it is complete."""
-    new = folder.with_name(f".{folder.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    write(new)
-    new.rename(folder)

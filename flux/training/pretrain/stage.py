@@ -6,7 +6,7 @@ import numpy as np
 
 from flux.distributed.gradients import average_gradients, average_metrics
 from flux.distributed.ranks import Ranks
-from flux.training.ema import EMA
+from flux.training.ema import EMA, Trainable
 from flux.training.optimizers import AdamW
 from flux.training.pretrain.batches import Batches
 from flux.training.pretrain.config import Config, Step
@@ -32,7 +32,7 @@ class Stage:
         self.step: Step = config.steps[index]
         self.batches = batches
         self.epochs = self.step.n_epochs or self.step.transition_on.max_epochs
-        self.total = self.step.max_steps or self.epochs * batches.epoch_length
+        self.total = self.step.max_steps or (self.epochs or 0) * batches.epoch_length
         self.rates: dict[str, float] = {}  # the learning rate of each group, as set last
         networks.train_only(self.step.trained)
         self._optimizers = {name: self._optimizer(name) for name in self.step.groups}
@@ -76,7 +76,9 @@ class Stage:
                 before = progress.plateaus.get(group, Plateau())
                 progress.plateaus[group] = scheduler.after_epoch(before, means[scheduler.metric])
         transition = self.step.transition_on
-        return transition.mode == "loss_threshold" and means[transition.metric] <= transition.threshold
+        if transition.metric is None or transition.threshold is None:
+            return False
+        return means[transition.metric] <= transition.threshold
 
 
 def split_by_group(optimizers: dict[str, optim.Optimizer]) -> optim.MultiOptimizer:
@@ -91,12 +93,12 @@ class PartEMA(EMA):
     def __init__(self, model: nn.Module, decay: float):
         super().__init__(_View(model), decay)
 
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: Trainable) -> None:
         super().update(_View(model))
 
 
 class _View:
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Trainable):
         self._model = model
 
     def trainable_parameters(self) -> dict:

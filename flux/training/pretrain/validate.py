@@ -32,7 +32,7 @@ def load(path: Path) -> Config:
     config = read_config(read_file(path), faults)
     if config is not None:
         check(config, faults)
-    if faults.lines:
+    if config is None or faults.lines:
         raise ConfigError(path, faults.lines)
     return config
 
@@ -51,17 +51,20 @@ def check(config: Config, faults: Faults) -> None:
             faults.add(where, "use_lpips needs model.lpips, the files of VGG16 and of the learned weights")
     _datasets(config, faults)
     _sizes(config, faults)
-    if save_interval(config.output.checkpoint_save_interval) is None:
-        text = f"{config.output.checkpoint_save_interval!r} must be a number of steps or like '10 minutes'"
-        faults.add("output.checkpoint_save_interval", text)
+    try:
+        save_interval(config.output.checkpoint_save_interval)
+    except ValueError as error:
+        faults.add("output.checkpoint_save_interval", str(error))
 
 
-def save_interval(value: int | str) -> tuple[float, float] | None:
-    """(steps, seconds), one of them infinite, between two checkpoints; None for what is neither."""
-    if isinstance(value, int):
-        return (value, math.inf) if value > 0 else None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:m|min|minutes?)", value)
-    return (math.inf, 60 * float(match[1])) if match and float(match[1]) > 0 else None
+def save_interval(value: int | str) -> tuple[float, float]:
+    """(steps, seconds), one of them infinite, between two checkpoints. ValueError for what is neither."""
+    if isinstance(value, int) and value > 0:
+        return value, math.inf
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:m|min|minutes?)", str(value))
+    if match and float(match[1]) > 0:
+        return math.inf, 60 * float(match[1])
+    raise ValueError(f"{value!r} must be a number of steps or like '10 minutes'")
 
 
 def _names(config: Config, faults: Faults) -> None:
