@@ -69,6 +69,7 @@ class Prodigy(optim.Optimizer):
         self.state["prodigy"] = {"d": mx.array(d0), "numerator": mx.array(0.0), "updates": mx.array(0.0)}
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
+        """Fills the state of a parameter before its first update."""
         state["m"] = mx.zeros_like(parameter)
         state["v"] = mx.zeros_like(parameter)
         state["s"] = mx.zeros_like(parameter)
@@ -165,42 +166,54 @@ def muon(
 
 @dataclass(frozen=True)
 class AdamW:
+    """Loshchilov & Hutter 2017, arXiv:1711.05101."""
+
     lr: float | None = option(None, above=0)
     betas: tuple[float, float] = option((0.9, 0.999), least=0, below=1)
     eps: float = option(1e-8, above=0)
     weight_decay: float = option(0.01, least=0)
 
     def build(self, rate: float) -> optim.Optimizer:
+        """The optimizer at this learning rate."""
         return optim.AdamW(rate, list(self.betas), self.eps, self.weight_decay, bias_correction=True)
 
 
 @dataclass(frozen=True)
 class Adam:
+    """Kingma & Ba 2014, arXiv:1412.6980."""
+
     lr: float | None = option(None, above=0)
     betas: tuple[float, float] = option((0.9, 0.999), least=0, below=1)
     eps: float = option(1e-8, above=0)
 
     def build(self, rate: float) -> optim.Optimizer:
+        """The optimizer at this learning rate."""
         return optim.Adam(rate, list(self.betas), self.eps, bias_correction=True)
 
 
 @dataclass(frozen=True)
 class SGD:
+    """Stochastic gradient descent, with momentum and weight decay."""
+
     lr: float | None = option(None, above=0)
     momentum: float = option(0.0, least=0, below=1)
     weight_decay: float = option(0.0, least=0)
 
     def build(self, rate: float) -> optim.Optimizer:
+        """The optimizer at this learning rate."""
         return optim.SGD(rate, self.momentum, self.weight_decay)
 
 
 @dataclass(frozen=True)
 class RMSprop:
+    """Tieleman & Hinton 2012."""
+
     lr: float | None = option(None, above=0)
     alpha: float = option(0.99, least=0, most=1)
     eps: float = option(1e-8, above=0)
 
     def build(self, rate: float) -> optim.Optimizer:
+        """The optimizer at this learning rate."""
         return optim.RMSprop(rate, self.alpha, self.eps)
 
 

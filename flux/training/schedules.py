@@ -62,9 +62,12 @@ def warmup_decay(peak: float, steps: int, warmup: int, hold: float = 0.0) -> Sch
 
 @dataclass(frozen=True)
 class Constant:
+    """1 after a linear warm-up."""
+
     warmup_steps: int = option(0, least=0)
 
     def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in this step of `total`, from 0."""
         return _warmup(step, self.warmup_steps)
 
 
@@ -76,6 +79,7 @@ class Cosine:
     min_factor: float = option(0.0, least=0, most=1)
 
     def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in this step of `total`, from 0."""
         if step < self.warmup_steps:
             return _warmup(step, self.warmup_steps)
         share = (step - self.warmup_steps) / max(1, total - 1 - self.warmup_steps)
@@ -90,6 +94,7 @@ class Step:
     gamma: float = option(0.1, above=0, most=1)
 
     def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in this step of `total`, from 0."""
         return self.gamma ** (step // self.step_size)
 
 
@@ -100,6 +105,7 @@ class Exponential:
     gamma: float = option(0.9999, above=0, most=1)
 
     def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in this step of `total`, from 0."""
         return self.gamma**step
 
 
@@ -113,6 +119,7 @@ class ReduceOnPlateau:
     min_factor: float = option(0.0, least=0, most=1)
 
     def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in this step of `total`, from 0."""
         return 1.0  # what it does comes from the metric: see Plateau
 
     def after_epoch(self, plateau: "Plateau", value: float) -> "Plateau":

@@ -26,6 +26,7 @@ class Start:
 
     @property
     def folder(self) -> Path:
+        """The folder of the run."""
         return Path(self.options.output_dir).expanduser()
 
 
@@ -56,6 +57,7 @@ class _Stored:
 
     @classmethod
     def parse(cls, table: dict[str, Any]) -> "_Stored":
+        """KeyError, TypeError or FluxError for a table that is not one of a state."""
         return cls(Options.from_table(table["options"]), table["digest"], table.get("ranks", 1))
 
 

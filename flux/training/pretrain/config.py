@@ -109,6 +109,8 @@ DATASETS = {"local": Local, "webdataset": WebDataset, "huggingface": HuggingFace
 
 @dataclass(frozen=True)
 class Data:
+    """The pictures of the default data set, and how they are shown."""
+
     data_path: str | None = None
     captions_file: str | None = None
     img_size: int = option(256, least=8)
@@ -118,6 +120,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Output:
+    """Where a run writes, how often, and what it draws."""
+
     output_path: str
     log_interval: int = option(10, least=1)  # steps
     checkpoint_save_interval: int | str = 500  # steps, or "10 minutes"
@@ -131,6 +135,8 @@ class Output:
 
 @dataclass(frozen=True)
 class Optimization:
+    """Optimizers and schedulers by group; AdamW and a constant rate where none is given."""
+
     optimizers: dict[str, Any] = field(
         default_factory=dict, metadata=limits(choices=tuple(GROUPS), kinds=CONFIGURED)
     )
@@ -151,6 +157,8 @@ class Transition:
 
 @dataclass(frozen=True)
 class Step:
+    """One step of the pipeline: what it trains, on which losses, for how long."""
+
     name: str
     description: str = ""
     n_epochs: int | None = option(None, least=1)
@@ -212,6 +220,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Training:
+    """What holds for all steps."""
+
     seed: int = option(0, least=0, most=2**31 - 1)
     workers: int = option(2, least=0)  # threads that read pictures
     use_fp16: bool = False  # networks compute in bfloat16; parameters and optimizers stay in float32
@@ -219,6 +229,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Config:
+    """A whole config, read."""
+
     model: Model
     data: Data
     training: Training
@@ -228,6 +240,7 @@ class Config:
     output: Output
 
     def dataset_of(self, step: Step) -> str:
+        """The name of the data set that a step is trained on."""
         return step.dataset or self.default_dataset or next(iter(self.datasets))
 
 
