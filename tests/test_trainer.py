@@ -236,6 +236,17 @@ def test_a_run_that_is_stopped_between_batches_has_the_parameters_of_the_last_wh
     assert_same(straight, stopped)
 
 
+def test_what_has_come_to_its_last_step_is_not_stopped_any_more():
+    trainer, stop = make_trainer("adamw"), Stop(Ranks(), quiet=True)
+    last = Every(lambda trainer: trainer.is_done, lambda _: stop.ask())
+    with stop.training():
+        trainer.run(3, (last, stop))
+        assert trainer.step == 3
+        with pytest.raises(Stopped):  # but what comes after it is
+            trainer.run(5, (stop,))
+    assert trainer.step == 4
+
+
 def test_the_log_has_the_means_since_the_last_line_also_of_an_earlier_session():
     mx.random.seed(1)
     values, lines = [], []
