@@ -54,6 +54,11 @@ class Parser(argparse.ArgumentParser):
         raise FluxError(f"{message} (see {self.prog} --help)")
 
 
+def described(text: str | None) -> argparse.ArgumentParser:
+    """A parser whose help begins with a module's docstring, as it stands there."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def count(text: str) -> int:
     """A whole number from 1 on."""
     if not text.strip().isdecimal() or int(text) < 1:

@@ -127,7 +127,7 @@ def limits(**bounds: Any) -> dict[str, Any]:
 def read(cls: type, table: Any, where: str, faults: Faults, derived: tuple[str, ...] = ()) -> Any:
     """An instance of a data class from its table; None, and lines in `faults`, if that is impossible.
 
-    `derived` fields follow from other parts of the file and are no keys.
+    `derived` fields follow from other parts of the file and are not keys.
     """
     if not isinstance(table, Mapping):
         faults.add(where, f"must be a table of keys, not {table!r}")

@@ -198,5 +198,5 @@ def test_reduced_sizes_and_the_prompt_prefix(tmp_path):
 
 def test_too_few_pictures_for_a_batch(tmp_path):
     steps = {"pipeline": {"steps": [{**VAE, "batch_size": 8}]}}
-    with pytest.raises(FluxError, match='step "vae": 12 pictures are no batch of 8 for each of 2'):
+    with pytest.raises(FluxError, match='step "vae": 12 pictures cannot fill a batch of 8 for each of 2'):
         make(tmp_path, Shard(0, 2), training=steps)

@@ -41,7 +41,7 @@ class EMA:
         )
 
     def copy_to(self, model: nn.Module) -> None:
-        """Puts the average in the place of the model's parameters."""
+        """Replaces the model's parameters by their average."""
         model.update(self.state["average"])
 
 

@@ -46,7 +46,7 @@ class _Checkpointed(nn.Module):
 
     attend = staticmethod(attention_by_heads)
     streams = 1  # how many of a call's inputs come from the block before
-    modulation_learns = False
+    modulation_is_trained = False
 
     def __call__(self, *inputs: mx.array) -> mx.array | tuple[mx.array, ...]:
         plain: Callable = super().__call__  # type: ignore[misc]  # of the block's class
@@ -63,7 +63,7 @@ class _Checkpointed(nn.Module):
                 self.update(own)
             return list(out) if isinstance(out, tuple) else [out]
 
-        wanted = len(inputs) if self.modulation_learns else self.streams
+        wanted = len(inputs) if self.modulation_is_trained else self.streams
         out = _checkpointed(call, len(names), wanted)(*trained.values(), *inputs)
         return tuple(out) if len(out) > 1 else out[0]
 
@@ -103,11 +103,11 @@ _CLASSES: dict[type, type] = {
 }
 
 
-def checkpoint_blocks(flow: Flux, modulation_learns: bool = False) -> None:
+def checkpoint_blocks(flow: Flux, modulation_is_trained: bool = False) -> None:
     """Makes the blocks of this transformer checkpointed ones, in place; gradients stay the same to the bit.
 
-    Call it when what is trained has been settled. modulation_learns: something outside of the transformer is
-    trained that modulation is made of, which is CLIP; gradients are right without saying so, but then take
+    Call it when what is trained has been settled. modulation_is_trained: something outside of the transformer
+    is trained that modulation is made of, which is CLIP; gradients are right without saying so, but then take
     more memory.
 
     Parameters and their names stay too, and so does what is computed without a gradient: pictures may be
@@ -115,10 +115,10 @@ def checkpoint_blocks(flow: Flux, modulation_learns: bool = False) -> None:
     """
     blocks = (*flow.double_blocks, *flow.single_blocks)
     inside = sum(len(named_arrays(_parameters(block))) for block in blocks)
-    modulation_learns = modulation_learns or len(named_arrays(flow.trainable_parameters())) > inside
+    modulation_is_trained = modulation_is_trained or len(named_arrays(flow.trainable_parameters())) > inside
     for block in blocks:
         block.__class__ = _CLASSES.get(type(block), type(block))
-        block.modulation_learns = modulation_learns
+        block.modulation_is_trained = modulation_is_trained
 
 
 def plain_blocks(flow: Flux) -> None:
@@ -126,7 +126,7 @@ def plain_blocks(flow: Flux) -> None:
     plain = {checkpointed: own for own, checkpointed in _CLASSES.items()}
     for block in (*flow.double_blocks, *flow.single_blocks):
         block.__class__ = plain.get(type(block), type(block))
-        block.__dict__.pop("modulation_learns", None)
+        block.__dict__.pop("modulation_is_trained", None)
 
 
 def _parameters(block: nn.Module) -> dict:

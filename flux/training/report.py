@@ -127,8 +127,8 @@ def summary(lines: dict[str, list[Line]]) -> str:
     for step, found in lines.items():
         seconds = float(np.mean(_curve("", found, "global_step", "batch_time").y))
         last = found[-1]
-        place = f"epoch {last.get('epoch')}, global step {last.get('global_step')}"
-        parts.append(f"{step}: to {place}, {seconds:.3f} s a batch\n")
+        position = f"epoch {last.get('epoch')}, global step {last.get('global_step')}"
+        parts.append(f"{step}: to {position}, {seconds:.3f} s a batch\n")
         parts.append(f"  {'metric':<16}{'first':>12}{'last':>12}{'least':>12}{'greatest':>12}\n")
         names = sorted({name for line in found for name in _table(line, "metrics")})
         for curve in _metric_curves(found, names):

@@ -5,7 +5,6 @@ sees into words, then both together, on other pictures. Stopped at any moment it
 in DIR.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from flux.arguments import described
 from flux.captioning.tokenizer import BartTokenizer
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2, VisionParams
@@ -124,9 +124,7 @@ def train(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: states, logs, vocabulary")
     parser.add_argument("--tower-steps", type=int, default=450, help="(default: %(default)s)")
     parser.add_argument("--language-steps", type=int, default=420, help="(default: %(default)s)")

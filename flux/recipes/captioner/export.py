@@ -3,7 +3,6 @@
 python -m flux.recipes.captioner.export --run DIR --output flux/assets/tiny-captioner
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -13,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from flux.arguments import described
 from flux.captioning.tokenizer import BartTokenizer
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2
@@ -91,9 +91,7 @@ def configs(tokenizer: BartTokenizer) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()

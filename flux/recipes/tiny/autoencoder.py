@@ -6,7 +6,6 @@
 Stopped at any moment it goes on from the last state in DIR.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from mlx.utils import tree_map
 from PIL import Image
 
 from flux import images
+from flux.arguments import described
 from flux.distributed.gradients import average_gradients
 from flux.models.autoencoder import AutoEncoder
 from flux.pipeline import FluxPipeline
@@ -143,9 +143,7 @@ def save_grid(model: AutoEncoder, file: Path, count: int = 24) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: state, log, pictures")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=16, help="pictures a step and process")

@@ -7,7 +7,6 @@ DIR holds the latents (`python -m flux.recipes.tiny.latents`). Stopped at any mo
 last state in DIR.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from flux import sampler
+from flux.arguments import described
 from flux.distributed.gradients import average_gradients
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
@@ -153,9 +153,7 @@ def is_edge(name: str, parameter: mx.array) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: latents, state, log")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=48, help="pictures a step and process")

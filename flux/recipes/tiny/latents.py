@@ -6,7 +6,6 @@ Alone, or by several processes that share the pictures out:
     mlx.launch -n 2 --backend ring -- python -m flux.recipes.tiny.latents ...
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from flux import images
+from flux.arguments import described
 from flux.models.autoencoder import AutoEncoder
 from flux.recipes.emoji import (
     PAIR,
@@ -97,9 +97,7 @@ def read(file: Path) -> Latents:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder with the trained autoencoder's state")
     run = parser.parse_args().run
     model = AutoEncoder(recipe.AUTOENCODER)

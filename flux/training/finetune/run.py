@@ -152,7 +152,7 @@ def build(start: Start, prepared: Prepared, encoded: Encoded) -> Built:
     if options.shard_base:
         fully_shard(pipeline.flow, ranks)
     if options.grad_checkpoint or options.shard_base:
-        checkpoint_blocks(pipeline.flow, modulation_learns=options.train_clip)
+        checkpoint_blocks(pipeline.flow, modulation_is_trained=options.train_clip)
     network.train()
     loss = make_loss(options, network, prepared.base)
     several = ranks.size > 1
@@ -201,7 +201,7 @@ def make_loss(options: Options, network: Network, base: Base) -> FlowLoss:
 
 
 def with_own_dropout(loss: FlowLoss) -> Callable[[Network, Tensors, mx.array], tuple[mx.array, Metrics]]:
-    """The loss with the batch's key for dropout, if it has one, in the place of the trainer's.
+    """The loss with the batch's key for dropout, if it has one, instead of the trainer's.
 
     The trainer's key is by the rank's count of batches, and n ranks must drop what one would.
     """

@@ -110,8 +110,8 @@ class Watch:
         self._console.show(f"loss {line['loss']:.4f}, rate {rate}, peak {peak}")
         if not self._console.is_live and step % max(1, length.updates // LINES) == 0:
             speed = f"{1 / max(1e-9, seconds):.2f} updates/s"
-            place = f"iteration {line['iteration']}/{length.iterations}"
-            self._console.say(f"{place} | loss {line['loss']:.4f} | rate {rate} | {speed} | peak {peak}")
+            position = f"iteration {line['iteration']}/{length.iterations}"
+            self._console.say(f"{position} | loss {line['loss']:.4f} | rate {rate} | {speed} | peak {peak}")
 
     # --- what is looked at: the averaged weights, if there is an average ---
 

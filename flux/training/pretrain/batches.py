@@ -68,7 +68,7 @@ class Batches:
         self.epoch_length = len(self._captions) // (self._step.batch_size * shard.size)
         if self.epoch_length == 0:
             raise FluxError(
-                f'step "{self._step.name}": {len(self._captions)} pictures are no batch of '
+                f'step "{self._step.name}": {len(self._captions)} pictures cannot fill a batch of '
                 f"{self._step.batch_size} for each of {shard.size} process(es)"
             )
 

@@ -48,7 +48,7 @@ class LpipsFiles:
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes. Channels that two networks share follow from one of them and are no keys."""
+    """Sizes. Channels that two networks share follow from one of them and are not keys."""
 
     autoencoder: AutoEncoderParams = field(
         default_factory=lambda: AutoEncoderParams(scale_factor=1.0, shift_factor=0.0)

@@ -179,7 +179,7 @@ def _sizes(config: Config, faults: Faults) -> None:
     vae = config.model.autoencoder
     for width in sorted({vae.ch, *(vae.ch * mult for mult in vae.ch_mult)}):
         if width % vae.norm_groups:
-            faults.add("model.autoencoder", f"{width} channels are no {vae.norm_groups} equal groups")
+            faults.add("model.autoencoder", f"{width} channels cannot form {vae.norm_groups} equal groups")
     _judge(config, faults)
     clip = config.model.clip
     if clip.hidden_size % clip.num_attention_heads:
@@ -208,5 +208,5 @@ def _judge(config: Config, faults: Faults) -> None:
             text = f"{params.layers} layers of the discriminator need pictures of {2**params.layers} pixels"
             faults.add(f'step "{step.name}"', text)
     if any(step.gan_training for step in config.steps) and params.channels % params.norm_groups:
-        text = f"{params.channels} channels are no {params.norm_groups} equal groups"
+        text = f"{params.channels} channels cannot form {params.norm_groups} equal groups"
         faults.add("model.discriminator", text)
