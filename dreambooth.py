@@ -23,7 +23,7 @@ PARTS = ("transformer", "ae", "clip", "t5")
 DATA_OPTIONS = (
     *("resolution", "batch_size", "num_repeats", "class_tokens", "enable_bucket", "bucket_no_upscale"),
     *("flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens", "caption_dropout_rate"),
-    *("alpha_mask", "validation_split"),
+    *("alpha_mask", "mask_floor", "validation_split", "caption_column", "uncaptioned"),
 )
 ON = {"action": "store_true"}
 SEVERAL = (
@@ -129,8 +129,8 @@ def build_parser() -> Parser:
 
 def add_data(parser: Parser) -> None:
     add = parser.add_argument_group("what to learn").add_argument
-    add("data", nargs="?", metavar="DATA", help="a folder (train.jsonl, index.json, data.toml, or pictures "
-        "with caption files), one of these files, or a data set of the Hub")  # fmt: skip
+    add("data", nargs="?", metavar="DATA", help="a folder (train.jsonl, metadata.csv, data.toml and others, "
+        "or pictures with caption files), one of these files, or a data set of the Hub")  # fmt: skip
     add("--config", metavar="FILE", help="the same, for a data.toml")
     add("--check-data", **ON, help="report all that is wrong with the data set, without a model, and end")
     add("--resume", metavar="DIR", help="go on with the run in DIR, with its own options")
@@ -140,6 +140,9 @@ def add_data(parser: Parser) -> None:
     add("--batch-size", type=count, metavar="N", help="pictures an iteration (default 1)")
     add("--repeats", dest="num_repeats", type=count, metavar="N", help="of every picture an epoch (1)")
     add("--class-prompt", dest="class_tokens", metavar="TEXT", help="caption of pictures that have none")
+    add("--caption-column", metavar="NAME", help="of a list or table: where the captions are (default: "
+        "prompt, text, caption ...)")  # fmt: skip
+    add("--uncaptioned", **ON, help="pictures without a caption are meant; else they are an error")
     add("--buckets", dest="enable_bucket", **ON, help="keep aspect ratios: pictures of several shapes")
     add("--no-upscale", dest="bucket_no_upscale", **ON, help="with --buckets: only ever shrink pictures")
     add("--flip", dest="flip_aug", **ON, help="mirror pictures, by chance")
@@ -149,6 +152,8 @@ def add_data(parser: Parser) -> None:
     add("--keep-tokens", type=int, metavar="N", help="but leave the first N (0) in their places")
     add("--caption-dropout", dest="caption_dropout_rate", type=finite, metavar="P", help="drop captions (0)")
     add("--alpha-mask", **ON, help="learn only where pictures are opaque")
+    add("--mask-floor", type=finite, metavar="X", help="weight of what a mask covers, 0 (default) to 1; masks: "
+        "alpha, x-masklabel.png beside x.jpg, a folder masks")  # fmt: skip
     add("--validation-split", type=finite, metavar="P", help="hold out this share of the pictures (0)")
 
 

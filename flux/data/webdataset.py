@@ -3,7 +3,6 @@
 The shards are read through once for the places of their members; after that any sample is at hand.
 """
 
-import io
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from flux import images
-from flux.data.pictures import over_white
+from flux.data.pictures import NamedBytes, over_white
 from flux.errors import FluxError
 
 
@@ -41,12 +40,16 @@ class Samples:
     members: list[Member]
     captions: list[str]
 
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """The caption of a picture; none where it is empty."""
+        return (self.captions[index],) if self.captions[index] else ()
+
     def picture(self, index: int) -> np.ndarray:
         member = self.members[index]
-        try:
-            return over_white(*images.load(io.BytesIO(member.read())))
-        except FluxError:
-            raise FluxError(f"{member.shard}: {member.name} is not a picture that Pillow can read") from None
+        return over_white(*images.load(NamedBytes(member.read(), f"{member.shard}: {member.name}")))
 
 
 def open_shards(path: str | Sequence[str], image_key: str, caption_key: str) -> Samples:

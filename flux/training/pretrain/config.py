@@ -73,10 +73,15 @@ DERIVED = {
 
 @dataclass(frozen=True)
 class Local:
-    """Pictures in a folder; captions in a file `name<TAB>caption`, train.jsonl, or a text file a picture."""
+    """Pictures of a folder or a list, read as for fine-tuning; captions_file: such as name<TAB>caption lines.
+
+    uncaptioned: pictures without a caption are meant, as for an autoencoder alone.
+    """
 
     path: str
     captions_file: str | None = None
+    caption_column: str | None = None
+    uncaptioned: bool = False
 
 
 @dataclass(frozen=True)

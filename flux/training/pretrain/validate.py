@@ -5,11 +5,11 @@ import math
 import re
 from pathlib import Path
 
-from flux.data.sources import open_folder
 from flux.data.webdataset import shards
 from flux.errors import FluxError
 from flux.models.clip import ACTIVATIONS
 from flux.tables import Faults, nearest
+from flux.training.pretrain.batches import open_dataset
 from flux.training.pretrain.config import (
     Config,
     ConfigError,
@@ -154,7 +154,7 @@ def _datasets(config: Config, faults: Faults) -> None:
     for name, dataset in config.datasets.items():
         try:
             if isinstance(dataset, Local):
-                open_folder(dataset.path, dataset.captions_file)
+                open_dataset(dataset)
             elif isinstance(dataset, WebDataset):
                 shards([dataset.path] if isinstance(dataset.path, str) else dataset.path)
         except FluxError as error:
