@@ -16,7 +16,7 @@ from flux.models.transformer import Flux
 ALIGNED = 16  # bytes: every array in a message begins at a multiple of it
 
 
-def scatter(network: Flux, ranks: Ranks) -> None:
+def fully_shard(network: Flux, ranks: Ranks) -> None:
     """Leaves each rank an equal part of the frozen linear layers of a transformer's blocks, in place.
 
     For weights that do not fit one machine (FSDP; Rajbhandari et al. 2020, arXiv:1910.02054, stage 3). Each
@@ -36,10 +36,10 @@ def scatter(network: Flux, ranks: Ranks) -> None:
     for block in (*network.double_blocks, *network.single_blocks):
         layers = {name: module for name, module in block.named_modules() if isinstance(module, kinds)}
         for name in list(layers):  # one after the other is let go of
-            block.update_modules(tree_unflatten([(name, Scattered(layers.pop(name), ranks))]))
+            block.update_modules(tree_unflatten([(name, FullySharded(layers.pop(name), ranks))]))
 
 
-class Scattered(nn.Module):
+class FullySharded(nn.Module):
     """A frozen layer of whose weights the ranks have a part each, as bytes; the bias is whole."""
 
     def __init__(self, layer: nn.Module, ranks: Ranks):

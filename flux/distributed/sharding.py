@@ -19,7 +19,7 @@ from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
 
 
-def share(total: int, rank: int, size: int) -> range:
+def shard_range(total: int, rank: int, size: int) -> range:
     """A rank's part of 0, 1, ..., total - 1: neighbours, and for each rank as many as possible the same."""
     whole, extra = divmod(total, size)
     start = rank * whole + min(rank, extra)
@@ -78,10 +78,10 @@ class Shape(NamedTuple):
 
     def pieces(self, rule: Rule, width: int, rank: int, size: int) -> Pieces:
         """What of an axis of this width is a rank's. Heads that do not divide are split unevenly."""
-        heads = share(self.heads, rank, size)
-        groups = share(-(-self.mlp // self.unit), rank, size)
+        heads = shard_range(self.heads, rank, size)
+        groups = shard_range(-(-self.mlp // self.unit), rank, size)
         mlp = (groups.start * self.unit, min(groups.stop * self.unit, self.mlp))
-        anything = share(width, rank, size)
+        anything = shard_range(width, rank, size)
         own = {
             "heads": (heads.start * self.head_dim, heads.stop * self.head_dim),
             "head": (heads.start, heads.stop),
@@ -140,7 +140,10 @@ def shard(network: Flux | T5Encoder, ranks: Ranks) -> None:
             block.last_layers = partial(_last_layers, ranks.group)
         if isinstance(block, SingleStreamBlock):
             qkv, _ = linear_shape(block.linear1)
-            block.qkv_share = (3 * len(share(shape.heads, ranks.rank, ranks.size)) * shape.head_dim, qkv)
+            block.qkv_share = (
+                3 * len(shard_range(shape.heads, ranks.rank, ranks.size)) * shape.head_dim,
+                qkv,
+            )
 
 
 def _split(name: str, layer: nn.Module, rule: Rule, shape: Shape, ranks: Ranks) -> nn.Module:
@@ -159,7 +162,7 @@ def _split(name: str, layer: nn.Module, rule: Rule, shape: Shape, ranks: Ranks) 
         return RowParallel(part, _bias(layer), ranks.group)
     if rule.kind == GATHER:
         return Gathered(
-            part, [len(share(width, rank, ranks.size)) for rank in range(ranks.size)], ranks.group
+            part, [len(shard_range(width, rank, ranks.size)) for rank in range(ranks.size)], ranks.group
         )
     return part
 

@@ -68,13 +68,14 @@ class Flux(nn.Module):
 
     `round_embeddings`: BFL's and diffusers' code scales time and guidance by 1000 in bfloat16, where 3.5
     becomes 3504. The published weights are used to that, so 16-bit weights get the same rounding; float32 is
-    exact.
+    exact. `rounding_dtype`: the type that it is done in; mx.float16 as diffusers does with float16 weights.
     """
 
     def __init__(self, params: FluxParams):
         super().__init__()
         self.params = params
         self.round_embeddings = True
+        self.rounding_dtype = mx.bfloat16
         size, mlp_size = params.hidden_size, int(params.hidden_size * params.mlp_ratio)
         self.img_in = nn.Linear(params.in_channels, size)
         self.time_in = MLPEmbedder(TIME_DIM, size)
@@ -152,8 +153,8 @@ class Flux(nn.Module):
         for block in self.double_blocks:
             block.pop("img_mod", None)
             block.pop("txt_mod", None)
-        for block in self.single_blocks:
-            block.pop("modulation", None)
+        for single_block in self.single_blocks:
+            single_block.pop("modulation", None)
         self.final_layer.pop("adaLN_modulation", None)
 
     # Once a step.
@@ -167,8 +168,8 @@ class Flux(nn.Module):
         for block, (txt_mod, img_mod) in zip(self.double_blocks, modulation.double, strict=True):
             txt, img = block(txt, img, pe, txt_mod, img_mod)
         x = mx.concatenate([txt, img], axis=1)  # (B, Lt+Li, C)
-        for block, mod in zip(self.single_blocks, modulation.single, strict=True):
-            x = block(x, pe, mod)
+        for single_block, mod in zip(self.single_blocks, modulation.single, strict=True):
+            x = single_block(x, pe, mod)
         return self.final_layer(x[:, txt.shape[1] :], modulation.final)
 
     def _silu_vec(self, timesteps: mx.array, y: mx.array, guidance: mx.array | None) -> mx.array:
@@ -185,7 +186,7 @@ class Flux(nn.Module):
     def _embed(self, x: mx.array) -> mx.array:
         """Time or guidance (...) -> sinusoidal embedding (..., 256) in the working type."""
         if self.round_embeddings and self.dtype != mx.float32:
-            x = x.astype(mx.bfloat16)  # in float16 too: the weights know bfloat16's values alone
+            x = x.astype(self.rounding_dtype)  # bfloat16 also for float16 weights: they know its values alone
         return sinusoidal_embedding(x * TIME_FACTOR, TIME_DIM).astype(self.dtype)
 
     def _modulate(self, silu_vec: mx.array) -> Modulation:

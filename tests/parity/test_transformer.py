@@ -1,5 +1,6 @@
 """The transformer against diffusers' FluxTransformer2DModel: same weights, same inputs, small sizes."""
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from flux.models.layers import embedding_frequencies, sinusoidal_embedding
 from flux.models.transformer import Flux, FluxParams
 from flux.weights import keymaps
 
@@ -177,6 +179,37 @@ def test_16_bit_weights_round_time_and_guidance_as_the_reference_in_bfloat16(dty
     assert relative_error(run_ours(flow, inputs), expected) < 0.01  # two bfloat16 programs differ by 0.005
     flow.round_embeddings = False
     assert relative_error(run_ours(flow, inputs), expected) > 0.03
+
+
+def test_float16_weights_can_round_as_the_reference_in_float16():
+    """By default they keep bfloat16's rounding, which is another function of time and guidance."""
+    reference = make_reference(DEV, torch.float16)
+    inputs = rounding_case()
+    expected = run_reference(reference, inputs)
+    flow = make_ours(DEV, reference, mx.float16)
+    assert relative_error(run_ours(flow, inputs), expected) > 0.03
+    flow.rounding_dtype = mx.float16
+    assert relative_error(run_ours(flow, inputs), expected) < 0.002
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.5, 30.0, 60.0])
+def test_float32_at_any_guidance(guidance: float):
+    """The sines of 1000 times the guidance magnify the last bit of their frequencies: 1e-4 at 30."""
+    reference = make_reference(DEV)
+    inputs = make_inputs(DEV, 2, 4, 4, 7)
+    inputs.guidance[:] = guidance
+    ours = run_ours(make_ours(DEV, reference), inputs)
+    assert relative_error(ours, run_reference(reference, inputs)) <= 1e-6
+
+
+def test_frequencies_of_time_and_guidance_are_the_references_to_the_bit():
+    expected = diffusers.models.embeddings.get_timestep_embedding(
+        torch.ones(1), 256, flip_sin_to_cos=True, downscale_freq_shift=0, max_period=10000
+    )
+    frequencies = torch.exp(-math.log(10000) * torch.arange(0, 128, dtype=torch.float32) / 128)
+    ours = embedding_frequencies(256, 10000.0)
+    assert np.array_equal(np.array(ours), frequencies.numpy())
+    np.testing.assert_allclose(np.array(sinusoidal_embedding(mx.ones(1))), expected.numpy(), atol=2e-7)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(mx.bfloat16, 0.01), (mx.float16, 0.001)])

@@ -65,7 +65,7 @@ class Features:
 
         turns = who_gives(lacking)
         contents = ranks.map(give, turns)
-        bar = tqdm(contents, title, total=len(turns), disable=None if ranks.first else True)
+        bar = tqdm(contents, title, total=len(turns), disable=None if ranks.is_rank_zero else True)
         for number, content in zip(turns, bar, strict=True):
             # Where the disk is the same, it is there by now.
             if number is not None and items[number] in missing and store.missing([items[number]]):

@@ -39,7 +39,7 @@ def main() -> int:
         with ranks.waiting(None):
             run = Run(config, arguments.resume)
             result = run.execute()
-            ranks.gather(None)  # until rank 0 has written everything
+            ranks.barrier()  # until rank 0 has written everything
         if run.first:
             print(result)
     except ConfigError as error:
