@@ -93,7 +93,7 @@ FORMAT = "jsonl: train.jsonl in the folder (default); txt: a file beside each pi
 def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Caption what is to be captioned, and print where the captions are. Returns the exit status."""
     # Rank 0 alone looks at the disk: another might look later, when the first captions are written.
-    todo, kept = ranks.on_all_ranks(lambda: plan(args) if ranks.rank == 0 else ([], {}))
+    todo, kept, carried = ranks.on_all_ranks(lambda: plan(args) if ranks.rank == 0 else ([], {}, {}))
     todo = [Picture(Path(path), Path(home), name) for path, home, name in ranks.gather(as_text(todo))[0]]
     if args.dry_run:
         if ranks.rank == 0:
@@ -101,6 +101,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
             report(f"{len(todo)} to caption, {len(kept)} captioned already; nothing written")
         return 0
     skipped: dict[str, str] = {}
+    ranks.on_all_ranks(lambda: records.write(carried, args.format, overwrite=False))
     if todo:
         captioner = ranks.on_all_ranks(lambda: load(args))
         skipped = caption(captioner, todo, args, ranks)
@@ -111,20 +112,28 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     report(f"{done} captioned, {len(kept)} kept, {len(skipped)} skipped")
     for fault in skipped.values():
         report(f"skipped: {fault}")
+    for path in records.goes_before([*kept, *todo], args.format):
+        report(f"{path} is there too, and goes before these captions in training: move it away to use them")
     if not done and not kept:
         raise FluxError("no picture could be captioned")
     return 0
 
 
-def plan(args: argparse.Namespace) -> tuple[list[Picture], dict[Picture, str]]:
-    """What is to be captioned, and the captions that stay; FluxError for what will not work."""
+def plan(args: argparse.Namespace) -> tuple[list[Picture], dict[Picture, str], dict[Picture, str]]:
+    """What is to be captioned, the captions that stay, and those of them that are in another form so far.
+
+    FluxError for what will not work.
+    """
     found = files.find(args.paths, [args.contact_sheet] if args.contact_sheet else [])
     if args.contact_sheet:
         sheet.check(args.contact_sheet, len(found))
     records.check(found, args.format)
     captions = records.read(found, args.format)  # to overwrite too: a damaged list is seen at once
-    kept = {} if args.overwrite else captions
-    return [picture for picture in found if picture not in kept], kept
+    if args.overwrite:
+        return found, {}, {}
+    kept = records.read_elsewhere(found) | captions
+    carried = {picture: text for picture, text in kept.items() if picture not in captions}
+    return [picture for picture in found if picture not in kept], kept, carried
 
 
 def as_text(pictures: Iterable[Picture]) -> list[tuple[str, str, str]]:

@@ -152,8 +152,8 @@ def add_data(parser: Parser) -> None:
     add("--keep-tokens", type=int, metavar="N", help="but leave the first N (0) in their places")
     add("--caption-dropout", dest="caption_dropout_rate", type=finite, metavar="P", help="drop captions (0)")
     add("--alpha-mask", **ON, help="learn only where pictures are opaque")
-    add("--mask-floor", type=finite, metavar="X", help="weight of what a mask covers, 0 (default) to 1; masks: "
-        "alpha, x-masklabel.png beside x.jpg, a folder masks")  # fmt: skip
+    add("--mask-floor", type=finite, metavar="X", help="weight of what a mask covers, 0 (default) to 1; "
+        "masks: alpha, x-masklabel.png beside x.jpg, a folder masks")  # fmt: skip
     add("--validation-split", type=finite, metavar="P", help="hold out this share of the pictures (0)")
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -44,7 +45,7 @@ def unreadable_suffixes() -> frozenset[str]:
     return frozenset(OTHER_SUFFIXES) - readable_suffixes()
 
 
-def load(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
+def load(path: str | Path | BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
     """A file's picture (H, W, 3) and its alpha (H, W) or None, uint8, upright as its EXIF says.
 
     The alpha is kept apart and the colours under it are left as they are: what transparency means is the
@@ -58,7 +59,7 @@ def load(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
         return np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3])
 
 
-def _to_8_bits(image: Image.Image, path: str | Path) -> Image.Image:
+def _to_8_bits(image: Image.Image, path: str | Path | BinaryIO) -> Image.Image:
     """Pillow's `convert` clips greys of more than 8 bits instead of scaling them; the rest it does well."""
     if not image.mode.startswith(("I", "F")):
         return image
@@ -68,14 +69,18 @@ def _to_8_bits(image: Image.Image, path: str | Path) -> Image.Image:
     return scaled
 
 
-def _scale(image: Image.Image, values: np.ndarray, path: str | Path) -> float:
+def _scale(image: Image.Image, values: np.ndarray, path: str | Path | BinaryIO) -> float:
     """What brings a picture's values to 0..255. Only a mode of 16 bits says itself what its white is."""
     if not np.isfinite(values).all():
-        raise FluxError(f"cannot read the picture {path}: it holds values that are not numbers (NaN or infinite)")
+        raise FluxError(
+            f"cannot read the picture {path}: it holds values that are not numbers (NaN or infinite)"
+        )
     low, high = values.min(), values.max()
     if image.mode.startswith("I;16") or image.format == "PNG":
         return 1 / 257
-    ranges = ((1, 255.0), (255, 1.0), (65535, 1 / 257)) if image.mode == "F" else ((255, 1.0), (65535, 1 / 257))
+    ranges = (
+        ((1, 255.0), (255, 1.0), (65535, 1 / 257)) if image.mode == "F" else ((255, 1.0), (65535, 1 / 257))
+    )
     for most, factor in ranges:
         if low >= 0 and high <= most:
             return factor
@@ -85,7 +90,7 @@ def _scale(image: Image.Image, values: np.ndarray, path: str | Path) -> float:
     )
 
 
-def _open(path: str | Path) -> Image.Image:
+def _open(path: str | Path | BinaryIO) -> Image.Image:
     readable_suffixes()  # so that HEIC is known, where its package is there
     try:
         image = Image.open(path)
@@ -97,7 +102,7 @@ def _open(path: str | Path) -> Image.Image:
     return image
 
 
-def _hint(path: str | Path) -> str:
+def _hint(path: str | Path | BinaryIO) -> str:
     suffix = Path(str(path)).suffix.lower()
     if suffix in (".heic", ".heif", ".hif") and suffix in unreadable_suffixes():
         return " (HEIC needs the package pillow-heif: pip install pillow-heif)"

@@ -6,6 +6,7 @@ fields, so nothing is admitted that is then not understood. Every fault is colle
 
 import dataclasses
 import difflib
+import importlib
 import types
 import typing
 from collections.abc import Mapping
@@ -65,6 +66,16 @@ def option(default: Any = MISSING, **bounds: Any) -> Any:
 def limits(**bounds: Any) -> dict[str, Any]:
     """The metadata of a field with bounds, where `option` cannot serve."""
     return {"bounds": Bounds(**bounds)}
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text. ValueError for what is none; FluxError on a Python that has no reader."""
+    for module in ("tomllib", "tomli"):
+        try:
+            return importlib.import_module(module).loads(text)
+        except ModuleNotFoundError:
+            continue
+    raise FluxError("TOML needs Python 3.11 or newer (or `pip install tomli`)")
 
 
 def read(cls: type, table: Any, where: str, faults: Faults, derived: tuple[str, ...] = ()) -> Any:

@@ -128,13 +128,13 @@ def test_tables_edited_by_hand(folder: Path):
     ("format", "content", "words"),
     [
         ("jsonl", b'{"image": "a", "prompt": "b"}\n\n{"image": "a.jpg"', "train.jsonl, line 3: should have"),
-        ("jsonl", b'["image"]', "line 1: should have an image and a prompt"),
+        ("jsonl", b'["image"]', "entry 1: should have an image and a prompt"),
+        ("jsonl", b'{"prompt": "b"}', "line 1: should have"),
         ("jsonl", b'{"image": "a.jpg", "prompt": 3}', "line 1"),
-        ("jsonl", b"\xff\xfe", "train.jsonl: .* not UTF-8"),
-        ("csv", b"file;text\na.jpg;b\n", "captions.csv, line 2: should have"),
+        ("jsonl", b"\xff\xfd", "train.jsonl: .* not UTF-8"),
+        ("csv", b"name;text\na.jpg;b\n", "captions.csv: its first line should name the columns"),
         ("csv", b"image,prompt\na.jpg,b,c\n", "line 2"),
-        ("csv", b"image,prompt\na.jpg\n", "line 2"),
-        ("csv", b'image,prompt\na.jpg,"b\n', "captions.csv, line 1: no CSV"),
+        ("csv", b'image,prompt\na.jpg,"b\n', "captions.csv, line 2: is no CSV"),
     ],
 )
 def test_damaged_lists(folder: Path, format: str, content: bytes, words: str):

@@ -1,8 +1,8 @@
 """Captions on the disk: a train.jsonl, a captions.csv, or a .txt beside each picture.
 
 Each write reads what is there, adds to it, and puts the whole in its place at once: a process that is killed
-leaves the old file or the new one, and what was edited in the meantime, by hand, is kept. Rows are read by the
-rules of flux.data, under any of its keys; new rows have `image` and `prompt`.
+leaves the old file or the new one, and what was edited in the meantime, by hand, is kept. Rows are read by
+the rules of flux.data, under any of its keys; new rows have `image` and `prompt`.
 """
 
 import csv
@@ -51,8 +51,9 @@ def check(pictures: Iterable[Picture], format: str) -> None:
 
 def read(pictures: Iterable[Picture], format: str) -> dict[Picture, str]:
     """The captions that are there already in this form. Raises FluxError for a list that cannot be read."""
-    found = {}
+    found: dict[Picture, str] = {}
     for path, group in _by_place(pictures, format).items():
+        captions: dict[str, str | None]
         if format == "txt":
             captions = dict.fromkeys(_names(group), _text(path))
         else:
@@ -154,12 +155,13 @@ def _rows(path: Path) -> list[Row]:
 
 
 def _is_row(row: Any) -> bool:
+    if not isinstance(row, Mapping) or not isinstance(name := _image(dict(row)), str):
+        return False
     try:
-        return isinstance(row, Mapping) and isinstance(_image(dict(row)), str) and bool(_image(dict(row))) and (
-            lists.captions_of(row) is not None
-        )
+        lists.captions_of(row)
     except FluxError:
         return False
+    return bool(name)
 
 
 # --- Files ---

@@ -81,7 +81,9 @@ class Plan:
         parts = []
         for placed in self.placed + self.held_out:
             options = replace(placed.sample.subset, mask_dir=None)
-            parts.append((placed.digest, placed.mask, placed.bucket, placed.sample.texts, options, self.groups))
+            parts.append(
+                (placed.digest, placed.mask, placed.bucket, placed.sample.texts, options, self.groups)
+            )
         return hashlib.sha256(repr((len(self.placed), parts)).encode()).hexdigest()
 
     def bucket_table(self) -> dict[tuple[int, Size], int]:

@@ -12,8 +12,8 @@ def compose(text: str, options: Subset, epoch: int, rng: np.random.Generator) ->
 
     Prefix and suffix -> dropout -> wildcard -> split, keep, shuffle, drop tags -> join with ", ". All chance
     comes from `rng`. `caption_dropout_every_n_epochs = n` drops the n-th, 2n-th, ... epoch's captions. A text
-    that is neither shuffled nor thinned out is left as it was written, with all its paragraphs; wildcards draw
-    one of its lines.
+    that is neither shuffled nor thinned out is left as it was written, with all its paragraphs; wildcards
+    draw one of its lines.
     """
     if _dropped(options, epoch, rng):
         return ""

@@ -50,10 +50,10 @@ def with_bytes(table: Any, path: str, column: str | None = None) -> tuple[Any, s
 
 
 def read_hugging_face(repo: str, caption_column: str | None = None, split: str = "train") -> Reading:
-    """The rows of a table, as `load_table` finds it; its captions are in `caption_column` or one of CAPTION_KEYS.
+    """The rows of a table, as `load_table` finds it.
 
-    All encoded pictures come into memory. FluxError, with advice, for one that cannot be had or has other
-    columns.
+    Its captions are in `caption_column`, or else in one of CAPTION_KEYS. All encoded pictures come into
+    memory. FluxError, with advice, for one that cannot be had or has other columns.
     """
     table, image = with_bytes(load_table(repo, None, split), repo)
     known = (caption_column,) if caption_column else CAPTION_KEYS

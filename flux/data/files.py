@@ -159,7 +159,9 @@ def _look(path: Path) -> Folder:
             else:
                 found.files[nfc(name)] = entry
         elif pictorial:
-            found.left_out.append(f"{entry} is a link to nothing" if entry.is_symlink() else f"{entry} is no file")
+            found.left_out.append(
+                f"{entry} is a link to nothing" if entry.is_symlink() else f"{entry} is no file"
+            )
     return found
 
 
@@ -188,6 +190,6 @@ def read_text(path: Path) -> str:
 
 def some(names: Iterable[object], shown: int = 5) -> str:
     """The first names, and how many more there are."""
-    names = [str(name) for name in names]
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    texts = [str(name) for name in names]
+    more = f" and {len(texts) - shown} more" if len(texts) > shown else ""
+    return ", ".join(texts[:shown]) + more

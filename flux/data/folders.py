@@ -1,7 +1,7 @@
 """A folder of pictures, read by what is in it: lists, caption files, masks, kohya's names, sub-folders.
 
-One set of rules for fine-tuning, pretraining and captioning. Whatever looks like a caption, a mask or a picture
-and is not used is named, with the reason.
+One set of rules for fine-tuning, pretraining and captioning. Whatever looks like a caption, a mask or a
+picture and is not used is named, with the reason.
 """
 
 import re
@@ -48,7 +48,7 @@ class Rules:
 
 @dataclass
 class Part:
-    """Pictures that are treated alike. options: what the folder's name says, as in the schema of data.toml."""
+    """Pictures that are treated alike. options: what the folder's name says, as in data.toml."""
 
     folder: Path
     rows: list[Row] = field(default_factory=list)
@@ -76,6 +76,11 @@ def read(folder: Path, rules: Rules) -> Reading:
     reader.folder(folder, {})
     reader.leftovers()
     reading = reader.reading
+    if any(not row.captions for row in reading.rows) and (named := _kohya(folder)):
+        repeats, words = named
+        reading.notes.append(
+            f"{folder}: its name stands for {repeats} repeats of {words!r} where the folder above is given"
+        )
     if not reading.rows and not reading.errors:
         more = f" ({'; '.join(reading.notes)})" if reading.notes else ""
         raise FluxError(f"{folder}: no pictures in it{more}")
@@ -111,7 +116,6 @@ class _Reader:
         if path.resolve() in self._seen:
             return
         self._seen.add(path.resolve())
-        options = options | self._named_options(path)
         found = lists.lists_in(look)
         if found:
             self.list(found[0], path, options)
@@ -134,7 +138,7 @@ class _Reader:
                 self.reading.notes.append(f"{path} is not used: the pictures in train beside it are")
             if not held_out:
                 reg = {"is_reg": True} if name == REGULARISATION and "img" in look.folders else {}
-                self.folder(path, options | reg)
+                self.folder(path, options | reg | self._named_options(path))
 
     def list(self, path: Path, folder: Path, options: dict[str, Any]) -> None:
         """Reads a list; rows without a caption have that of a file beside the picture, if there is one."""
@@ -171,7 +175,7 @@ class _Reader:
     def _text(self, path: Path) -> tuple[str, ...]:
         try:
             text = files.read_text(path).strip()
-            found = (text,) if text else ()
+            found: tuple[str, ...] = (text,) if text else ()
             if path.suffix.lower() == ".json":
                 entry = lists.parse(text)
                 found = lists.captions_of(entry, self.rules.caption_column) if isinstance(entry, dict) else ()
@@ -249,8 +253,7 @@ class _Reader:
         suffix = path.suffix.lower()
         of_picture = {(path.parent, stem(path.name)), (path.parent, stem(path.stem))} & stems
         if path.name in lists.LISTS:
-            first = self.reading.lists or ["a folder's files"]
-            return f"not used, as {first[0]} goes first"
+            return f"not used, as {', '.join(map(str, self.reading.lists))} goes first"
         if suffix in lists.SUFFIXES and not of_picture:
             return "not read as a list (name the file in the place of the folder, if it is one)"
         if suffix not in TEXTS:
@@ -275,13 +278,17 @@ class _Reader:
             notes.append(f"masks that are not used: {some(unused)}")
 
     def _named_options(self, path: Path) -> dict[str, Any]:
-        """What kohya's way of naming folders says."""
-        match = KOHYA.fullmatch(nfc(path.resolve().name)) if self.rules.recursive else None
-        if match is None or int(match[1]) < 1:
+        if (named := _kohya(path)) is None or not any(look.pictures for look in self.disk.walk(path)):
             return {}
-        repeats, words = int(match[1]), match[2].strip()
+        repeats, words = named
         self.reading.notes.append(f"{path}: {repeats} repeats, class {words!r}, as its name says")
         return {"num_repeats": repeats, "class_tokens": words}
+
+
+def _kohya(path: Path) -> tuple[int, str] | None:
+    """What kohya's way of naming a folder says: repeats, and the words of the class."""
+    match = KOHYA.fullmatch(nfc(path.name))
+    return (int(match[1]), match[2].strip()) if match and int(match[1]) else None
 
 
 def is_mask(picture: Path, look: Folder) -> bool:

@@ -112,7 +112,7 @@ def read_objects(path: Path) -> list[tuple[str, Any]]:
     if path.suffix.lower() == ".parquet":
         return _parquet(path)
     text = files.read_text(path)
-    if path.suffix.lower() == ".jsonl" and not text.lstrip().startswith("["):
+    if path.suffix.lower() == ".jsonl" and not isinstance(parse(text), list):
         # At \n alone: str.splitlines also cuts at characters that JSON leaves in its texts.
         lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         return [(place, parse(line)) for place, line in lines]
@@ -189,11 +189,12 @@ def _parquet(path: Path) -> list[tuple[str, Any]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise FluxError(f"{path}: is no parquet file that can be read: {str(error).splitlines()[0]}") from None
+        raise FluxError(
+            f"{path}: is no parquet file that can be read: {str(error).splitlines()[0]}"
+        ) from None
     return [(f"row {i}", row) for i, row in enumerate(rows, 1)]
 
 
 def lists_in(folder: files.Folder) -> list[Path]:
     """The lists of a folder, the one that is read first."""
     return [folder.files[name] for name in LISTS if name in folder.files]
-

@@ -13,7 +13,6 @@ from flux import images
 from flux.data import buckets
 from flux.data.buckets import Size
 from flux.data.samples import Dataset, Sample
-from flux.data.schema import Group
 from flux.errors import FluxError
 
 HUE_SHIFT = 8 / 180  # of the circle, either way, as sd-scripts' color_aug
@@ -91,7 +90,9 @@ def look_at_all(dataset: Dataset) -> tuple[list[Look], list[str]]:
 
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(one, dataset.samples + dataset.validation))
-    return [each for each in found if isinstance(each, Look)], [each for each in found if isinstance(each, str)]
+    return [each for each in found if isinstance(each, Look)], [
+        each for each in found if isinstance(each, str)
+    ]
 
 
 def look(sample: Sample, dataset: Dataset) -> Look:
@@ -109,7 +110,9 @@ def look(sample: Sample, dataset: Dataset) -> Look:
         mask_content = _bytes(sample.mask, "mask")
         mask_digest = hashlib.sha256(mask_content).hexdigest()
         if not read_mask(sample.mask, mask_content, (height, width)).any() and not sample.subset.mask_floor:
-            raise FluxError(f"{sample.mask}: the mask is all black: nothing of {sample.name} would be trained")
+            raise FluxError(
+                f"{sample.mask}: the mask is all black: nothing of {sample.name} would be trained"
+            )
     if alpha is not None and not alpha.any():
         raise FluxError(f"{sample.name}: the picture is all transparent: there is nothing to see in it")
     pixels = hashlib.sha256(repr(picture.shape).encode() + picture.tobytes())

@@ -15,6 +15,11 @@ from flux.data.schema import Group, Source, Subset
 from flux.errors import FluxError
 from flux.tables import Faults
 
+KINDS = {
+    "image_dir": "folder image_dir",
+    "metadata_file": "file metadata_file",
+    "mask_dir": "folder mask_dir (conditioning_data_dir)",
+}
 BEFORE_TOML = lists.LISTS[:2]  # a folder's train.jsonl and index.json go before its data.toml
 
 
@@ -99,7 +104,9 @@ def read_source(source: str, rules: Rules, captions_file: str | None = None) -> 
     if path.suffix.lower() in lists.SUFFIXES and path.is_file():
         return folders.read_list(path, rules)
     if path.exists():
-        raise FluxError(f"{source}: a data set is a folder, a data.toml or a list ({', '.join(lists.SUFFIXES)})")
+        raise FluxError(
+            f"{source}: a data set is a folder, a data.toml or a list ({', '.join(lists.SUFFIXES)})"
+        )
     owner, slash, name = source.partition("/")
     if not (slash and owner and name) or "/" in name or path.suffix in (".toml", *lists.SUFFIXES):
         raise FluxError(
@@ -136,6 +143,7 @@ class _Assembly:
     validation: list[Sample] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)  # pictures that have no caption, and are meant to have
 
     def toml(self, path: Path, options: Mapping[str, Any]) -> None:
         """Reads the subsets of a data.toml."""
@@ -147,12 +155,15 @@ class _Assembly:
 
     def _subset(self, toml: Path, source: Source) -> None:
         subset = source.subset
-        named = {"image_dir": source.image_dir, "metadata_file": source.metadata_file, "mask_dir": subset.mask_dir}
+        named = {
+            "image_dir": source.image_dir,
+            "metadata_file": source.metadata_file,
+            "mask_dir": subset.mask_dir,
+        }
         found = {key: find_folder(name, toml) for key, name in named.items() if name is not None}
         if absent := [key for key, path in found.items() if path is None]:
             self.errors += [
-                f"{toml}: no {'file' if key == 'metadata_file' else 'folder'} {key} = {named[key]!r}, "
-                "neither here nor beside the file"
+                f"{toml}: no {KINDS[key]} = {named[key]!r}, neither here nor beside the file"
                 for key in absent
             ]
             return
@@ -203,26 +214,42 @@ class _Assembly:
         self.samples += kept
         self.validation += held_out
         if not kept:
-            self.errors.append(f"{self.name}: validation_split leaves nothing of {own[0].name} ... to train on")
+            self.errors.append(
+                f"{self.name}: validation_split leaves nothing of {own[0].name} ... to train on"
+            )
 
     def _uncaptioned(self, without: list[str], subset: Subset) -> None:
         if not without:
             return
         if subset.may_lack_captions:
             self.warnings.append(f"{len(without)} without a caption, trained with none: {some(without)}")
-            return
-        self.errors.append(
-            f"{len(without)} without a caption: {some(without)}. Give captions (a .txt beside each picture or a "
-            "train.jsonl; caption.py writes them), one for all of them (--class-prompt, a data.toml's "
-            "class_tokens), or say that this is meant (--uncaptioned)"
-        )
+        else:
+            self.without += without
 
     def dataset(self) -> Dataset:
         """What has been read."""
+        if self.without:
+            self.errors.append(
+                f"{len(self.without)} without a caption: {some(self.without)}; give captions (a .txt beside "
+                "each picture or a train.jsonl; caption.py writes them), one for all (--class-prompt, a "
+                "data.toml's class_tokens), or say that this is meant (--uncaptioned)"
+            )
+        split = max((sample.subset.validation_split for sample in self.samples), default=0)
+        if split and not self.validation:
+            count = sum(not sample.subset.is_reg for sample in self.samples)
+            self.warnings.append(
+                f"validation_split {split:g} of {count} pictures holds none out: give a larger one"
+            )
         if self.samples and all(sample.subset.is_reg for sample in self.samples):
             self.errors.append(f"{self.name}: every subset is_reg: there is nothing to learn")
-        parts = (self.groups, self.samples, self.validation, dict.fromkeys(self.warnings), self.errors)
-        return Dataset(self.name, *(tuple(part) for part in parts))
+        return Dataset(
+            self.name,
+            tuple(self.groups),
+            tuple(self.samples),
+            tuple(self.validation),
+            tuple(dict.fromkeys(self.warnings)),
+            tuple(self.errors),
+        )
 
 
 def _first_line(text: str) -> str:

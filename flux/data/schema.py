@@ -99,7 +99,7 @@ def read_toml(path: Path, defaults: Mapping[str, Any], faults: Faults) -> tuple[
     """
     text = files.read_text(path)
     try:
-        document = _toml().loads(text)
+        document = tables.parse_toml(text)
     except ValueError as error:  # FluxError and TOMLDecodeError are ValueErrors
         raise FluxError(f"{path}: {error}") from None
     own = Faults()
@@ -107,20 +107,6 @@ def read_toml(path: Path, defaults: Mapping[str, Any], faults: Faults) -> tuple[
     for line in own.lines:
         faults.add(str(path), line)
     return found
-
-
-def _toml() -> Any:
-    try:
-        import tomllib
-    except ModuleNotFoundError:
-        try:
-            import tomli as tomllib
-        except ModuleNotFoundError:
-            raise FluxError(
-                "data.toml needs Python 3.11 or newer (or `pip install tomli`); "
-                "a folder with train.jsonl works with any"
-            ) from None
-    return tomllib
 
 
 def parse(
@@ -163,7 +149,7 @@ def of_options(options: Mapping[str, Any]) -> tuple[Group, Subset]:
     """The options of a source without a data.toml: those of the command line, and the defaults."""
     check_defaults(options)
     faults = Faults()
-    group, subset = (_build("the options", kind, [options], faults) for kind in (Group, Subset))
+    group, subset = (_build("", kind, [options], faults) for kind in (Group, Subset))
     if faults.lines:
         raise FluxError("; ".join(faults.lines))
     return group, subset
@@ -172,8 +158,8 @@ def of_options(options: Mapping[str, Any]) -> tuple[Group, Subset]:
 def check_defaults(options: Mapping[str, Any]) -> None:
     """FluxError where an option is not of the schema or has a value that cannot be; None is not given."""
     faults = Faults()
-    _unknown("the options", options, GROUP | SUBSET, faults)
-    _values("the options", {key: value for key, value in options.items() if value is not None}, faults)
+    _unknown("", options, GROUP | SUBSET, faults)
+    _values("", {key: value for key, value in options.items() if value is not None}, faults)
     if faults.lines:
         raise FluxError("; ".join(faults.lines))
 
@@ -204,7 +190,7 @@ def _height_width(key: str, value: Any) -> Any:
 
 
 def _values(where: str, options: Mapping[str, Any], faults: Faults) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for kind, known in ((Group, GROUP), (Subset, SUBSET)):
         found |= tables.given(kind, {k: v for k, v in options.items() if k in known}, where, faults)
     return found

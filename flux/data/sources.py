@@ -6,6 +6,7 @@ after it was stopped. Files are read by the same rules as for fine-tuning (folde
 
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,9 @@ from flux.data.files import some
 from flux.data.folders import Rules
 from flux.data.lists import captions_of
 from flux.errors import FluxError
+
+
+THREADS = 8  # that decode
 
 
 class Pictures(Protocol):
@@ -36,6 +40,20 @@ class Pictures(Protocol):
 
     def picture(self, index: int) -> np.ndarray:
         """The picture (H, W, 3), uint8, in its own size."""
+
+
+def unreadable(source: Pictures) -> list[str]:
+    """Decodes all pictures; what is wrong with those that cannot be read."""
+
+    def fault(index: int) -> str | None:
+        try:
+            source.picture(index)
+        except FluxError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [each for each in pool.map(fault, range(len(source))) if each]
 
 
 @dataclass(frozen=True)
@@ -68,10 +86,11 @@ def open_folder(
     caption_column: str | None = None,
     uncaptioned: bool = False,
 ) -> Files:
-    """The pictures of a folder or a list, as `samples.read_source` finds them, and of kohya's folders the class.
+    """The pictures of a folder or a list, as `samples.read_source` finds them.
 
-    captions_file: a list, such as lines of `name<TAB>caption` (relative to the folder, or a path of its own).
-    uncaptioned: pictures without a caption are meant. FluxError names the files, lines and pictures that are
+    Where a folder is named as kohya does, its class is the caption of those that have none. captions_file:
+    a list, such as lines of `name<TAB>caption` (relative to the folder, or a path of its own). uncaptioned:
+    pictures without a caption are meant. FluxError names the files, lines and pictures that are
     wrong, all of them; what is left out is a warning.
     """
     given = None if captions_file is None else str(captions_file)
@@ -127,7 +146,7 @@ class Rows:
         value = self.table[index][self.image_key] or {}
         name = f"{self.path}[{index}]"
         content = value.get("bytes")
-        file = pictures.NamedBytes(content, name) if content else value.get("path") or name
+        file = pictures.NamedBytes(content, name) if content else Path(value.get("path") or name)
         return pictures.over_white(*images.load(file))
 
 

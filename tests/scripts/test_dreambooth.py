@@ -125,6 +125,8 @@ def test_check_data(call, folder):
     status, out, _ = call("--check-data", "pictures", "--resolution", 64)
     assert status == 2
     assert any(line.startswith("error: ") and "d.png" in line for line in out)
+    assert any(line.startswith("error: 4 without a caption") for line in out)
+    status, out, _ = call("--check-data", "pictures", "--resolution", 64, "--uncaptioned")
     assert any(line.startswith("warning: 4 without a caption") for line in out)
     assert not (folder / "mlx_output").exists()
 
@@ -152,8 +154,8 @@ BAD_ARGUMENTS = [
     (["pictures", "--optimizer", "sgd"], "optimizer: .*sgd"),
     (["pictures", "--optimizer", "adam", "--weight-decay", "0.1"], r"weight decay 0\.1"),
     (["pictures", "--quantize", "3"], "quantize '3'"),
-    (["pictures", "--resolution", "100"], "resolution .*100"),
-    (["pictures", "--validation-split", "2"], "validation_split .*2"),
+    (["pictures", "--resolution", "100"], "resolution: 100"),
+    (["pictures", "--validation-split", "2"], "validation_split: 2"),
     (["pictures", "--warmup", "5", "--iterations", "5"], "warm-up of 5"),
     (["pictures", "--model", "tine"], "tine.*tiny"),
     (["pictures", "--adapter", "none.safetensors"], r"none\.safetensors"),
@@ -166,7 +168,8 @@ BAD_ARGUMENTS = [
 @pytest.mark.parametrize(("args", "message"), BAD_ARGUMENTS)
 def test_bad_input_has_one_clear_line(call, folder, args, message):
     model = [] if "--model" in args or "--resume" in args else ["--model", "tiny"]
-    status, out, err = call(*args, *model)
+    captioned = ["--class-prompt", "x"] if "pictures" in args else []
+    status, out, err = call(*args, *model, *captioned)
     assert (status, out) == (2, [])
     assert err[-1].startswith("error: ")
     assert sum(line.startswith("error: ") for line in err) == 1
