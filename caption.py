@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import flux  # before mlx.core, so that OpenBLAS is there first
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
             report(f"{len(todo)} to caption, {len(kept)} captioned already; nothing written")
         return 0
     skipped: dict[str, str] = {}
-    ranks.on_all_ranks(lambda: records.write(carried, args.format, overwrite=False))
+    ranks.rank_zero_only(partial(records.write, carried, args.format, overwrite=False))
     if todo:
         captioner = ranks.on_all_ranks(lambda: load(args))
         skipped = caption(captioner, todo, args, ranks)
@@ -163,21 +164,18 @@ def caption(
         for start in range(0, len(todo), args.batch_size * ranks.size):
             batch = todo[start : start + args.batch_size * ranks.size]
             share = batch[ranks.rank :: ranks.size]
-            own = ranks.on_all_ranks(lambda share=share: caption_batch(captioner, share, task, args.prompt))
-            answers, faults = (merge(dicts) for dicts in zip(*ranks.gather(own), strict=True))
-            skipped |= faults
+            own = ranks.on_all_ranks(partial(caption_batch, captioner, share, task, args.prompt))
+            gathered = ranks.gather(own)
+            answers = merge(found for found, _ in gathered)
+            skipped |= merge(faults for _, faults in gathered)
             captions = {
                 picture: wording(answers[str(picture.path)])
                 for picture in batch
                 if str(picture.path) in answers
             }
-            ranks.rank_zero_only(lambda new=captions: save(new, args))
+            ranks.rank_zero_only(partial(records.write, captions, args.format, args.overwrite))
             bar.update(len(batch))
     return skipped
-
-
-def save(captions: dict[Picture, str], args: argparse.Namespace) -> None:
-    records.write(captions, args.format, args.overwrite)
 
 
 def merge(dicts: Iterable[dict[str, str]]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from flux.arguments import Parser, adapter, count, finite, size
 from flux.data import check, samples
 from flux.distributed.ranks import Ranks, print_error
 from flux.errors import FluxError
+from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.training import losses, optimizers
 from flux.training.finetune import FineTuning, Options, Stopped
 from flux.training.finetune.options import ITERATIONS, QUANTIZE, WARMUP
@@ -25,7 +26,7 @@ DATA_OPTIONS = (
     *("flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens", "caption_dropout_rate"),
     *("alpha_mask", "mask_floor", "validation_split", "caption_column", "uncaptioned"),
 )
-ON = {"action": "store_true"}
+ON: dict[str, Any] = {"action": "store_true"}
 SEVERAL = (
     "With mlx.launch the ranks share out the batches. What counts is ranks x --iterations x --batch-size, "
     "the pictures in all, and ranks x --grad-accumulate x --batch-size, those of an update: where both stay "
@@ -85,9 +86,17 @@ def check_data(given: dict[str, Any]) -> int:
         raise FluxError("--check-data needs a data set; name a folder, a data.toml or a data set of the Hub")
     options = Options(**given)
     spec = registry.find(options.model) or registry.get("dev")
-    report = check.check(samples.load(options.data, options.with_size(spec.image_size)))
+    dataset = samples.load(options.data, options.with_size(spec.image_size))
+    report = check.check(dataset, tokenizers(spec))
     print(check.render(report))
     return 2 if report.errors else 0
+
+
+def tokenizers(spec: registry.ModelSpec) -> dict[str, check.Tokenizer]:
+    """Those of the model; all but the built-in one have those that ship with the package."""
+    folder = registry.TOKENIZERS_FOLDER if spec.repo else registry.TINY_FOLDER
+    t5 = T5Tokenizer.from_folder(folder / "tokenizer_2", spec.t5_length)
+    return {"T5": t5, "CLIP": CLIPTokenizer.from_folder(folder / "tokenizer")}
 
 
 # --- Arguments ---

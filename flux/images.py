@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -168,7 +168,7 @@ def save(path: str | Path, picture: np.ndarray, metadata: dict[str, str] | None 
     path = Path(path)
     check_output(path)
     format = _format(path)
-    options = dict(SAVE_OPTIONS[format])
+    options: dict[str, Any] = dict(SAVE_OPTIONS[format])
     if format == "PNG" and metadata:
         options["pnginfo"] = PngImagePlugin.PngInfo()
         for key, value in metadata.items():

@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -49,7 +49,7 @@ class Cache:
             return None
         try:
             metadata = tensors.read_header(path).metadata
-            found = mx.load(str(path), format="safetensors")
+            found = cast(Tensors, mx.load(str(path), format="safetensors"))
             mx.eval(found)
         except (FluxError, OSError, RuntimeError, ValueError):
             return None

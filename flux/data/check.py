@@ -1,9 +1,9 @@
 """Everything wrong with a data set, without a model: what `dreambooth.py --check-data` prints."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from flux.data import batches, buckets, pictures
 from flux.data.files import some
@@ -15,8 +15,15 @@ ENLARGED = 1.25
 LOST_SHARE = 1 / 3
 LATENT = 8, 16  # pixels of a side to one of the latent, and its channels: of FLUX's autoencoder
 T5_WIDTH, CLIP_WIDTH = 4096, 768  # of FLUX's text encoders
-# A caption -> by how many tokens it is too long, by the tokenizers' names.
-TooLong = Callable[[str], Mapping[str, int]]
+
+
+class Tokenizer(Protocol):
+    """What this file knows of a tokenizer."""
+
+    max_length: int
+
+    def truncated(self, text: str) -> str:
+        """The end of a text that does not fit."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,12 @@ class Report:
         return asdict(self)
 
 
-def check(dataset: Dataset, too_long: TooLong | None = None, text_tokens: int = 512) -> Report:
+def check(dataset: Dataset, tokenizers: Mapping[str, Tokenizer] | None = None) -> Report:
     """Decodes every picture and reports all faults at once; raises for none of them.
 
-    too_long: None where the tokenizers are not at hand. text_tokens: of T5, for the size of the cache.
+    tokenizers: "T5" and "CLIP", to find captions that are too long.
     """
+    tokenizers = tokenizers or {}
     report = Report(dataset.name, errors=list(dataset.errors), warnings=list(dataset.warnings))
     looks, faults = pictures.look_at_all(dataset)
     report.errors += faults
@@ -69,9 +77,9 @@ def check(dataset: Dataset, too_long: TooLong | None = None, text_tokens: int = 
     _check_sizes(looks, dataset, report)
     _check_kinds(looks, report)
     if not report.errors:
+        text_tokens = tokenizers["T5"].max_length if "T5" in tokenizers else 512
         _count(dataset, report, text_tokens)
-    if too_long is not None:
-        _check_lengths(dataset, too_long, report)
+    _check_lengths(dataset, tokenizers, report)
     return report
 
 
@@ -113,14 +121,16 @@ def _check_kinds(looks: list[Look], report: Report) -> None:
         report.warnings.append(f"animated, the first frame is taken: {names(animated)}")
 
 
-def _check_lengths(dataset: Dataset, too_long: TooLong, report: Report) -> None:
-    """Captions that a tokenizer cuts off."""
-    texts = {text: sample.name for sample in dataset.samples for text in sample.texts}
-    cut: dict[str, list[str]] = defaultdict(list)
-    for text, name in texts.items():
-        for tokenizer, excess in too_long(text).items():
-            cut[tokenizer].append(f"{name} (by {excess} tokens)")
-    report.warnings += [f"captions too long for {name}, cut off: {some(each)}" for name, each in cut.items()]
+def _check_lengths(dataset: Dataset, tokenizers: Mapping[str, Tokenizer], report: Report) -> None:
+    """Captions of which a text encoder does not see the end."""
+    texts = [(sample.name, text) for sample in dataset.samples for text in sample.texts]
+    for name, tokenizer in tokenizers.items():
+        cut = [
+            f"{sample} ({tokenizer.truncated(text)!r})" for sample, text in texts if tokenizer.truncated(text)
+        ]
+        if cut:
+            tokens = f"{tokenizer.max_length} tokens of {name}, which does not see their end"
+            report.warnings.append(f"captions longer than the {tokens}: {some(cut)}")
 
 
 def _count(dataset: Dataset, report: Report, text_tokens: int) -> None:
@@ -173,7 +183,7 @@ def render(report: Report) -> str:
         lines.append(f"{row.group:7}  {size:>14}  {row.pictures:8}  {row.samples:7}  {row.batches:7}")
     if report.buckets:
         lines.append(f"{report.steps_per_epoch} steps an epoch")
-        lines.append(f"cache: about {report.cache_bytes / 1e9:.3f} GB on disk (captions of one epoch)")
+        lines.append(f"cache: about {report.cache_bytes / 1e9:.2g} GB on disk (captions of one epoch)")
     lines += [f"caption ({count}): {caption}" for caption, count in sorted(report.captions.items())]
     lines += [f"error: {error}" for error in report.errors]
     lines += [f"warning: {warning}" for warning in report.warnings]

@@ -40,7 +40,7 @@ def stem(name: str) -> str:
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder's visible content: names in NFC -> paths, in order of the names.
+    """A folder's visible content: names in NFC (of two that are then equal one as it is) -> paths, in order.
 
     unreadable: pictures of a format that is not read here. left_out: these and others, and why.
     """
@@ -146,18 +146,19 @@ def _look(path: Path) -> Folder:
     for name in names:
         if name.startswith(".") or name in SYSTEM_FOLDERS:
             continue
+        key = name if nfc(name) in names else nfc(name)
         entry, pictorial = path / name, is_picture(name) or _suffix(name) in images.unreadable_suffixes()
         if entry.is_dir():
             if pictorial:
                 found.left_out.append(f"{entry} is a folder, not a picture")
             else:
-                found.folders[nfc(name)] = entry
+                found.folders[key] = entry
         elif entry.is_file():
             if _suffix(name) in images.unreadable_suffixes():
                 found.unreadable.append(entry)
                 found.left_out.append(f"{entry} has a format that is not read here{_advice(name)}")
             else:
-                found.files[nfc(name)] = entry
+                found.files[key] = entry
         elif pictorial:
             found.left_out.append(
                 f"{entry} is a link to nothing" if entry.is_symlink() else f"{entry} is no file"

@@ -265,17 +265,12 @@ class _Reader:
         return f"not used as captions, as only {', '.join(self.rules.extensions)} are"
 
     def _masks(self, looks: Iterable[Folder]) -> None:
-        rows, notes = self.reading.rows, self.reading.notes
-        if masked := [row for row in rows if row.mask is not None]:
-            notes.append(f"the loss is masked: {len(masked)} pictures have a mask, such as {masked[0].mask}")
-            if without := [row.name for row in rows if row.mask is None]:
-                notes.append(f"without a mask, trained whole: {some(without)}")
         folders = {path for look in looks for name, path in look.folders.items() if name in MASK_FOLDERS}
         folders |= {self.rules.mask_dir} if self.rules.mask_dir else set()
         masks = [path for folder in sorted(folders) for path in self.disk.look(folder).pictures]
         masks += [path for look in looks for path in look.pictures if is_mask(path, look)]
         if unused := [path for path in dict.fromkeys(masks) if path not in self._used]:
-            notes.append(f"masks that are not used: {some(unused)}")
+            self.reading.notes.append(f"masks that are not used: {some(unused)}")
 
     def _named_options(self, path: Path) -> dict[str, Any]:
         if (named := _kohya(path)) is None or not any(look.pictures for look in self.disk.walk(path)):

@@ -167,13 +167,13 @@ class _Assembly:
                 for key in absent
             ]
             return
-        folder, metadata = found.get("image_dir"), found.get("metadata_file")
-        rules = Rules(subset.caption_extension, subset.caption_column, found.get("mask_dir"), recursive=False)
+        paths = {key: path for key, path in found.items() if path is not None}
+        rules = Rules(subset.caption_extension, subset.caption_column, paths.get("mask_dir"), recursive=False)
         try:
-            if metadata is not None:
-                reading = folders.read_list(metadata, rules, folder)
+            if "metadata_file" in paths:
+                reading = folders.read_list(paths["metadata_file"], rules, paths.get("image_dir"))
             else:
-                reading = folders.read(folder, rules)
+                reading = folders.read(paths["image_dir"], rules)
         except FluxError as error:
             self.errors.append(str(error))
             return
@@ -201,6 +201,10 @@ class _Assembly:
         """Adds the parts of a source: the folder's name goes before the options, a caption before both."""
         self.errors += reading.errors
         self.warnings += reading.notes
+        if masks := [row.mask for row in reading.rows if row.mask]:
+            self.warnings.append(f"the loss is masked: {len(masks)} pictures have a mask, such as {masks[0]}")
+            if whole := [row.name for row in reading.rows if not row.mask]:
+                self.warnings.append(f"without a mask, trained whole: {some(whole)}")
         for part in reading.parts:
             self._part(part.rows, group, replace(subset, **part.options))
 

@@ -21,7 +21,6 @@ from flux.data.folders import Rules
 from flux.data.lists import captions_of
 from flux.errors import FluxError
 
-
 THREADS = 8  # that decode
 
 
@@ -113,7 +112,9 @@ def open_folder(
         errors.append(f"no picture {some(absent)}")
     if errors:
         raise FluxError("; ".join(errors))
-    for note in reading.notes:
+    masks = [row.mask for row in rows if row.mask]
+    notes = [f"masks are not used in a training from scratch: {some(masks)}"] if masks else []
+    for note in [*reading.notes, *notes]:
         warnings.warn(f"{folder}: {note}", stacklevel=2)
     return Files([row.picture for row in rows], [row.name for row in rows], captions)
 

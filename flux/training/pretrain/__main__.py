@@ -8,16 +8,18 @@ A run may be killed at any moment; with --resume it goes on to the result that i
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.training.pretrain.config import ConfigError
 from flux.training.pretrain.run import Run
-from flux.training.pretrain.validate import load
+from flux.training.pretrain.validate import describe, load
 
 
 def main() -> int:
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     parser = argparse.ArgumentParser(
         prog="python -m flux.training.pretrain",
         description=__doc__,
@@ -30,10 +32,9 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
     arguments = parser.parse_args()
     try:
-        config = load(arguments.config)
+        config = load(arguments.config, arguments.validate_pipeline)
         if arguments.validate_pipeline:
-            for number, step in enumerate(config.steps, 1):
-                print(f"{number}. {step.name}: trains {', '.join(sorted(step.trained))}")
+            print(*describe(config), sep="\n")
             return 0
         ranks = Ranks()
         with ranks.waiting(None):

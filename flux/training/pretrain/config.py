@@ -309,6 +309,12 @@ def read_config(raw: dict[str, Any], faults: Faults) -> Config | None:
     return None if faults.lines else Config(**parts)
 
 
+def read_datasets(raw: Mapping) -> dict[str, Any]:
+    """The data sets of a file that may have faults elsewhere; none where its tables are wrong."""
+    tables = [raw.get(name) or {} for name in ("datasets", "data")]
+    return _datasets(*tables, Faults()) if all(isinstance(table, Mapping) for table in tables) else {}
+
+
 def _split_training(training: Mapping, faults: Faults) -> tuple[dict, list]:
     """The keys of the whole training, and the tables of its steps with their defaults filled in."""
     of_step = {f.name for f in dataclasses.fields(Step)}
