@@ -124,9 +124,8 @@ CASES = {
         {(512, 512): 3},
     ),
     "a subset's own number of kept tags": Case(
-        "[general]\nshuffle_caption = true\nkeep_tokens = 1\n[[datasets]]\nresolution = 512\nkeep_tokens = 2\n"
-        + IN_TOY
-        + "keep_tokens = 3\n",
+        "[general]\nshuffle_caption = true\nkeep_tokens = 1\n"
+        "[[datasets]]\nresolution = 512\nkeep_tokens = 2\n" + IN_TOY + "keep_tokens = 3\n",
         every(WHOLE),
         WHOLE,
         {(512, 512): 3},
@@ -140,9 +139,12 @@ CASES = {
         {(512, 512): 12},
     ),
     "two concepts": Case(
-        "[general]\nshuffle_caption = false\nkeep_tokens = 2\n[[datasets]]\nresolution = 1024\nbatch_size = 1\n"
-        "[[datasets.subsets]]\nimage_dir = 'bare'\nclass_tokens = 'sks toy'\nnum_repeats = 1\nflip_aug = true\n"
-        "[[datasets.subsets]]\nimage_dir = 'reg'\nclass_tokens = 'tj cat'\nnum_repeats = 2\nflip_aug = true\n",
+        "[general]\nshuffle_caption = false\nkeep_tokens = 2\n"
+        "[[datasets]]\nresolution = 1024\nbatch_size = 1\n"
+        "[[datasets.subsets]]\nimage_dir = 'bare'\nclass_tokens = 'sks toy'\n"
+        "num_repeats = 1\nflip_aug = true\n"
+        "[[datasets.subsets]]\nimage_dir = 'reg'\nclass_tokens = 'tj cat'\n"
+        "num_repeats = 2\nflip_aug = true\n",
         every(CLASS) | {f"reg/{i}.png": 2 for i in range(4)},
         CLASS | {f"reg/{i}.png": {"tj cat"} for i in range(4)},
         {(1024, 1024): 11},
@@ -188,7 +190,8 @@ CASES = {
     "options that change nothing": Case(
         "[general]\nflip_aug = false\ncolor_aug = false\ntoken_warmup_min = 1\ntoken_warmup_step = 0\n"
         "[[datasets]]\nresolution = 512\nnetwork_multiplier = 1.0\n[[datasets.subsets]]\nimage_dir = 'toy'\n"
-        "caption_extension = '.txt'\ncache_info = true\n[datasets.subsets.custom_attributes]\nauthor = 'me'\n",
+        "caption_extension = '.txt'\ncache_info = true\n"
+        "[datasets.subsets.custom_attributes]\nauthor = 'me'\n",
         every(WHOLE),
         WHOLE,
         {(512, 512): 3},
@@ -239,7 +242,7 @@ def test_a_caption_of_several_lines_is_said_to_be_cut(folder):
 
 
 REFUSED = {
-    "secondary_separator = ';;;'": "secondary_separator is an option of sd-scripts that is not supported here",
+    "secondary_separator = ';;;'": "is an option of sd-scripts that is not supported here: separates tags",
     "face_crop_aug_range = [2.0, 4.0]": "crops around faces",
     "token_warmup_step = 0.5": "token_warmup_step is an option of sd-scripts",
     "resize_interpolation = 'cubic'": "how pictures are resized",
