@@ -67,7 +67,7 @@ CASES = {
     ),
     "repeats and an extension without its point": Case(
         "[[datasets]]\nresolution = 512\nbatch_size = 2\n[[datasets.subsets]]\n"
-        "image_dir = 'toy'\ncaption_extension = 'txt'\nnum_repeats = 10\n",
+        "image_dir = 'toy'\ncaption_extension = 'txt'\nnum_repeats = 10\nclass_tokens = 'x'\n",
         every(WHOLE, 10),
         WHOLE,
         {(512, 512): 30},

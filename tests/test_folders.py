@@ -298,6 +298,33 @@ def test_long_captions_and_the_caches_size(tmp_path):
     assert report.cache_bytes == 2 * 2 * 2 * 8 * 8 * 16 + 2 * (3 * 4096 + 768)
 
 
+def test_the_folder_of_a_run_is_no_data(tmp_path):
+    """`dreambooth.py .` a second time: its own progress pictures are not trained."""
+    draw(tmp_path / "a.png")
+    draw(tmp_path / "sub/b.png", 1)
+    draw(tmp_path / "mlx_output/progress/step0.png", 2)
+    write(tmp_path / "mlx_output/events.jsonl", "")
+    dataset = samples.load(tmp_path, {**OPTIONS, "class_tokens": "x"})
+    assert [Path(sample.name).name for sample in dataset.samples] == ["a.png", "b.png"]
+    notes = "\n".join(dataset.warnings)
+    assert f"{tmp_path}/mlx_output is the folder of a training run" in notes
+    assert f"with the pictures of the folders in it: {tmp_path}/sub" in notes
+    assert [picture.name for picture in files.find([tmp_path])] == ["a.png", "sub/b.png"]
+
+
+def test_a_parquet_file_with_the_pictures_in_it(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    draw(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    columns = {"image": [{"bytes": content, "path": "x.png"}], "text": ["inside"]}
+    table = pytest.importorskip("pyarrow").table(columns)
+    parquet.write_table(table, tmp_path / "train-00000-of-00001.parquet")
+    dataset = samples.load(tmp_path / "train-00000-of-00001.parquet", OPTIONS)
+    (placed,) = batches.Plan(dataset, 0).placed
+    assert (placed.size, placed.sample.text) == ((64, 64), "inside")
+    assert placed.sample.name.endswith("parquet, row 1")
+
+
 def test_a_split_that_holds_none_out_is_named(tmp_path):
     draw(tmp_path / "a.png")
     options = {**OPTIONS, "class_tokens": "x", "validation_split": 0.1}

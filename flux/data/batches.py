@@ -59,12 +59,13 @@ class Plan:
     it, with the errors of the data set.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
+    def __init__(self, dataset: Dataset, seed: int, placed: list[Placed] | None = None):
+        """placed: the data set's pictures, if they have been looked at."""
         if seed < 0:
             raise FluxError(f"the seed {seed} should be 0 or more")
         self.seed = seed
         self.groups = dataset.groups
-        placed = pictures.place(dataset)
+        placed = pictures.place(dataset) if placed is None else placed
         self.placed, self.held_out = placed[: len(dataset.samples)], placed[len(dataset.samples) :]
         self.items = epoch_items(self.placed, len(dataset.groups))
         counts = self.bucket_table()

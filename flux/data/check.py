@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from flux.data import batches, buckets, pictures
 from flux.data.files import some
-from flux.data.pictures import Look
+from flux.data.pictures import Look, Placed
 from flux.data.samples import Dataset
 
 # What is worth a word: a picture enlarged more than so many times, a crop that takes more of the area.
@@ -78,7 +78,7 @@ def check(dataset: Dataset, tokenizers: Mapping[str, Tokenizer] | None = None) -
     _check_kinds(looks, report)
     if not report.errors:
         text_tokens = tokenizers["T5"].max_length if "T5" in tokenizers else 512
-        _count(dataset, report, text_tokens)
+        _count(dataset, [look.placed for look in looks], report, text_tokens)
     _check_lengths(dataset, tokenizers, report)
     return report
 
@@ -133,11 +133,11 @@ def _check_lengths(dataset: Dataset, tokenizers: Mapping[str, Tokenizer], report
             report.warnings.append(f"captions longer than the {tokens}: {some(cut)}")
 
 
-def _count(dataset: Dataset, report: Report, text_tokens: int) -> None:
-    plan = batches.Plan(dataset, seed=0)
+def _count(dataset: Dataset, placed: list[Placed], report: Report, text_tokens: int) -> None:
+    plan = batches.Plan(dataset, 0, placed)
     files: dict[tuple, int] = defaultdict(int)
-    for placed in plan.placed:
-        files[placed.sample.group, placed.bucket] += 1
+    for each in plan.placed:
+        files[each.sample.group, each.bucket] += 1
     for (group, (height, width)), samples in plan.bucket_table().items():
         batch_count = -(-samples // dataset.groups[group].batch_size)
         count = files[group, (height, width)]
@@ -148,7 +148,7 @@ def _count(dataset: Dataset, report: Report, text_tokens: int) -> None:
         for entry in batch.entries:
             report.captions[entry.caption] = report.captions.get(entry.caption, 0) + 1
     used = {item.placed for item in plan.items}
-    if unused := [placed.sample.name for placed in plan.placed if placed not in used]:
+    if unused := [each.sample.name for each in plan.placed if each not in used]:
         report.warnings.append(f"regularisation pictures beyond the training's count, unused: {some(unused)}")
     report.cache_bytes = cache_bytes(plan, epochs=1, text_tokens=text_tokens)
 

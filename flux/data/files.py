@@ -14,6 +14,7 @@ from pathlib import Path
 from flux import images
 from flux.errors import FluxError
 
+RUN_MARKS = ("events.jsonl", "states", "checkpoints")  # in the folder of a training run
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "__pycache__")
 DRIVE = re.compile(r"[A-Za-z]:/")  # of a Windows path, once its slashes are turned
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -140,7 +141,7 @@ class Disk:
 def _look(path: Path) -> Folder:
     found = Folder(path)
     try:
-        names = sorted(os.listdir(path))
+        names = dict.fromkeys(sorted(os.listdir(path)))
     except OSError as error:
         raise FluxError(f"{path}: the folder cannot be read: {error.strerror}") from None
     for name in names:
@@ -151,6 +152,8 @@ def _look(path: Path) -> Folder:
         if entry.is_dir():
             if pictorial:
                 found.left_out.append(f"{entry} is a folder, not a picture")
+            elif any((entry / mark).exists() for mark in RUN_MARKS):
+                found.left_out.append(f"{entry} is the folder of a training run")
             else:
                 found.folders[key] = entry
         elif entry.is_file():

@@ -76,6 +76,9 @@ def read(folder: Path, rules: Rules) -> Reading:
     reader.folder(folder, {})
     reader.leftovers()
     reading = reader.reading
+    below = [part.folder for part in reading.parts if part.folder != folder and not part.options]
+    if below:
+        reading.notes.append(f"with the pictures of the folders in it: {some(below)}")
     if any(not row.captions for row in reading.rows) and (named := _kohya(folder)):
         repeats, words = named
         reading.notes.append(

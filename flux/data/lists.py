@@ -47,7 +47,7 @@ def read(path: Path, folder: Path, disk: Disk, column: str | None, errors: list[
     rows, faults = [], []
     for place, entry in objects:
         try:
-            rows.append(_row(entry, folder, disk, column))
+            rows.append(_row(f"{path}, {place}", entry, folder, disk, column))
         except ValueError as error:  # a FluxError is one
             faults.append((place, str(error)))
     for reason in dict.fromkeys(reason for _, reason in faults):
@@ -58,14 +58,14 @@ def read(path: Path, folder: Path, disk: Disk, column: str | None, errors: list[
     return rows
 
 
-def _row(entry: Any, folder: Path, disk: Disk, column: str | None) -> Row:
+def _row(place: str, entry: Any, folder: Path, disk: Disk, column: str | None) -> Row:
     if not isinstance(entry, Mapping):
         raise FluxError("should be one object, with a picture's file and its caption")
     image = next((entry[key] for key in IMAGE_KEYS if entry.get(key)), None)
     captions = captions_of(entry, column)
     if isinstance(image, Mapping):  # a parquet file with the pictures in it
         if image.get("bytes"):
-            return Row(str(image.get("path") or "a picture"), image["bytes"], captions)
+            return Row(place, image["bytes"], captions)
         image = image.get("path")
     if not isinstance(image, str):
         raise FluxError(f"names no picture: should have one of {', '.join(IMAGE_KEYS)}, a text")

@@ -115,8 +115,9 @@ def look(sample: Sample, dataset: Dataset) -> Look:
             )
     if alpha is not None and not alpha.any():
         raise FluxError(f"{sample.name}: the picture is all transparent: there is nothing to see in it")
-    pixels = hashlib.sha256(repr(picture.shape).encode() + picture.tobytes())
-    pixels.update(b"" if alpha is None else alpha.tobytes())
+    pixels = hashlib.sha256(repr(picture.shape).encode())
+    pixels.update(picture)
+    pixels.update(b"" if alpha is None else alpha)
     has_alpha = alpha is not None and bool(np.any(alpha < 255))
     placed = Placed(sample, (height, width), bucket, digest, mask_digest)
     return Look(placed, pixels.hexdigest(), has_alpha, is_animated(content))
