@@ -177,7 +177,7 @@ def test_other_forms(call, photos):
 
 
 def test_captions_in_another_form_stay(call, photos):
-    """What a person wrote for another program is kept, in the form that is asked for, and goes on to train."""
+    """What a person wrote for another program is kept, in the form that is asked for."""
     rows = [{"file_name": "0.png", "text": "by hand"}, {"file_name": "sub/2.webp", "text": "by hand, too"}]
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     status, out, err = call("photos", "--dry-run")

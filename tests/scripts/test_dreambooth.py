@@ -138,9 +138,9 @@ def test_captions_of_any_column_masks_and_pictures_without_captions(call, folder
     rows = [{"file_name": f"{name}.png", "style": f"style {name}"} for name in "abc"]
     (folder / "pictures/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "pictures/masks").mkdir()
-    mask = np.zeros((64, 64), np.uint8)
-    mask[:32] = 255
-    for name in "abc":
+    for name, height in {"a": 64, "b": 70, "c": 64}.items():
+        mask = np.zeros((height, 64), np.uint8)
+        mask[:32] = 255
         Image.fromarray(mask).save(folder / f"pictures/masks/{name}.png")
     status, out, _ = call("--check-data", "pictures", "--resolution", 64)
     assert status == 2
