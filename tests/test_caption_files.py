@@ -196,6 +196,15 @@ def test_rows_under_other_keys_are_read_and_kept(folder: Path):
     assert records.read(found.values(), "jsonl") == new
 
 
+def test_an_empty_caption_file_is_filled(folder: Path):
+    found = files.find([folder])
+    (folder / "a.txt").write_text(" \n")
+    assert records.read(found, "txt") == {}
+    records.write({found[0]: "new"}, "txt", overwrite=False)
+    records.write({found[0]: "newer"}, "txt", overwrite=False)
+    assert (folder / "a.txt").read_text() == "new\n"
+
+
 def test_captions_in_another_form_are_found_and_named(folder: Path):
     (folder / "metadata.jsonl").write_text('{"file_name": "a.jpg", "text": "by hand"}\n')
     found = files.find([folder])

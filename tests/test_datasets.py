@@ -355,6 +355,8 @@ is_reg = true
     assert not set(dataset.validation) & set(dataset.samples)
     assert samples.load(toml, {}).validation == dataset.validation
     assert samples.load(toml, {"validation_seed": 1}).validation != dataset.validation
+    rounded = samples.load(write_toml(tmp_path, text.replace("0.3", "0.28")), {})
+    assert len(rounded.validation) == 3
     assert "leaves nothing" in samples.load(write_toml(tmp_path, text.replace("0.3", "1.0")), {}).errors[0]
     of_subset = text.replace("validation_split = 0.3\n", "").replace('"a"', '"a"\nvalidation_split = 0.3')
     assert len(samples.load(write_toml(tmp_path, of_subset), {}).validation) == 3

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from flux import images
+from flux.data.files import some
 from flux.data.pictures import NamedBytes, over_white
 from flux.errors import FluxError
 
@@ -61,13 +62,19 @@ def open_shards(path: str | Sequence[str], image_key: str, caption_key: str) -> 
     suffixes = set(image_key.split(";"))
     members: list[Member] = []
     captions: list[str] = []
+    faults: list[str] = []
     for shard in shards([path] if isinstance(path, str) else path):
         for key, sample in _samples(shard):
             picture = next((member for suffix, member in sample.items() if suffix in suffixes), None)
             if picture is None:
                 continue
             members.append(picture)
-            captions.append(_caption(shard, key, sample, caption_key))
+            try:
+                captions.append(_caption(shard, key, sample, caption_key))
+            except FluxError as error:
+                faults.append(str(error))
+    if faults:
+        raise FluxError(some(faults))
     if not members:
         raise FluxError(f"{path}: no samples with a picture ({image_key})")
     return Samples(members, captions)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flux.data.datasets import is_saved_table
 from flux.data.sources import unreadable
 from flux.data.webdataset import shards
 from flux.errors import FluxError
@@ -186,13 +187,16 @@ def _datasets(config: Config, faults: Faults) -> None:
 
 
 def _sources(datasets: Mapping[str, Any], faults: Faults, decode: bool) -> dict[str, int]:
-    """What is wrong with the data sets' files, whatever else is; how many pictures each has, if `decode`."""
+    """What is wrong with the data sets' files, whatever else is; how many pictures each has, if `decode`.
+
+    Data sets of the Hub are not downloaded for this.
+    """
     counts = {}
     for name, dataset in datasets.items():
         try:
             if isinstance(dataset, WebDataset) and not decode:
                 shards([dataset.path] if isinstance(dataset.path, str) else dataset.path)
-            elif not isinstance(dataset, HuggingFace):  # that may have to be downloaded
+            elif not isinstance(dataset, HuggingFace) or is_saved_table(Path(dataset.path).expanduser()):
                 source = open_dataset(dataset)
                 counts[name] = len(source)
                 for fault in unreadable(source) if decode else ():
