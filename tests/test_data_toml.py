@@ -252,6 +252,7 @@ REFUSED = {
     "colour = 'red'": "unknown key 'colour'",
     "batch_size = 2": "batch_size belongs into [[datasets]] or [general]",
     "num_repeats = 0": "subset 1.num_repeats: 0 must be at least 1",
+    "num_repeats = 1000000000": "subset 1.num_repeats: 1000000000 must be at most 100000",
     "flip_aug = 'yes'": "subset 1.flip_aug: must be true or false, not 'yes'",
     "mask_dir = 'nowhere'": "no folder mask_dir (conditioning_data_dir) = 'nowhere'",
     "metadata_file = 'nowhere.json'": "no file metadata_file = 'nowhere.json'",

@@ -58,7 +58,7 @@ def test_a_list_goes_before_the_folders_pictures(tmp_path):
         ("index.json", '{"data": [{"image": "a.png", "text": "x"}, 5]}', "entry 2"),
         ("index.json", "{", '"data"'),
         ("metadata.csv", "name;text\na.png;x\n", "should name the columns"),
-        ("metadata.csv", "file_name,text\na.png,x,y\n", "line 2: should be one object"),
+        ("metadata.csv", "file_name,text\na.png,x,y\n", "line 2: has more values than"),
         ("metadata.csv", 'file_name,text\na.png,"x\n', "is no CSV"),
         ("metadata.jsonl", '{"file_name": "a.png", "prompt_text": "x"}', "it has file_name, prompt_text"),
         ("metadata.parquet", "no parquet", "is no parquet file"),

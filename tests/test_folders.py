@@ -126,6 +126,28 @@ def test_what_lies_beside_a_list(tmp_path):
     assert f"other captions of the same pictures go first: {tmp_path}/a.txt" in notes
 
 
+def test_however_a_path_is_written(tmp_path, monkeypatch):
+    """Relative, with dots, through a link: what is used is not named as unused."""
+    draw(tmp_path / "set/a.png")
+    write(tmp_path / "set/a.txt", "x")
+    draw(tmp_path / "set/sub/b.png", 1)
+    write(tmp_path / "set/sub/b.txt", "y")
+    os.symlink(tmp_path / "set", tmp_path / "link")
+    monkeypatch.chdir(tmp_path)
+    for source in ("set", "./set/", "set/sub/..", "link", str(tmp_path / "set")):
+        dataset = samples.load(source, OPTIONS)
+        assert [sample.text for sample in dataset.samples] == ["x", "y"]
+        assert not [note for note in dataset.warnings if "not used" in note], source
+    lines(
+        tmp_path / "set/list.jsonl",
+        {"image": "./sub/../a.png", "prompt": "z"},
+        {"image": "sub//b.png", "prompt": "w"},
+    )
+    (note,) = samples.load("set/list.jsonl", OPTIONS).warnings
+    assert note.startswith("not used, as other captions of the same pictures go first")
+    assert all(name in note for name in ("a.txt", "b.txt"))
+
+
 def test_a_folder_of_a_data_toml_is_read_without_those_in_it(tmp_path):
     """As sd-scripts does; and its names are no repeats."""
     draw(tmp_path / "10_dog/a.png")

@@ -79,6 +79,7 @@ class Disk:
 
     def __init__(self) -> None:
         self._looks: dict[Path, Folder] = {}
+        self._folders: dict[Path, Path] = {}
 
     def look(self, path: Path) -> Folder:
         """What is in a folder; hidden files (also macOS's `._x.jpg`) are passed over.
@@ -88,6 +89,12 @@ class Disk:
         if path not in self._looks:
             self._looks[path] = _look(path)
         return self._looks[path]
+
+    def where(self, path: Path) -> tuple[Path, str]:
+        """A file's folder, without links and dots, and its name: equal for all ways to write its path."""
+        if path.parent not in self._folders:
+            self._folders[path.parent] = path.parent.resolve()
+        return self._folders[path.parent], path.name
 
     def walk(self, path: Path) -> Iterator[Folder]:
         """The folder and those in it, in order of their names; a folder that a link leads back to once."""
@@ -109,7 +116,7 @@ class Disk:
         name = name.removeprefix("file://")
         if ADDRESS.match(name):
             raise FluxError(f"{name} is an address: download the picture, and name its file")
-        if (folder / name).exists():
+        if os.path.exists(folder / name):  # not Path.exists, which raises for names that cannot be
             return folder / name
         turned = name.replace("\\", "/")
         if DRIVE.match(turned) or turned.startswith("/"):
@@ -125,8 +132,8 @@ class Disk:
         for i, part in enumerate(parts):
             last, wanted = i == len(parts) - 1, nfc(part)
             following: Path | None = start / part
-            if part not in ("", ".", "..") and not (start / part).exists():
-                if not start.is_dir():
+            if part not in ("", ".", "..") and not os.path.exists(start / part):
+                if not os.path.isdir(start):
                     return None
                 look = self.look(start)
                 following = (look.files if last else look.folders).get(wanted)

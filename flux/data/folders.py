@@ -4,6 +4,7 @@ One set of rules for fine-tuning, pretraining and captioning. Whatever looks lik
 picture and is not used is named, with the reason.
 """
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -73,7 +74,7 @@ class Reading:
 def read(folder: Path, rules: Rules) -> Reading:
     """The pictures of a folder. FluxError where there are none."""
     reader = _Reader(rules)
-    reader.folder(folder, {})
+    reader.from_folder(folder, {})
     reader.leftovers()
     reading = reader.reading
     below = [part.folder for part in reading.parts if part.folder != folder and not part.options]
@@ -93,7 +94,7 @@ def read(folder: Path, rules: Rules) -> Reading:
 def read_list(path: Path, rules: Rules, folder: Path | None = None) -> Reading:
     """The pictures of a list, which lie in `folder` or beside it."""
     reader = _Reader(rules)
-    reader.list(path, folder or path.parent, {})
+    reader.from_list(path, folder or path.parent, {})
     reader.leftovers()
     return reader.reading
 
@@ -105,23 +106,23 @@ class _Reader:
         self.rules = rules
         self.disk = Disk()
         self.reading = Reading()
-        self._used: set[Path] = set()  # files
-        self._seen: set[Path] = set()
+        self._used: set[tuple[Path, str]] = set()  # files, as of Disk.where
+        self._seen: dict[Path, Path] = {}  # folders: without links and dots -> as they were named
         self._unreadable: list[str] = []  # caption files, and why
         self._empty: list[Path] = []  # caption files
         self._shared: dict[Path, list[Path]] = defaultdict(list)  # caption file -> pictures
 
     # --- folders ---
 
-    def folder(self, path: Path, options: dict[str, Any]) -> None:
+    def from_folder(self, path: Path, options: dict[str, Any]) -> None:
         """Reads a folder by its list, or by its files and sub-folders."""
         look = self.disk.look(path)
         if path.resolve() in self._seen:
             return
-        self._seen.add(path.resolve())
+        self._seen[path.resolve()] = path
         found = lists.lists_in(look)
         if found:
-            self.list(found[0], path, options)
+            self.from_list(found[0], path, options)
             return
         if pictures := [each for each in look.pictures if not is_mask(each, look)]:
             rows = [Row(str(each), each) for each in pictures]
@@ -141,13 +142,13 @@ class _Reader:
                 self.reading.notes.append(f"{path} is not used: the pictures in train beside it are")
             if not held_out:
                 reg = {"is_reg": True} if name == REGULARISATION and "img" in look.folders else {}
-                self.folder(path, options | reg | self._named_options(path))
+                self.from_folder(path, options | reg | self._named_options(path))
 
-    def list(self, path: Path, folder: Path, options: dict[str, Any]) -> None:
+    def from_list(self, path: Path, folder: Path, options: dict[str, Any]) -> None:
         """Reads a list; rows without a caption have that of a file beside the picture, if there is one."""
         rows = lists.read(path, folder, self.disk, self.rules.caption_column, self.reading.errors)
         self.reading.lists.append(path)
-        self._used.add(path)
+        self._used.add(self.disk.where(path))
         self._add(Part(folder, rows, options))
         self._unlisted(path, folder)
 
@@ -157,9 +158,9 @@ class _Reader:
 
     def _complete(self, row: Row) -> Row:
         """With what lies beside the picture: its mask, and its caption if it has none."""
-        if not isinstance(row.picture, Path) or not row.picture.parent.is_dir():
+        if not isinstance(row.picture, Path) or not os.path.isdir(row.picture.parent):
             return row
-        self._used.add(row.picture)
+        self._used.add(self.disk.where(row.picture))
         look = self.disk.look(row.picture.parent)
         captions = row.captions or self._caption(row.picture, look)
         return replace(row, captions=captions, mask=self._mask(row.picture, look))
@@ -169,7 +170,7 @@ class _Reader:
     def _caption(self, picture: Path, look: Folder) -> tuple[str, ...]:
         for extension in self.rules.extensions:
             for path in _beside(picture, look, extension):
-                self._used.add(path)
+                self._used.add(self.disk.where(path))
                 self._shared[path].append(picture)
                 if found := self._text(path):
                     return found
@@ -198,7 +199,7 @@ class _Reader:
         else:
             found = self._mask_beside(name, look)
         if found is not None:
-            self._used.add(found)
+            self._used.add(self.disk.where(found))
         return found
 
     def _mask_beside(self, name: str, look: Folder) -> Path | None:
@@ -216,9 +217,11 @@ class _Reader:
         """Pictures beside a list that it does not name."""
         looks = [look for look in self.disk.walk(folder) if look.path.name.lower() not in MASK_FOLDERS]
         pictures = [path for look in looks for path in look.pictures if not is_mask(path, look)]
-        known = {path.resolve() for path in self._used}
-        if unlisted := [path for path in pictures if path.resolve() not in known]:
+        if unlisted := self._unused(pictures):
             self.reading.notes.append(f"not in {used}, and not used: {some(unlisted)}")
+
+    def _unused(self, found: Iterable[Path]) -> list[Path]:
+        return [path for path in found if self.disk.where(path) not in self._used]
 
     def _not_entered(self, look: Folder) -> None:
         filled = [path for name, path in look.folders.items() if self.disk.look(path).pictures]
@@ -229,8 +232,10 @@ class _Reader:
     def leftovers(self) -> None:
         """Notes on all that was seen and not used, and errors of caption files."""
         reading = self.reading
-        of_rows = {row.picture.parent for row in reading.rows if isinstance(row.picture, Path)}
-        looks = [self.disk.look(path) for path in sorted(self._seen | of_rows) if path.is_dir()]
+        for row in reading.rows:
+            if isinstance(row.picture, Path) and os.path.isdir(row.picture.parent):
+                self._seen.setdefault(self.disk.where(row.picture)[0], row.picture.parent)
+        looks = [self.disk.look(path) for path in self._seen.values()]
         reading.errors += self._unreadable
         reading.notes += [note for look in looks for note in look.left_out]
         if self._empty:
@@ -245,16 +250,17 @@ class _Reader:
         """Files that look like captions or lists and are not used, by the reason."""
         reasons: dict[str, list[Path]] = defaultdict(list)
         pictures = [row.picture for row in self.reading.rows if isinstance(row.picture, Path)]
-        stems = {(path.parent, stem(path.name)) for path in pictures}
-        for path in found:
-            if path not in self._used and (reason := self._why_not(path, stems)):
+        stems = {(self.disk.where(path)[0], stem(path.name)) for path in pictures}
+        for path in self._unused(found):
+            if reason := self._why_not(path, stems):
                 reasons[reason].append(path)
         self.reading.notes += [f"{reason}: {some(paths)}" for reason, paths in reasons.items()]
 
     def _why_not(self, path: Path, stems: set[tuple[Path, str]]) -> str | None:
         """Why a file is not used; None for one that is no caption and no list."""
         suffix = path.suffix.lower()
-        of_picture = {(path.parent, stem(path.name)), (path.parent, stem(path.stem))} & stems
+        folder = self.disk.where(path)[0]
+        of_picture = {(folder, stem(path.name)), (folder, stem(path.stem))} & stems
         if path.name in lists.LISTS:
             return f"not used, as {', '.join(map(str, self.reading.lists))} goes first"
         if suffix in lists.SUFFIXES and not of_picture:
@@ -272,7 +278,7 @@ class _Reader:
         folders |= {self.rules.mask_dir} if self.rules.mask_dir else set()
         masks = [path for folder in sorted(folders) for path in self.disk.look(folder).pictures]
         masks += [path for look in looks for path in look.pictures if is_mask(path, look)]
-        if unused := [path for path in dict.fromkeys(masks) if path not in self._used]:
+        if unused := self._unused(dict.fromkeys(masks)):
             self.reading.notes.append(f"masks that are not used: {some(unused)}")
 
     def _named_options(self, path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ LISTS = (
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 IMAGE_KEYS = ("image", "file_name", "image_path", "filename", "file", "path", "img")
 CAPTION_KEYS = ("prompt", "text", "caption", "captions", "prompts", "description", "tags")
+TOO_MANY = object()  # a line of a CSV with more values than columns
 DELIMITERS = (",", "\t", ";")
 
 
@@ -59,6 +60,8 @@ def read(path: Path, folder: Path, disk: Disk, column: str | None, errors: list[
 
 
 def _row(place: str, entry: Any, folder: Path, disk: Disk, column: str | None) -> Row:
+    if entry is TOO_MANY:
+        raise FluxError("has more values than there are columns: put quotes around a text with commas")
     if not isinstance(entry, Mapping):
         raise FluxError("should be one object, with a picture's file and its caption")
     image = next((entry[key] for key in IMAGE_KEYS if entry.get(key)), None)
@@ -168,10 +171,10 @@ def _separated(path: Path, text: str) -> list[tuple[str, Any]]:
         return []
     pair = files.is_picture(rows[0][1][0])
     header = ["image", "caption"] if pair else [cell.strip() for cell in rows.pop(0)[1]]
-    found = [
-        (f"line {number}", dict(zip(header, row, strict=False)) if len(row) <= len(header) else None)
-        for number, row in rows
-    ]
+    found: list[tuple[str, Any]] = []
+    for number, row in rows:
+        too_many = len(row) > len(header)
+        found.append((f"line {number}", TOO_MANY if too_many else dict(zip(header, row, strict=False))))
     if not set(header) & set(IMAGE_KEYS):
         raise FluxError(
             f"{path}: its first line should name the columns, such as image,prompt; it is {first.strip()!r}"

@@ -62,8 +62,8 @@ def read(sample: Sample) -> bytes:
 def _bytes(path: Path, kind: str) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise FluxError(f"cannot read the {kind} {path}: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # the latter: a name that cannot be
+        raise FluxError(f"cannot read the {kind} {path}: {getattr(error, 'strerror', error)}") from None
 
 
 def place(dataset: Dataset) -> list[Placed]:
@@ -116,8 +116,8 @@ def look(sample: Sample, dataset: Dataset) -> Look:
     if alpha is not None and not alpha.any():
         raise FluxError(f"{sample.name}: the picture is all transparent: there is nothing to see in it")
     pixels = hashlib.sha256(repr(picture.shape).encode())
-    pixels.update(picture)
-    pixels.update(b"" if alpha is None else alpha)
+    pixels.update(np.ascontiguousarray(picture).data)
+    pixels.update(b"" if alpha is None else np.ascontiguousarray(alpha).data)
     has_alpha = alpha is not None and bool(np.any(alpha < 255))
     placed = Placed(sample, (height, width), bucket, digest, mask_digest)
     return Look(placed, pixels.hexdigest(), has_alpha, is_animated(content))

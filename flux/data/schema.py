@@ -15,7 +15,7 @@ from flux.errors import FluxError
 from flux.tables import Faults, option
 
 SIZE_STEP = 16  # pixels: the autoencoder's 8 times the transformer's patches of 2
-SIDE = {"least": SIZE_STEP, "multiple": SIZE_STEP}
+SIDE = {"least": SIZE_STEP, "multiple": SIZE_STEP, "most": 16384}  # a bound on what a small file can ask for
 RATE = {"least": 0, "most": 1}
 
 
@@ -24,7 +24,7 @@ class Group:
     """A [[datasets]] table: pictures that share a size and a batch."""
 
     resolution: tuple[int, int] = option(**SIDE)  # (height, width)
-    batch_size: int = option(1, least=1)
+    batch_size: int = option(1, least=1, most=65536)
     enable_bucket: bool = False
     min_bucket_reso: int = option(256, **SIDE)
     max_bucket_reso: int = option(1024, **SIDE)
@@ -40,7 +40,7 @@ class Subset:
     are meant, a folder of masks under the pictures' names, the weight of what a mask covers, 0 to 1.
     """
 
-    num_repeats: int = option(1, least=1)
+    num_repeats: int = option(1, least=1, most=100_000)
     class_tokens: str | None = None
     is_reg: bool = False
     caption_extension: str | None = option(None, filled=True)  # None: .caption, then .txt, then .json
@@ -102,6 +102,8 @@ def read_toml(path: Path, defaults: Mapping[str, Any], faults: Faults) -> tuple[
         document = tables.parse_toml(text)
     except ValueError as error:  # FluxError and TOMLDecodeError are ValueErrors
         raise FluxError(f"{path}: {error}") from None
+    except RecursionError:
+        raise FluxError(f"{path}: its tables and lists are nested too deeply") from None
     own = Faults()
     found = parse(document, defaults, own)
     for line in own.lines:

@@ -4,6 +4,7 @@ Every source is a sequence, so that a training can ask for any picture at any ti
 after it was stopped. Files are read by the same rules as for fine-tuning (folders.py).
 """
 
+import os
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,13 +108,17 @@ def open_folder(
             f"no caption for {some(without)}: give captions_file, train.jsonl, or a .txt each "
             "(or uncaptioned: true, if that is meant)"
         )
-    absent = [row.name for row in rows if isinstance(row.picture, Path) and not row.picture.is_file()]
+    absent = [row.name for row in rows if isinstance(row.picture, Path) and not os.path.isfile(row.picture)]
     if absent:
         errors.append(f"no picture {some(absent)}")
     if errors:
         raise FluxError("; ".join(errors))
     masks = [row.mask for row in rows if row.mask]
     notes = [f"masks are not used in a training from scratch: {some(masks)}"] if masks else []
+    if any(part.options.get("num_repeats", 1) > 1 for part in reading.parts):
+        notes.append(
+            "a training from scratch has every picture once an epoch, whatever its folder's name says"
+        )
     for note in [*reading.notes, *notes]:
         warnings.warn(f"{folder}: {note}", stacklevel=2)
     return Files([row.picture for row in rows], [row.name for row in rows], captions)
