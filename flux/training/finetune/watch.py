@@ -1,5 +1,6 @@
 """What goes on beside the updates of a fine-tuning: numbers, validation, pictures, adapter files, states."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from flux import adapters
 from flux.training.callbacks import Estimate, Every, Finite, Log
 from flux.training.console import Advance, Console
 from flux.training.ema import averaged
+from flux.training.finetune import doubts
+from flux.training.finetune.doubts import Unmoved
 from flux.training.finetune.model import extract
 from flux.training.finetune.previews import validation_loss
 from flux.training.finetune.results import Built, Encoded, Prepared
@@ -59,6 +62,7 @@ class Watch:
 
         return (
             Finite(self._advice),
+            Unmoved(self._warn),
             Log(self._log),
             Advance(self._console),
             Estimate(self._console.say, length.updates, "updates"),
@@ -74,7 +78,19 @@ class Watch:
         path = self._folder / f"{self._options.name or 'final_adapters'}.safetensors"
         self._write_adapter(path)
         self._draw_loss()
+        prodigy = self._built.trainer.optimizer.state.get("prodigy")
+        for line in doubts.of_result(self._up(), None if prodigy is None else prodigy["d"].item()):
+            self._warn(line)
         return path
+
+    def _up(self) -> dict[str, mx.array]:
+        """The up weights of the adapter that is trained."""
+        trained = named_arrays(self._built.network.trainable_parameters())
+        return {name: array for name, array in trained if name.endswith(".up")}
+
+    def _warn(self, text: str) -> None:
+        if self._ranks.is_rank_zero:
+            warnings.warn(text, stacklevel=2)
 
     # --- numbers ---
 
