@@ -5,6 +5,7 @@
 
 import json
 import math
+import os
 import stat
 from collections.abc import Mapping
 from functools import partial
@@ -30,6 +31,18 @@ def read(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
         return parse_object(read_bytes(path, max_bytes))
     except ValueError as error:
         raise FluxError(f"{path}: {error}") from None
+
+
+def write(path: Path, table: Mapping[str, Any]) -> None:
+    """Writes an object beside the file and renames it. FluxError where the disk refuses."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise FluxError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:

@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from flux.adapters import partly_named
 from flux.adapters.lora import linears
+from flux.adapters.names import template
 from flux.data.batches import Plan
 from flux.data.check import Tokenizer
 from flux.data.files import some
@@ -44,6 +45,14 @@ NEEDS: dict[str, tuple[Callable[[Situation], bool], str]] = {
     ),
     "delta": (lambda s: s.options.loss in ("huber", "smooth_l1"), "--loss huber or smooth_l1"),
     "delta_schedule": (lambda s: s.options.loss in ("huber", "smooth_l1"), "--loss huber or smooth_l1"),
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2"),
+        (lambda s: s.options.optimizer != "adafactor", "--optimizer adam, adamw, lion or prodigy"),
+    ),
+    "adam_epsilon": (
+        lambda s: s.options.optimizer in ("adam", "adamw", "prodigy"),
+        "--optimizer adam, adamw or prodigy",
+    ),
     "time_mean": (lambda s: s.options.time_sampling == "logit_normal", "--time-sampling logit_normal"),
     "time_std": (lambda s: s.options.time_sampling == "logit_normal", "--time-sampling logit_normal"),
     "time_scale": (
@@ -99,11 +108,8 @@ def of_length(options: Options, length: Length) -> list[str]:
             f"--warmup {options.warmup} is more than half of the {length.updates} updates: iterations / "
             f"--grad-accumulate"
         )
-    for name in ("save_every", "validate_every", "progress_every"):
-        every = getattr(options, name)
-        usual = next(field.default for field in fields(Options) if field.name == name)
-        if every != usual and every is not None and every > length.iterations:
-            lines.append(f"{shown(name)} {every} is beyond the run's {length.iterations} iterations")
+    if options.save_every is not None and options.save_every > length.iterations:
+        lines.append(f"--save-every {options.save_every} is beyond the run's {length.iterations} iterations")
     if options.save_every_epochs is not None and options.save_every_epochs > length.epochs:
         lines.append(f"--save-every-epochs {options.save_every_epochs} is beyond the run's {length.epochs}")
     return lines
@@ -114,8 +120,9 @@ def of_targets(model: nn.Module, which: str) -> list[str]:
     found = partly_named(list(linears(model)), which)
     if not found:
         return []
-    parts = some(part for parts in found.values() for part in parts)
-    return [f"--lora-targets: {parts} are parts of fused layers, which are trained whole: {some(found)}"]
+    parts = some(dict.fromkeys(template(part) for parts in found.values() for part in parts))
+    whole = some(dict.fromkeys(map(template, found)))
+    return [f"--lora-targets: {parts} are parts of fused layers, which are trained whole: {whole}"]
 
 
 def of_trigger(
@@ -148,7 +155,7 @@ def _squeezed(text: str) -> str:
 
 
 def of_cache(plan: Plan, size: int, texts: int, folder: Path) -> list[str]:
-    """Whether the encoded pictures and texts, of `size` bytes, take much of the disk or more than there is."""
+    """Whether the encoded pictures and texts, of `size` bytes, take much of the disk, or all of it."""
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -159,13 +166,11 @@ def of_cache(plan: Plan, size: int, texts: int, folder: Path) -> list[str]:
 
 
 def of_result(up: Mapping[str, mx.array], step_size: float | None) -> list[str]:
-    """Whether nothing has been trained. up: the LoRA's up weights, which begin as 0. step_size: Prodigy's d."""
+    """Whether nothing has been trained. up: the LoRA's up weights, from 0. step_size: Prodigy's d."""
     if up and not any(bool(array.any()) for array in up.values()):
         return ["every update was 0: the adapter changes nothing"]
     if step_size is not None and step_size <= UNFOUND * PRODIGY_START:
-        return [
-            f"prodigy has found no step size in so few updates ({step_size:.1g}): next to nothing is trained"
-        ]
+        return [f"prodigy has found no step size in so few updates (d {step_size:.0e}): little is trained"]
     return []
 
 

@@ -36,7 +36,7 @@ from flux.training.finetune.model import Base, Network, inject
 from flux.training.finetune.options import AUTO, WARMUP, Options
 from flux.training.finetune.previews import Pictures
 from flux.training.finetune.results import Built, Encoded, Prepared
-from flux.training.finetune.start import Start
+from flux.training.finetune.start import CACHE, Start, make_folder
 from flux.training.finetune.watch import Watch
 from flux.training.flow_matching import FlowLoss
 from flux.training.gradient_checkpointing import checkpoint_blocks
@@ -69,6 +69,8 @@ def finetune(start: Start, quiet: bool = False, stop: Stop | None = None) -> Res
         prepared = ranks.on_all_ranks(lambda: prepare(start, console), DOWNLOAD)
         if ranks.size > 1:
             ranks.agree(ranks.on_all_ranks(lambda: facts(start.options, prepared)))
+        if kept := ranks.rank_zero_only(lambda: make_folder(start)):
+            console.say(f"{start.folder} held a finished run, which is now {kept}")
         encoded = encode(start, prepared, console)
         built = build(start, prepared, encoded)
         path = train(start, prepared, encoded, built, console, stop or Stop(ranks, quiet))
@@ -126,7 +128,8 @@ def make_optimizer(options: Options, updates: int) -> Optimizer:
     """For so many updates. options: as `Options.resolved` gives them."""
     warmup = min(WARMUP, updates // 10) if options.warmup is None else options.warmup
     rate = schedules.schedule(options.schedule, options.peak_rate, updates, warmup, options.restarts)
-    return optimizers.make(options.optimizer, rate, options.weight_decay or 0.0)
+    betas = options.adam_beta1, options.adam_beta2
+    return optimizers.make(options.optimizer, rate, options.weight_decay or 0.0, betas, options.adam_epsilon)
 
 
 def say_whether_it_fits(options: Options, base: Base, plan: Plan, ranks: Ranks, console: Console) -> None:
@@ -154,7 +157,7 @@ def say_whether_it_fits(options: Options, base: Base, plan: Plan, ranks: Ranks, 
 def encode(start: Start, prepared: Prepared, console: Console) -> Encoded:
     """Fills the cache and lets go of the encoders."""
     options, base, plan = start.options, prepared.base, prepared.plan
-    folder = Path(options.cache_dir).expanduser() if options.cache_dir else start.folder / "cache"
+    folder = Path(options.cache_dir).expanduser() if options.cache_dir else start.folder / CACHE
     features = Features(plan, cache.Cache(folder), base.identities(), options.train_clip)
     size = plan.groups[0].resolution
     pictures = Pictures(base, features, options.progress_prompts, size, options.progress_seed)
