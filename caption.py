@@ -12,13 +12,13 @@ import flux  # before mlx.core, so that OpenBLAS is there first
 # isort: split
 from tqdm import tqdm
 
-from flux.arguments import Parser, count
+from flux.arguments import Parser, count, run_program
 from flux.captioning import files, pictures, records, sheet
 from flux.captioning.captioner import Captioner
 from flux.captioning.files import Picture
 from flux.captioning.tasks import TASKS, Task
 from flux.captioning.wording import Wording
-from flux.distributed.ranks import Ranks, print_error
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.weights import checkpoints, quantize
 from flux.weights.registry import CAPTIONERS
@@ -29,15 +29,9 @@ SEVERAL = "With mlx.launch each rank captions its share; all must see the pictur
 
 def main() -> int:
     """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
-    ranks = None
-    try:
-        ranks = Ranks()
-        return run(ranks.on_all_ranks(lambda: build_parser().parse_intermixed_args()), ranks)
-    except FluxError as error:
-        print_error(error, ranks)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_program(
+        lambda ranks: run(ranks.on_all_ranks(lambda: build_parser().parse_intermixed_args()), ranks)
+    )
 
 
 # --- Arguments ---

@@ -335,12 +335,12 @@ def test_options_that_contradict_a_resumed_run_are_refused_by_name(model, data, 
 def test_an_unfinished_run_is_not_overwritten_and_a_folder_without_one_not_resumed(model, data, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(Stopped):
-        run(options(model, data, folder, iterations=5), StopsInTheFourth(Ranks(), quiet=True))
+        run(options(model, data, folder, iterations=10, accumulate=2), StopsInTheFourth(Ranks(), quiet=True))
     with pytest.raises(FluxError, match=r"run holds a run .* --resume"):
         run(options(model, data, folder))
     with pytest.raises(FluxError, match="no state of a run to go on from"):
         resume(tmp_path / "nothing", {})
-    go_on(folder, iterations=6)
+    go_on(folder)
     run(options(model, data, folder, iterations=1))  # now it is finished, and kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1"]
 
@@ -355,7 +355,9 @@ def test_a_finished_run_is_kept_under_another_name(model, data, tmp_path, capsys
     assert f"{folder} held a finished run, which is now {folder}.2" in capsys.readouterr().err
     kept = tmp_path / "run.2"
     assert {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()} == before
-    assert (kept / "states").is_dir() and not (kept / "cache").exists() and (folder / "cache").is_dir()
+    assert (kept / "states").is_dir()
+    assert not (kept / "cache").exists()
+    assert (folder / "cache").is_dir()
     assert len([line for line in events(folder) if line["event"] == "update"]) == 2
     go_on(kept, iterations=3)
     assert (kept / "cache").is_dir(), "encoded anew"

@@ -14,7 +14,7 @@ from flux.training.finetune.options import PARTS, Options, shown
 
 KEPT = "options.json"  # in the run's folder
 TABLES = ("data_options", "files")  # of Options, whose keys are options by themselves
-OPTIONS = {field.name for field in fields(Options)} - set(TABLES)
+OPTIONS = tuple(field.name for field in fields(Options) if field.name not in TABLES)
 ELSEWHERE = ("config", *PARTS)  # texts that are no fields of one of the classes
 LISTS = ("progress_prompts", "adapters")
 
