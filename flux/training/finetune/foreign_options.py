@@ -18,6 +18,8 @@ NAMES: dict[str, tuple[str, ...]] = {
         *("dataset_dir", "data_path", "img_dir", "image_dir", "image_folder"),
     ),
     "config": ("dataset_config",),
+    "clip": ("clip_l",),
+    "t5": ("t5xxl",),
     "class_tokens": ("instance_prompt",),
     "resolution": ("img_size", "image_size"),
     "batch_size": ("train_batch_size", "per_device_train_batch_size"),
@@ -91,9 +93,11 @@ ANY = object()
 HARMLESS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("report_to", "logging_dir", "log_with", "tracker_project_name", "project_name"), (ANY,)),
     **dict.fromkeys(("dataloader_num_workers", "num_workers", "max_data_loader_n_workers"), (ANY,)),
-    **dict.fromkeys(("persistent_data_loader_workers", "allow_tf32", "sdpa", "xformers"), (ANY,)),
     **dict.fromkeys(
-        ("enable_xformers_memory_efficient_attention", "highvram", "lowvram", "low_vram"), (ANY,)
+        ("persistent_data_loader_workers", "allow_tf32", "sdpa", "xformers", "torch_compile"), (ANY,)
+    ),
+    **dict.fromkeys(
+        ("enable_xformers_memory_efficient_attention", "xformers", "highvram", "lowvram", "low_vram"), (ANY,)
     ),
     **dict.fromkeys(("cache_latents_to_disk", "cache_text_encoder_outputs_to_disk", "device"), (ANY,)),
     **dict.fromkeys(("cache_latents", "cache_text_encoder_outputs", "train_unet"), (True,)),
@@ -118,6 +122,7 @@ LEFT_OUT: dict[str, str] = {
     "network_module": "the kind of the adapter (here LoRA, or --dora)",
     "optimizer_args": "further settings of the optimizer (here --weight-decay, --adam-beta1 ...)",
     "text_encoder_lr": "a rate of the text encoders (here one for all)",
+    "blocks_to_swap": "blocks that wait in the memory of the processor (here all memory is one)",
     "lr_power": "the exponent of a polynomial schedule",
     "min_snr_gamma": "a weight of models that predict noise",
     "snr_gamma": "a weight of models that predict noise",
