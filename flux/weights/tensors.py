@@ -46,8 +46,8 @@ def load(files: Iterable[Path]) -> dict[str, mx.array]:
 
 def _load_one(path: Path, header: Header) -> dict[str, mx.array]:
     entries = header.tensors
-    if any(entry.dtype == "F8_E5M2" for entry in entries.values()):
-        # mx.load refuses the whole file for it; such files are read through numpy instead.
+    if any(entry.dtype in ("F8_E5M2", "F64") for entry in entries.values()):
+        # mx.load refuses the whole file for them; such files are read through numpy instead.
         return {name: _load_by_numpy(path, entry) for name, entry in entries.items()}
     tensors = mx.load(str(path), format="safetensors")
     return {
@@ -63,9 +63,13 @@ def _load_by_numpy(path: Path, entry: Entry) -> mx.array:
         return (data.astype(mx.uint16) << 8).view(mx.float16).reshape(entry.shape)
     if entry.dtype == "F8_E4M3":
         return mx.from_fp8(data, mx.bfloat16).reshape(entry.shape)
+    if entry.dtype == "F64":  # no GPU has it
+        return mx.array(np.fromfile(path, "<f8", size // 8, offset=entry.start).astype("<f4")).reshape(
+            entry.shape
+        )
     types = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
     if entry.dtype not in types:
-        raise FluxError(f"{path}: {entry.dtype} beside F8_E5M2 is a mixture this program cannot read")
+        raise FluxError(f"{path}: {entry.dtype} beside F8_E5M2 or F64 is a mixture this program cannot read")
     return data.view(types[entry.dtype]).reshape(entry.shape)
 
 
