@@ -14,15 +14,18 @@ from flux.evaluation.grid import STRENGTHS, grid
 from flux.evaluation.grid import read as read_adapters
 from flux.generation import Request
 from flux.pipeline import FluxPipeline
+from flux.weights.quantize import report
 
 
 def parser() -> argparse.ArgumentParser:
+    """The program's arguments."""
     main = argparse.ArgumentParser(prog="python -m flux.evaluation", description=__doc__.split(": ", 1)[1])
     add_grid(main.add_subparsers(dest="command", required=True, metavar="COMMAND"))
     return main
 
 
 def add_grid(commands: argparse._SubParsersAction) -> None:
+    """Add the command `grid`."""
     show = commands.add_parser(
         "grid",
         help="what adapters do, as one labelled picture",
@@ -59,6 +62,7 @@ def add_grid(commands: argparse._SubParsersAction) -> None:
 
 
 def run_grid(options: argparse.Namespace) -> int:
+    """Draw the grid and write it; the exit status."""
     if options.output.suffix.lower() != ".png":
         raise FluxError(f"{options.output}: the grid's name should end with .png")
     images.check_output(options.output)
@@ -69,6 +73,9 @@ def run_grid(options: argparse.Namespace) -> int:
     seeds = list(dict.fromkeys(options.seed))
     likeness = None if options.compare is None else clip_similarity.to_folder(options.compare)
     pipeline = FluxPipeline(options.model, bits=options.quantize)
+    if options.quantize:
+        line = report(options.quantize, transformer=pipeline.flow, T5=pipeline.t5)
+        print(f"quantized: {line}", file=sys.stderr)
     sampling = Request("", seeds=tuple(seeds), image_size=options.image_size, steps=options.steps)
     picture = grid(pipeline, adapters, options.prompt, options.class_prompt, strengths, sampling, likeness)
     facts = {
