@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from flux import images
+from flux import images, sampler
 from flux.distributed.ranks import Ranks, print_error
 from flux.errors import FluxError
 
@@ -83,8 +83,20 @@ def size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 256x512, not {text}") from None
 
 
+def shift(text: str) -> str:
+    """A time shift, as `flux.sampler.read_shift` reads it: "dev", "none" or a factor."""
+    try:
+        sampler.read_shift(text)
+    except FluxError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def adapter(text: str) -> tuple[str, float]:
-    """(file, strength) of "a.safetensors:0.8", where 0.8 may be left out and is then 1."""
+    """(file, strength) of "a.safetensors:0.8", where 0.8 may be left out and is then 1.
+
+    The file may also be a folder, or on the Hub: "owner/name", "owner/name:file", "owner/name:file:0.8".
+    """
     file, colon, number = text.rpartition(":")
     if not colon:
         return text, 1.0
@@ -126,7 +138,7 @@ def read_prompts(name: str) -> list[str]:
 def prompt_files(folder: str) -> list[Path]:
     """The .txt files of a folder, by name, without those of its sub-folders.
 
-    FluxError where two of them would name the same picture.
+    FluxError where two of them would name the same picture, or one is a link out of the folder.
     """
     try:
         paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() == ".txt")
@@ -135,6 +147,9 @@ def prompt_files(folder: str) -> list[Path]:
     paths = [path for path in paths if path.is_file() and not path.name.startswith(".")]
     if not paths:
         raise FluxError(f"the prompts' folder {folder} holds no .txt file; it should hold one a prompt")
+    for path in paths:  # a folder from a stranger: what a link leads to would be in the picture's metadata
+        if path.resolve().parent != Path(folder).resolve():
+            raise FluxError(f"{path} is a link to a file elsewhere: put a copy into the folder")
     names: dict[str, Path] = {}
     for path in paths:
         other = names.setdefault(path.stem.casefold(), path)  # some file systems take A.png for a.png

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
+from flux.errors import FluxError
 from flux.weights.headers import block_count
 
 Tensors = dict[str, mx.array]
@@ -190,6 +191,8 @@ def from_diffusers(rows: tuple[Row, ...], tensors: Mapping[str, mx.array]) -> Te
             out.update({name: tensors[name] for name in names.values()})
             continue
         pieces = [tensors[names[i]] for i in range(len(names))]
+        if len({piece.shape[1:] for piece in pieces}) > 1 or pieces[0].ndim == 0:
+            raise FluxError(f"{', '.join(names.values())}: tensors of these shapes are no parts of one layer")
         fused = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
         out[target] = swap_halves(fused) if row.swapped else fused
     return out
@@ -287,60 +290,3 @@ def to_file(part: str, tensors: Mapping[str, mx.array], diffusers: bool) -> Tens
     if part == "transformer" and diffusers:
         return to_diffusers(TRANSFORMER, tensors, hidden=tensors["img_in.weight"].shape[0])
     return dict(tensors)
-
-
-# --- What single files write before and beside the names ---
-
-# A file that has one of a part's prefixes holds other parts too: only what follows the prefix belongs to it.
-PREFIXES: dict[str, tuple[str, ...]] = {
-    "transformer": ("model.diffusion_model.", "diffusion_model."),
-    "ae": ("vae.", "first_stage_model."),
-    "clip": ("text_encoders.clip_l.transformer.", "clip_l.transformer.", "cond_stage_model.transformer."),
-    "t5": ("text_encoders.t5xxl.transformer.", "t5xxl.transformer."),
-}
-
-# Beside the weights in some files and used by no network here (a full name, after the prefix).
-IGNORED: dict[str, frozenset[str]] = {
-    "transformer": frozenset({"scaled_fp8"}),
-    "ae": frozenset(),
-    "clip": frozenset(
-        {
-            "logit_scale",
-            "scaled_fp8",
-            "text_projection",
-            "text_projection.weight",
-            "text_model.embeddings.position_ids",
-        }
-    ),
-    "t5": frozenset({"logit_scale", "scaled_fp8"}),
-}
-
-
-def own_names(part: str, names: Iterable[str]) -> dict[str, str]:
-    """The names in a file that belong to a part ("transformer", "ae", "clip", "t5") -> bare names.
-
-    Takes off a prefix, gives `text_model.` to a CLIP that lacks it, reads `encoder.embed_tokens` as T5's
-    `shared` (the same tensor), and leaves out what IGNORED names.
-    """
-    names = list(names)
-    found = (p for p in PREFIXES[part] if any(name.startswith(p) for name in names))
-    prefix = next(found, "")
-    own = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    if part == "clip":
-        own = {name: _with_text_model(bare) for name, bare in own.items()}
-    if part == "t5":
-        own = _one_embedding(own)
-    return {name: bare for name, bare in own.items() if bare not in IGNORED[part]}
-
-
-def _with_text_model(bare: str) -> str:
-    lacks = bare.startswith(("embeddings.", "encoder.", "final_layer_norm."))
-    return "text_model." + bare if lacks else bare
-
-
-def _one_embedding(own: Mapping[str, str]) -> dict[str, str]:
-    """T5's `encoder.embed_tokens` is `shared` again: read in its place where absent, else left out."""
-    second, first = "encoder.embed_tokens.weight", "shared.weight"
-    if first in own.values():
-        return {name: bare for name, bare in own.items() if bare != second}
-    return {name: first if bare == second else bare for name, bare in own.items()}

@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx.optimizers import Optimizer
 
 from flux import adapters, machine
+from flux.adapters.attach import fingerprint
 from flux.data import cache, samples
 from flux.data.batches import Plan
 from flux.distributed.fsdp import fully_shard
@@ -40,7 +41,7 @@ from flux.training.flow_matching import FlowLoss
 from flux.training.gradient_checkpointing import checkpoint_blocks
 from flux.training.states import STATE
 from flux.training.trainer import Metrics, Trainer, sample_key
-from flux.weights import tensors
+from flux.weights import quantize
 
 DROPOUT_SEED = 0x44524F50  # apart from that of the samples
 
@@ -98,7 +99,7 @@ def prepare(start: Start, console: Console) -> Prepared:
 
 def facts(options: Options, prepared: Prepared) -> dict[str, str]:
     """What must be the same on all ranks."""
-    files = {f"adapter {file}": tensors.fingerprint(Path(file)) for file, _ in options.adapters}
+    files = {f"adapter {file}": fingerprint(file) for file, _ in options.adapters}
     return {**prepared.base.checkpoint.fingerprints(), **files, "data set": prepared.digest[:12]}
 
 
@@ -121,6 +122,9 @@ def say_whether_it_fits(options: Options, base: Base, plan: Plan, ranks: Ranks, 
     sharing = ranks.size if options.shard_base else 1
     line, advice = fit.describe(options, flow.params, shape, machine.memory(), sharing)
     console.say(line)
+    bits, _ = options.quantization
+    if bits is not None:
+        console.say(f"quantized: {quantize.report(bits, transformer=flow)}")
     if advice and ranks.is_rank_zero:
         warnings.warn(advice, stacklevel=2)
 
