@@ -161,6 +161,8 @@ def fields(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     little for those who use it. where: the file, for errors.
     """
     hints = get_type_hints(kind)
+    if unknown := [shown(name) for name in values if name not in hints]:
+        raise FluxError(f"{where}: {unknown[0]} is not known; it may have {', '.join(hints)}")
     return {name: _field(hints[name], value, f"{where}: {name}") for name, value in values.items()}
 
 
@@ -168,7 +170,10 @@ def _field(hint: Any, value: Any, what: str) -> Any:
     if get_origin(hint) is tuple:
         if not isinstance(value, list) or not 0 < len(value) <= MAX_LIST:
             raise FluxError(f"{what} is {shown(value)}; it should be a list")
-        return tuple(_field(get_args(hint)[0], item, what) for item in value)
+        kinds = get_args(hint)
+        if kinds[-1] is not ... and len(kinds) != len(value):
+            raise FluxError(f"{what} is {shown(value)}; it should be a list of {len(kinds)}")
+        return tuple(_field(kinds[0], item, what) for item in value)
     if hint is bool:
         if not isinstance(value, bool):
             raise FluxError(f"{what} is {shown(value)}; it should be true or false")

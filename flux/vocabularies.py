@@ -29,8 +29,8 @@ def ids(value: Any, what: str) -> dict[str, int]:
 def merges(value: Any, what: str) -> list[str]:
     """Merges as "left right"; a file has them so, or as lists of the two."""
     pairs = [pair if isinstance(pair, str) else _pair(pair, what) for pair in _list(value, what)]
-    if wrong := next((pair for pair in pairs if pair.count(" ") != 1), None):
-        raise FluxError(f"{what}: {shown(wrong)} should be two pieces with a space between them")
+    if wrong := [shown(pair) for pair in pairs if pair.count(" ") != 1]:
+        raise FluxError(f"{what}: {wrong[0]} should be two pieces with a space between them")
     return pairs
 
 

@@ -213,8 +213,8 @@ def _tensors(content: Any) -> dict[str, Tensor]:
     """The pickle's content where it is named tensors."""
     if type(content) is not dict or not content or not all(type(t) is Tensor for t in content.values()):
         raise ValueError("it holds something else than named tensors")
-    if strange := next((name for name in content if not name.isprintable() or len(name) > MAX_NAME), None):
-        raise ValueError(f"a tensor is called {shown(strange)}")
+    if strange := [shown(n) for n in content if not n.isprintable() or not 0 < len(n) <= MAX_NAME]:
+        raise ValueError(f"a tensor is called {strange[0]}")
     return content
 
 
