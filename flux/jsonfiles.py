@@ -6,7 +6,8 @@
 import json
 import math
 import stat
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -103,8 +104,7 @@ def _check_structure(data: bytes) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {shown(twice)} comes twice")
     return out
 
@@ -180,7 +180,8 @@ def _field(hint: Any, value: Any, what: str) -> Any:
         return value
     if type(None) in get_args(hint):
         return None if value is None else _field(get_args(hint)[0], value, what)
-    return {int: partial(count, least=0), float: number, str: text}[hint](value, what)
+    readers: dict[Any, Callable[[Any, str], Any]] = {int: partial(count, least=0), float: number, str: text}
+    return readers[hint](value, what)
 
 
 def shown(value: object) -> str:

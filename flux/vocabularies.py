@@ -53,10 +53,10 @@ def added(tokenizer: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
 def model(tokenizer: Mapping[str, Any], kind: str, what: str) -> Mapping[str, Any]:
     """The model of a tokenizer.json; FluxError where it is of another kind than "BPE" or "Unigram"."""
     found = tokenizer.get("model")
+    if isinstance(found, dict) and found.get("type") == kind:
+        return found
     own = found.get("type") if isinstance(found, dict) else found
-    if own != kind:
-        raise FluxError(f"{what}; its model is {shown(own)}, expected {kind}")
-    return found
+    raise FluxError(f"{what}; its model is {shown(own)}, expected {kind}")
 
 
 def pieces(value: Any, what: str) -> list[tuple[str, float]]:

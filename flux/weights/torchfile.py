@@ -25,7 +25,7 @@ from flux.errors import FluxError
 from flux.jsonfiles import shown
 from flux.weights.headers import MAX_AXES, MAX_NAME, MAX_SIDE
 
-TYPES = {
+TYPES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype("<f8"),
     "FloatStorage": np.dtype("<f4"),
     "HalfStorage": np.dtype("<f2"),
