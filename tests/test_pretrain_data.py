@@ -13,7 +13,7 @@ from flux.data.sources import open_folder, open_hugging_face
 from flux.data.webdataset import open_shards, shards
 from flux.errors import FluxError
 from flux.training.pretrain import validate
-from flux.training.pretrain.batches import Batches, Share, open_dataset
+from flux.training.pretrain.batches import Batches, Shard, open_dataset
 from flux.training.pretrain.config import ConfigError
 
 from . import pretraining
@@ -154,10 +154,10 @@ def test_a_saved_data_set_of_hugging_face(tmp_path):
 VAE = {"name": "vae", "train_vae": True, "max_steps": 6}
 
 
-def make(folder: Path, share: Share | None = None, **sections) -> Batches:
-    share = share or Share()
+def make(folder: Path, shard: Shard | None = None, **sections) -> Batches:
+    shard = shard or Shard()
     config = pretraining.config(folder, VAE, **sections)
-    return Batches(config, 0, open_dataset(config.datasets["data"]), None, share)
+    return Batches(config, 0, open_dataset(config.datasets["data"]), None, shard)
 
 
 def numbers(batches: Batches, step: int) -> list[int]:
@@ -184,9 +184,9 @@ def test_a_batch_depends_on_its_step_alone(tmp_path):
     threaded.close()
 
 
-def test_processes_share_an_epoch(tmp_path):
+def test_processes_shard_an_epoch(tmp_path):
     steps = {"pipeline": {"steps": [{**VAE, "cfg_dropout_prob": 0, "batch_size": 3}]}}
-    both = [make(tmp_path, Share(rank, 2), training=steps) for rank in range(2)]
+    both = [make(tmp_path, Shard(rank, 2), training=steps) for rank in range(2)]
     assert both[0].epoch_length == 2
     seen = [n for step in range(2) for batches in both for n in numbers(batches, step)]
     assert sorted(seen) == list(range(12))
@@ -205,8 +205,8 @@ def test_one_of_several_captions_is_drawn_each_epoch(tmp_path):
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     steps = {"pipeline": {"steps": [{**VAE, "cfg_dropout_prob": 0, "batch_size": 4}]}}
 
-    def texts(share=None) -> list[list[str]]:
-        batches = make(tmp_path, share, training=steps, data={"captions_file": "train.jsonl"})
+    def texts(shard=None) -> list[list[str]]:
+        batches = make(tmp_path, shard, training=steps, data={"captions_file": "train.jsonl"})
         assert len(batches._source.captions) == 24, "both are in the vocabulary"
         return [batches.texts(step) for step in range(9)]
 
@@ -216,7 +216,7 @@ def test_one_of_several_captions_is_drawn_each_epoch(tmp_path):
     epochs = [sorted(text for batch in straight[3 * e : 3 * e + 3] for text in batch) for e in range(3)]
     assert all(sorted(int(text.split()[1]) for text in epoch) == list(range(12)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    shared_out = [text for rank in range(3) for batch in texts(Share(rank, 3))[:1] for text in batch]
+    shared_out = [text for rank in range(3) for batch in texts(Shard(rank, 3))[:1] for text in batch]
     assert sorted(shared_out) == epochs[0], "whoever draws it, in whatever batch"
 
 
@@ -251,5 +251,5 @@ def test_everything_wrong_with_the_data_in_one_go(tmp_path):
 
 def test_too_few_pictures_for_a_batch(tmp_path):
     steps = {"pipeline": {"steps": [{**VAE, "batch_size": 8}]}}
-    with pytest.raises(FluxError, match='step "vae": 12 pictures are no batch of 8 for each of 2'):
-        make(tmp_path, Share(0, 2), training=steps)
+    with pytest.raises(FluxError, match='step "vae": 12 pictures cannot fill a batch of 8 for each of 2'):
+        make(tmp_path, Shard(0, 2), training=steps)
