@@ -6,7 +6,9 @@ Pictures are numpy arrays (H, W, 3), uint8, or floats (B, H, W, 3) in 0..1 where
 import math
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -14,41 +16,97 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from flux.errors import FluxError
 
+# Pillow knows these files and does not decode them by itself, or they are no pictures.
+NOT_READ = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")
+# Pictures that are named where they are not read.
+OTHER_SUFFIXES = (
+    *(".heic", ".heif", ".hif", ".avif", ".jxl", ".svg", ".eps", ".psd", ".exr", ".hdr"),
+    *(".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf"),
+)
 SAVE_OPTIONS = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
 
 
-def load(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
+@cache
+def readable_suffixes() -> frozenset[str]:
+    """The suffixes of pictures that can be read here: Pillow's, and HEIC with the package pillow-heif."""
+    try:
+        import pillow_heif  # optional
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        pass
+    known = Image.registered_extensions().items()
+    return frozenset(suffix for suffix, kind in known if kind in Image.OPEN and kind not in NOT_READ)
+
+
+@cache
+def unreadable_suffixes() -> frozenset[str]:
+    """The suffixes of pictures that cannot be read here."""
+    return frozenset(OTHER_SUFFIXES) - readable_suffixes()
+
+
+def load(path: str | Path | BinaryIO) -> tuple[np.ndarray, np.ndarray | None]:
     """A file's picture (H, W, 3) and its alpha (H, W) or None, uint8, upright as its EXIF says.
 
     The alpha is kept apart and the colours under it are left as they are: what transparency means is the
     caller's affair. Raises FluxError for a file that is absent or no picture.
     """
     with _open(path) as image:
-        image = ImageOps.exif_transpose(_to_8_bits(image))
+        image = ImageOps.exif_transpose(_to_8_bits(image, path))
         if not image.has_transparency_data:
             return np.array(image.convert("RGB")), None
         rgba = np.array(image.convert("RGBA"))
         return np.ascontiguousarray(rgba[..., :3]), np.ascontiguousarray(rgba[..., 3])
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Pillow's `convert` clips 16-bit greys to white instead of scaling them; the rest it does well."""
-    if not image.mode.startswith("I"):
+def _to_8_bits(image: Image.Image, path: str | Path | BinaryIO) -> Image.Image:
+    """Pillow's `convert` clips greys of more than 8 bits instead of scaling them; the rest it does well."""
+    if not image.mode.startswith(("I", "F")):
         return image
-    scaled = Image.fromarray((np.array(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    values = np.array(image)
+    scaled = Image.fromarray((values * _scale(image, values, path)).round().astype(np.uint8))
     scaled.info = image.info
     return scaled
 
 
-def _open(path: str | Path) -> Image.Image:
+def _scale(image: Image.Image, values: np.ndarray, path: str | Path | BinaryIO) -> float:
+    """What brings a picture's values to 0..255. Only a mode of 16 bits says itself what its white is."""
+    if not np.isfinite(values).all():
+        raise FluxError(
+            f"cannot read the picture {path}: it holds values that are not numbers (NaN or infinite)"
+        )
+    low, high = values.min(), values.max()
+    if image.mode.startswith("I;16") or image.format == "PNG":
+        return 1 / 257
+    ranges = (
+        ((1, 255.0), (255, 1.0), (65535, 1 / 257)) if image.mode == "F" else ((255, 1.0), (65535, 1 / 257))
+    )
+    for most, factor in ranges:
+        if low >= 0 and high <= most:
+            return factor
+    raise FluxError(
+        f"cannot read the picture {path}: its values go from {low:g} to {high:g}; "
+        f"it should be saved with 8 or 16 bits, or with values from 0 to 1"
+    )
+
+
+def _open(path: str | Path | BinaryIO) -> Image.Image:
+    readable_suffixes()  # so that HEIC is known, where its package is there
     try:
         image = Image.open(path)
         image.load()
     except UnidentifiedImageError:
-        raise FluxError(f"{path} is not a picture that Pillow can read") from None
+        raise FluxError(f"{path} is not a picture that Pillow can read{_hint(path)}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise FluxError(f"cannot read the picture {path}: {_reason(error)}") from None
     return image
+
+
+def _hint(path: str | Path | BinaryIO) -> str:
+    suffix = Path(str(path)).suffix.lower()
+    if suffix in (".heic", ".heif", ".hif") and suffix in unreadable_suffixes():
+        return " (HEIC needs the package pillow-heif: pip install pillow-heif)"
+    return ""
 
 
 def _reason(error: Exception) -> str:
@@ -129,7 +187,7 @@ def save(path: str | Path, picture: np.ndarray, metadata: dict[str, str] | None 
     path = Path(path)
     check_output(path)
     format = _format(path)
-    options = dict(SAVE_OPTIONS[format])
+    options: dict[str, Any] = dict(SAVE_OPTIONS[format])
     if format == "PNG" and metadata:
         options["pnginfo"] = PngImagePlugin.PngInfo()
         for key, value in metadata.items():

@@ -195,3 +195,79 @@ def test_normalize_and_denormalize_are_inverse():
         assert (x[0].item(), x[255].item()) == (-1, 1)
         assert np.array_equal(images.to_uint8(images.denormalize(x)), everything)
     assert images.denormalize(mx.array([-3.0, 0.0, 3.0], mx.bfloat16)).tolist() == [0, 0.5, 1]
+
+
+# --- Values of more than 8 bits ---
+
+GREY = (np.arange(64, dtype=np.uint8) * 4).reshape(8, 8)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        GREY.astype(np.float32) / 255,
+        GREY.astype(np.float32),
+        GREY.astype(np.float32) * 257,
+        GREY.astype(np.int32),
+        GREY.astype(np.int32) * 257,
+        GREY.astype(np.uint16) * 257,
+    ],
+    ids=["0..1", "0..255", "0..65535", "int32", "int32 of 16 bits", "uint16"],
+)
+def test_greys_of_more_than_8_bits_keep_their_brightness(tmp_path, values):
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    picture, alpha = images.load(tmp_path / "a.tiff")
+    assert np.array_equal(picture, np.repeat(GREY[..., None], 3, axis=2))
+    assert alpha is None
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (np.nan, "NaN or infinite"),
+        (np.inf, "NaN or infinite"),
+        (-1, "go from -1 to 0.5"),
+        (1e6, r"to 1e\+06"),
+    ],
+)
+def test_greys_that_mean_nothing_are_refused(tmp_path, value, words):
+    values = np.full((4, 4), 0.5, np.float32)
+    values[1, 2] = value
+    Image.fromarray(values).save(tmp_path / "a.tiff")
+    with pytest.raises(FluxError, match=rf"a\.tiff: .*{words}"):
+        images.load(tmp_path / "a.tiff")
+
+
+def test_suffixes():
+    assert {
+        ".png",
+        ".jpg",
+        ".jfif",
+        ".jpe",
+        ".jp2",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+    } <= images.readable_suffixes()
+    assert not {".mpg", ".eps", ".pdf", ".txt"} & images.readable_suffixes()
+    assert not images.readable_suffixes() & images.unreadable_suffixes()
+
+
+def test_heic_says_what_it_needs(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    if ".heic" in images.readable_suffixes():
+        pytest.skip("pillow-heif is here")
+    with pytest.raises(FluxError, match=r"a\.heic is not a picture .*pip install pillow-heif"):
+        images.load(tmp_path / "a.heic")
+
+
+def test_a_reader_beside_never_sees_half_a_picture(tmp_path):
+    """The old file stays what it was for whoever has it open: the new one takes its name, not its bytes."""
+    path = tmp_path / "a.png"
+    images.save(path, random_picture(seed=1))
+    before = path.read_bytes()
+    os.link(path, tmp_path / "open.png")
+    images.save(path, random_picture(seed=2))
+    assert (tmp_path / "open.png").read_bytes() == before
+    assert path.read_bytes() != before
