@@ -13,8 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from flux.errors import FluxError
+from flux.noise import randn
 
-MAX_SEED = 2**64 - 1  # what mx.random.key takes
+MAX_SEED = 2**64 - 1  # what mx.random.key takes, and torch.manual_seed
+NOISES = ("mlx", "torch", "diffusers")
 
 # The shift of dev: mu is linear in the number of picture tokens through these two points (BFL's sampling.py).
 _SHIFT_POINTS = ((256, 0.5), (4096, 1.15))
@@ -48,12 +50,31 @@ def random_seed() -> int:
     return secrets.randbits(32)
 
 
-def noise(seeds: Sequence[int], latent_size: tuple[int, int], channels: int) -> mx.array:
-    """Standard normal latents (B, h, w, channels), float32; picture i depends on seeds[i] and the shape."""
+def noise(
+    seeds: Sequence[int],
+    latent_size: tuple[int, int],
+    channels: int,
+    kind: str = "mlx",
+    dtype: mx.Dtype = mx.float32,
+) -> mx.array:
+    """Standard normal latents (B, h, w, channels), float32; picture i depends on seeds[i] and the shape.
+
+    kind: whose random numbers, one of `NOISES`. "torch" is PyTorch's CPU generator in float32, with which
+    ComfyUI draws; "diffusers" the same rounded to `dtype`, the type that the model computes in.
+    """
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
             raise FluxError(f"a seed must lie between 0 and {MAX_SEED}, not {seed}")
-    return mx.stack([mx.random.normal((*latent_size, channels), key=mx.random.key(seed)) for seed in seeds])
+    if kind not in NOISES:
+        raise FluxError(f"the noise must be one of {', '.join(NOISES)}, not {kind!r}")
+    if kind == "mlx":
+        shape = (*latent_size, channels)
+        return mx.stack([mx.random.normal(shape, key=mx.random.key(seed)) for seed in seeds])
+    drawn = [randn(seed, channels * math.prod(latent_size)) for seed in seeds]
+    x = mx.array(np.stack(drawn)).reshape(-1, channels, *latent_size)  # (B, C, h, w), PyTorch's order
+    if kind == "diffusers":
+        x = x.astype(dtype).astype(mx.float32)
+    return x.transpose(0, 2, 3, 1)
 
 
 def pack(latent: mx.array) -> mx.array:
