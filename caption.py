@@ -17,8 +17,8 @@ from flux.captioning.captioner import Captioner
 from flux.captioning.files import Picture
 from flux.captioning.tasks import TASKS, Task
 from flux.captioning.wording import Wording
+from flux.distributed.ranks import Ranks, print_error
 from flux.errors import FluxError
-from flux.ranks import Ranks, tell
 from flux.weights import checkpoints, quantize
 from flux.weights.registry import CAPTIONERS
 
@@ -31,9 +31,9 @@ def main() -> int:
     ranks = None
     try:
         ranks = Ranks()
-        return run(ranks.together(lambda: build_parser().parse_intermixed_args()), ranks)
+        return run(ranks.on_all_ranks(lambda: build_parser().parse_intermixed_args()), ranks)
     except FluxError as error:
-        tell(error, ranks)
+        print_error(error, ranks)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -93,7 +93,7 @@ FORMAT = "jsonl: train.jsonl in the folder (default); txt: a file beside each pi
 def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Caption what is to be captioned, and print where the captions are. Returns the exit status."""
     # Rank 0 alone looks at the disk: another might look later, when the first captions are written.
-    todo, kept = ranks.together(lambda: plan(args) if ranks.rank == 0 else ([], {}))
+    todo, kept = ranks.on_all_ranks(lambda: plan(args) if ranks.rank == 0 else ([], {}))
     todo = [Picture(Path(path), Path(home), name) for path, home, name in ranks.gather(as_text(todo))[0]]
     if args.dry_run:
         if ranks.rank == 0:
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
         return 0
     skipped: dict[str, str] = {}
     if todo:
-        captioner = ranks.together(lambda: load(args))
+        captioner = ranks.on_all_ranks(lambda: load(args))
         skipped = caption(captioner, todo, args, ranks)
     if ranks.rank > 0:
         return 0
@@ -154,7 +154,7 @@ def caption(
         for start in range(0, len(todo), args.batch_size * ranks.size):
             batch = todo[start : start + args.batch_size * ranks.size]
             share = batch[ranks.rank :: ranks.size]
-            own = ranks.together(lambda share=share: caption_batch(captioner, share, task, args.prompt))
+            own = ranks.on_all_ranks(lambda share=share: caption_batch(captioner, share, task, args.prompt))
             answers, faults = (merge(dicts) for dicts in zip(*ranks.gather(own), strict=True))
             skipped |= faults
             captions = {
@@ -162,7 +162,7 @@ def caption(
                 for picture in batch
                 if str(picture.path) in answers
             }
-            ranks.together(lambda new=captions: save(new, args) if ranks.rank == 0 else None)
+            ranks.rank_zero_only(lambda new=captions: save(new, args))
             bar.update(len(batch))
     return skipped
 

@@ -11,12 +11,12 @@ from flux.adapters import TARGETS
 from flux.adapters.writers import WRITERS
 from flux.arguments import Parser, adapter, count, finite, size
 from flux.data import check, samples
+from flux.distributed.ranks import Ranks, print_error
 from flux.errors import FluxError
-from flux.ranks import Ranks, tell
 from flux.training import losses, optimizers
 from flux.training.finetune import FineTuning, Options, Stopped
 from flux.training.finetune.options import ITERATIONS, QUANTIZE, WARMUP
-from flux.training.objective import DELTA_SCHEDULES
+from flux.training.flow_matching import DELTA_SCHEDULES
 from flux.weights import registry
 
 PARTS = ("transformer", "ae", "clip", "t5")
@@ -41,10 +41,10 @@ def main() -> int:
     ranks = None
     try:
         ranks = Ranks()
-        ranks.hush()
-        return run(ranks.together(lambda: build_parser().parse_args(sys.argv[1:])), ranks)
+        ranks.silence_other_ranks()
+        return run(ranks.on_all_ranks(lambda: build_parser().parse_args(sys.argv[1:])), ranks)
     except FluxError as error:
-        tell(error, ranks)
+        print_error(error, ranks)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -54,11 +54,11 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Do what the arguments ask for; the exit status."""
     given = vars(args)
     check_only, folder = given.pop("check_data", False), given.pop("resume", None)
-    options = ranks.together(lambda: to_options(given))
+    options = ranks.on_all_ranks(lambda: to_options(given))
     if check_only:
-        return ranks.from_first(lambda: check_data(options))
+        return ranks.broadcast_result(lambda: check_data(options))
     if folder is None:
-        training = FineTuning(ranks.together(lambda: new_run(options)), ranks=ranks)
+        training = FineTuning(ranks.on_all_ranks(lambda: new_run(options)), ranks=ranks)
     else:
         training = FineTuning.resume(folder, options, ranks=ranks)
     signal.signal(signal.SIGINT, lambda *_: training.interrupt())

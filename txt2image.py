@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from flux import FluxPipeline, images, sampler
 from flux.arguments import Parser, adapter, count, finite, size
+from flux.distributed.ranks import DOWNLOAD, PATIENCE, Ranks, print_error
 from flux.errors import FluxError
 from flux.pipeline import Conditioning, Plan, check_sampling
-from flux.ranks import DOWNLOAD, PATIENCE, Ranks, tell
 from flux.weights import tensors
 
 PARTS = ("transformer", "ae", "clip", "t5")
@@ -48,14 +48,14 @@ def main() -> int:
     ranks = None
     try:
         ranks = Ranks()
-        ranks.hush()
+        ranks.silence_other_ranks()
         # Rank 0 alone needs the files that the arguments are read from, and a place to write.
-        args = argparse.Namespace(**ranks.from_first(lambda: vars(parse(sys.argv[1:]))))
+        args = argparse.Namespace(**ranks.broadcast_result(lambda: vars(parse(sys.argv[1:]))))
         with ranks.waiting(None):
             run(args, ranks)
-            ranks.gather(None)  # until rank 0 has written everything
+            ranks.barrier()  # until rank 0 has written everything
     except FluxError as error:
-        tell(error, ranks)
+        print_error(error, ranks)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -64,12 +64,14 @@ def main() -> int:
 
 def run(args: argparse.Namespace, ranks: Ranks) -> None:
     """Make the pictures that the arguments ask for, and print where they are."""
-    ranks.split = ranks.size > 1 and (args.force_shard or len(args.prompts) * args.n_images < ranks.size)
-    stages = Stages(args.verbose and ranks.first)
+    ranks.model_parallel = ranks.size > 1 and (
+        args.force_shard or len(args.prompts) * args.n_images < ranks.size
+    )
+    stages = Stages(args.verbose and ranks.is_rank_zero)
     with stages("load"):
-        pipeline = ranks.together(lambda: load(args, ranks), DOWNLOAD)
+        pipeline = ranks.on_all_ranks(lambda: load(args, ranks), DOWNLOAD)
         if ranks.size > 1:
-            ranks.agree(ranks.together(lambda: fingerprints(args, pipeline)))
+            ranks.agree(ranks.on_all_ranks(lambda: fingerprints(args, pipeline)))
         if args.preload_models:
             pipeline.ensure_models_are_loaded()
     if args.prompts_folder:
@@ -78,7 +80,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
         return
     pictures = make_pictures(pipeline, args, ranks, stages)
     with stages("save"):
-        paths = ranks.together(lambda: save(args, pictures) if ranks.first else [])
+        paths = ranks.on_all_ranks(lambda: save(args, pictures) if ranks.is_rank_zero else [])
     stages.report()
     print(*paths, sep="\n")
 
@@ -86,7 +88,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> None:
 def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
     files = {part: getattr(args, part) for part in PARTS}
     dtype = args.dtype and getattr(mx, args.dtype)
-    adapters = (args.adapter or (), args.fuse_adapter, ranks if ranks.split else None)
+    adapters = (args.adapter or (), args.fuse_adapter, ranks if ranks.model_parallel else None)
     pipeline = FluxPipeline(args.model, not args.no_t5_padding, dtype, args.quantize, *adapters, **files)
     fill_in(args, pipeline)
     return pipeline
@@ -284,14 +286,14 @@ def make_pictures(
     """All pictures (H, W, 3), uint8, prompt by prompt; a stage at a time in memory, unless preloaded."""
     singles = batches(args, len(args.prompts), 1)
     with ranks.waiting(len(args.prompts) * PATIENCE):
-        texts = encode(pipeline, args, args.prompts, ranks.own(singles), stages)
+        texts = encode(pipeline, args, args.prompts, ranks.local_items(singles), stages)
     with stages("denoise"), progress(args, singles, ranks) as bar:
         # One by one: in a batch, sums would be in another order, and the bits depend on who is with whom.
         latents = list(ranks.map(denoiser(pipeline, args, texts, bar), singles))
     if not args.preload_models:
         del pipeline.flow
         mx.clear_cache()
-    if ranks.split and not ranks.first:
+    if ranks.model_parallel and not ranks.is_rank_zero:
         return []
     with stages("decode"):
         pictures = []
@@ -303,7 +305,7 @@ def make_pictures(
             return decode(pipeline, tokens[first + batch.start : first + batch.stop], args)
 
         # Where the model is split, this rank is here alone.
-        for group in map(work, groups) if ranks.split else ranks.map(work, groups):
+        for group in map(work, groups) if ranks.model_parallel else ranks.map(work, groups):
             pictures += list(np.array(group))
     return pictures if args.picture is None else [pictures[args.picture]]
 
@@ -314,27 +316,29 @@ def make_folder(pipeline: FluxPipeline, args: argparse.Namespace, ranks: Ranks, 
     For that, the transformer stays in memory beside the autoencoder. Pictures that are there already with the
     same recipe are kept, if no file that it names has changed since; all others are written over.
     """
-    tasks = ranks.together(lambda: folder_tasks(args) if ranks.first else [])
+    tasks = ranks.on_all_ranks(lambda: folder_tasks(args) if ranks.is_rank_zero else [])
     changed = last_change(args)
-    numbers = ranks.from_first(lambda: [i for i, task in enumerate(tasks) if not is_done(task, changed)])
-    if (kept := len(args.prompts) - len(numbers)) and ranks.first:
+    numbers = ranks.broadcast_result(
+        lambda: [i for i, task in enumerate(tasks) if not is_done(task, changed)]
+    )
+    if (kept := len(args.prompts) - len(numbers)) and ranks.is_rank_zero:
         print(f"kept, made before in the same way: {kept} of {len(args.prompts)} prompts", file=sys.stderr)
     if not numbers:
         return
     groups = batches(args, len(numbers), args.decoding_batch_size)
     with ranks.waiting(len(numbers) * PATIENCE):
-        texts = encode(pipeline, args, [args.prompts[i] for i in numbers], ranks.own(groups), stages)
-    ranks.together(lambda: make_directory(args.output) if ranks.first else None)
+        texts = encode(pipeline, args, [args.prompts[i] for i in numbers], ranks.local_items(groups), stages)
+    ranks.on_all_ranks(lambda: make_directory(args.output) if ranks.is_rank_zero else None)
     with stages("pictures"), progress(args, groups, ranks) as bar:
         denoise = denoiser(pipeline, args, texts, bar)
 
         def work(batch: Batch) -> mx.array | None:
             tokens = mx.concatenate([denoise(batch.one(k)) for k in range(batch.start, batch.stop)])
-            return decode(pipeline, tokens, args) if ranks.first or not ranks.split else None
+            return decode(pipeline, tokens, args) if ranks.is_rank_zero or not ranks.model_parallel else None
 
         pictures = []
         for group, batch in zip(ranks.map(work, groups), groups, strict=True):
-            if not ranks.first:
+            if not ranks.is_rank_zero:
                 continue
             pictures += list(np.array(group))
             if batch.stop == args.n_images:
@@ -397,8 +401,8 @@ def batches(args: argparse.Namespace, prompts: int, size: int) -> list[Batch]:
 
 def progress(args: argparse.Namespace, items: list[Batch], ranks: Ranks) -> tqdm:
     """A bar of rank 0's steps."""
-    total = args.steps * sum(batch.stop - batch.start for batch in ranks.own(items))
-    return tqdm(total=total, unit="step", disable=None if ranks.first else True)
+    total = args.steps * sum(batch.stop - batch.start for batch in ranks.local_items(items))
+    return tqdm(total=total, unit="step", disable=None if ranks.is_rank_zero else True)
 
 
 def encode(

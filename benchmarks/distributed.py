@@ -28,9 +28,9 @@ from mlx.utils import tree_flatten
 
 from flux import sampler
 from flux.adapters import evaluate
-from flux.distributed import shard
+from flux.distributed.ranks import Ranks
+from flux.distributed.sharding import shard
 from flux.models.transformer import Flux, FluxParams
-from flux.ranks import Ranks
 from flux.weights import tensors
 
 SIZES = (1, 2, 4)
@@ -83,7 +83,7 @@ def measure(hidden: int, tokens: int, file: Path) -> dict[str, float]:
     times = []
     with mock.patch.object(mx.distributed, "all_sum", wraps=mx.distributed.all_sum) as message:
         for _ in range(4):
-            ranks.gather(None)  # begin together
+            ranks.barrier()  # begin together
             start = time.perf_counter()
             mx.eval(flow.denoise(img[None], text, positions, modulation))
             times.append(time.perf_counter() - start)

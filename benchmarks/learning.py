@@ -29,10 +29,10 @@ from flux import adapters, images
 from flux.adapters.writers import WRITERS
 from flux.conditioning import encode_texts
 from flux.pipeline import Conditioning, FluxPipeline
+from flux.recipes.emoji import COLOURS, PLACES, SIZES, Composition, Renderer, captions, subjects
+from flux.recipes.tiny.evaluate import Share, held_out_prompts, judge
+from flux.recipes.tiny.recipe import SUBJECTS
 from flux.training.finetune import FineTuning, Options
-from flux.training.pretrain.emoji import COLOURS, PLACES, SIZES, Composition, Renderer, captions, subjects
-from flux.training.pretrain.evaluate import Share, held_out_prompts, judge
-from flux.training.pretrain.tiny import SUBJECTS
 
 Asked = list[tuple[Composition, str]]  # what a picture should show, and the prompt that says so
 

@@ -38,10 +38,10 @@ from benchmarks.standins import products_stand_in, weights_of_nothing
 from flux import sampler
 from flux.adapters import Adapters, new_adapter, targets
 from flux.models.transformer import Flux, FluxParams
-from flux.training import checkpointing, losses, optimizers
-from flux.training.checkpointing import checkpoint_blocks
+from flux.training import gradient_checkpointing, losses, optimizers
+from flux.training.flow_matching import FlowLoss, sample_key
+from flux.training.gradient_checkpointing import checkpoint_blocks
 from flux.training.memory import estimate, weight_bytes
-from flux.training.objective import FlowLoss, sample_key
 from flux.training.trainer import Trainer
 from flux.weights import keymaps
 from flux.weights.quantize import quantize
@@ -267,7 +267,7 @@ def measure_dev(side: int, double: int, single: int, rank: int, share: int) -> d
     quantize(flow, 4)
     weights_of_nothing(flow)
     batch = batch_of(params, (side // 16) ** 2, TEXT, mx.bfloat16)
-    scores = mock.patch.object(checkpointing, "SCORES", checkpointing.SCORES // share)
+    scores = mock.patch.object(gradient_checkpointing, "SCORES", gradient_checkpointing.SCORES // share)
     with products_stand_in(), scores:
         trainer = _train_adapter(flow, batch, True, rank, "adamw")
         in_full(trainer)

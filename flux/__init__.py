@@ -1,8 +1,8 @@
 """FLUX.1 in Apple MLX. The public names; importing the package loads OpenBLAS on Linux and nothing else."""
 
 from flux.openblas import preload
+from flux.version import __version__
 
-__version__ = "0.1.0"
 __all__ = ["FluxPipeline", "__version__"]
 
 preload()  # must come before the first import of mlx.core

@@ -3,6 +3,7 @@
 import argparse
 import math
 from pathlib import Path
+from typing import NoReturn
 
 from flux.errors import FluxError
 
@@ -10,7 +11,7 @@ from flux.errors import FluxError
 class Parser(argparse.ArgumentParser):
     """Wrong arguments are bad input like any other: one line."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         raise FluxError(f"{message} (see {self.prog} --help)")
 
 

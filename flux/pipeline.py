@@ -16,13 +16,13 @@ import mlx.nn as nn
 from flux import machine, sampler
 from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.conditioning import TextConditioning, encode_texts
-from flux.distributed import shard
+from flux.distributed.ranks import Ranks
+from flux.distributed.sharding import shard
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux, Modulation
-from flux.ranks import Ranks
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import checkpoints
 from flux.weights.quantize import quantize
@@ -82,6 +82,7 @@ class FluxPipeline:
         adapters: Sequence[tuple[str | Path, float]] = (),
         fuse_adapters: bool = False,
         ranks: Ranks | None = None,
+        noise: str = "mlx",
         **files: str | None,
     ):
         """Find a model and load it lazily.
@@ -95,25 +96,30 @@ class FluxPipeline:
         steps are faster, and the networks that they change are in memory from the start.
         ranks: to split the transformer and T5 over; all of them must then call `encode`, `prepare` and
         `denoise` together, with the same arguments, and have the same results.
+        noise: whose random numbers a seed stands for: "mlx", "torch" (ComfyUI's and diffusers' in float32) or
+        "diffusers" (PyTorch's, rounded to `dtype`), made as by PyTorch's CPU generator.
         files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
         Raises FluxError for a model that cannot be found or loaded, and for an adapter that cannot or does
         not fit it; warns of what else of an adapter is left out.
         """
+        sampler.check_noise(noise)
         weighted = read_weighted(adapters)  # before a model is fetched
         self.checkpoint = checkpoints.find(name, **files)
-        self._set(load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks), t5_padding)
+        parts = load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks)
+        self._set(parts, t5_padding, noise)
         self._split = ranks is not None
 
     @classmethod
-    def from_parts(cls, parts: Parts, t5_padding: bool = True) -> "FluxPipeline":
+    def from_parts(cls, parts: Parts, t5_padding: bool = True, noise: str = "mlx") -> "FluxPipeline":
         """A pipeline of modules that are already there."""
         flux = cls.__new__(cls)
-        flux._set(parts, t5_padding)
+        flux._set(parts, t5_padding, noise)
         return flux
 
-    def _set(self, parts: Parts, t5_padding: bool) -> None:
+    def _set(self, parts: Parts, t5_padding: bool, noise: str) -> None:
         self.spec, self.flow, self.ae, self.clip, self.t5, self.clip_tokenizer, self.t5_tokenizer = parts
         self.t5_padding = t5_padding
+        self.noise_kind = noise
         self._split = False
 
     @property
@@ -194,7 +200,8 @@ class FluxPipeline:
 
     def noise(self, seeds: Sequence[int], latent_size: tuple[int, int]) -> mx.array:
         """The packed noise (B, L, channels), float32, that the pictures of these seeds begin with."""
-        return sampler.pack(sampler.noise(seeds, latent_size, self.flow.params.out_channels // 4))
+        channels = self.flow.params.out_channels // 4
+        return sampler.pack(sampler.noise(seeds, latent_size, channels, self.noise_kind, self.flow.dtype))
 
     def encode(self, text: str, negative_prompt: str | None = None, cfg_scale: float = 1.0) -> Conditioning:
         """The conditioning of one prompt, not yet evaluated; with the negative one unless cfg_scale is 1."""

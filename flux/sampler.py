@@ -65,8 +65,7 @@ def noise(
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
             raise FluxError(f"a seed must lie between 0 and {MAX_SEED}, not {seed}")
-    if kind not in NOISES:
-        raise FluxError(f"the noise must be one of {', '.join(NOISES)}, not {kind!r}")
+    check_noise(kind)
     if kind == "mlx":
         shape = (*latent_size, channels)
         return mx.stack([mx.random.normal(shape, key=mx.random.key(seed)) for seed in seeds])
@@ -75,6 +74,12 @@ def noise(
     if kind == "diffusers":
         x = x.astype(dtype).astype(mx.float32)
     return x.transpose(0, 2, 3, 1)
+
+
+def check_noise(kind: str) -> None:
+    """Raise FluxError for what is not one of `NOISES`."""
+    if kind not in NOISES:
+        raise FluxError(f"the noise must be one of {', '.join(NOISES)}, not {kind!r}")
 
 
 def pack(latent: mx.array) -> mx.array:

@@ -8,6 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 Cell = Image.Image | str  # a picture, or a text that is wrapped to its column's width
 Row = str | Sequence[Cell]  # one text across the whole table, or a cell for each of the first columns
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
 FONT_SIZE, LINE_HEIGHT, MARGIN = 12, 15, 8  # pixels
 MOST_LINES = 12  # of a text; what is left of it is cut off
 
@@ -53,7 +55,7 @@ def _height(cell: Image.Image | list[str]) -> int:
     return cell.height if isinstance(cell, Image.Image) else LINE_HEIGHT * len(cell)
 
 
-def _wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+def _wrapped(text: str, width: int, font: Font) -> list[str]:
     """Lines of at most `width` pixels, broken at spaces where that can be."""
     lines: list[str] = []
     for paragraph in text.splitlines():

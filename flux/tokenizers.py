@@ -5,6 +5,7 @@ special token that is written out in a text ("<|endoftext|>", "</s>") becomes th
 """
 
 import base64
+import gzip
 import json
 import math
 import unicodedata
@@ -72,11 +73,16 @@ class CLIPTokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> "CLIPTokenizer":
-        """Reads a checkpoint's `tokenizer/`: vocab.json and merges.txt, else tokenizer.json."""
+        """Reads a checkpoint's `tokenizer/`: vocab.json and merges.txt, else tokenizer.json.
+
+        Also merges.txt.gz alone, as this package has them: the vocabulary follows from them.
+        """
         folder = Path(path)
+        if (folder / "merges.txt.gz").is_file():
+            text = gzip.decompress((folder / "merges.txt.gz").read_bytes()).decode("utf-8")
+            return cls(clip_vocabulary(read_merges(text)), read_merges(text))
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = [line for line in lines if line and not line.startswith("#version")]
+            merges = read_merges((folder / "merges.txt").read_text(encoding="utf-8"))
             return cls(read_json(folder / "vocab.json"), merges)
         file = folder / "tokenizer.json"
         if not file.is_file():
@@ -127,6 +133,23 @@ class CLIPTokenizer:
         return merge(pieces, self._ranks)
 
 
+def read_merges(text: str) -> list[str]:
+    """The merges in a merges.txt, in their order: "left right", one a line."""
+    return [line for line in text.split("\n") if line and not line.startswith("#version")]
+
+
+def clip_vocabulary(merges: list[str]) -> dict[str, int]:
+    """Piece -> id, as it follows from the merges: bytes, bytes at a word's end, merges, special tokens.
+
+    The bytes that are printable come first (Radford et al. 2021, CLIP's simple_tokenizer).
+    """
+    letters = sorted(byte_letters(), key=lambda letter: (ord(letter) > 0xFF, ord(letter)))
+    ends = [letter + CLIPTokenizer.END_OF_WORD for letter in letters]
+    joined = [merge.replace(" ", "") for merge in merges]
+    pieces = [*letters, *ends, *joined, CLIPTokenizer.BOS, CLIPTokenizer.EOS]
+    return {piece: i for i, piece in enumerate(pieces)}
+
+
 def merge(pieces: list[str], ranks: dict[str, int]) -> list[str]:
     """The pieces of one word, its letters at first, joined by the earliest merge that fits, repeatedly.
 
@@ -146,7 +169,7 @@ def merge(pieces: list[str], ranks: dict[str, int]) -> list[str]:
 
 def join_pair(pieces: list[str], left: str, right: str) -> list[str]:
     """The pieces with every `left` and `right` that stand side by side made one, from the left."""
-    joined = []
+    joined: list[str] = []
     for piece in pieces:
         # A joined piece is longer than `left`, so that it cannot be taken for one.
         if piece == right and joined and joined[-1] == left:
@@ -245,7 +268,8 @@ class T5Tokenizer:
                 score = scores[start] + self._scores.get(word[start:end], missing)
                 if score > scores[end]:
                     scores[end], starts[end] = score, start
-        pieces, end = [], len(word)
+        pieces: list[str] = []
+        end = len(word)
         while end > 0:
             piece = word[starts[end] : end]
             if pieces and piece not in self._scores and pieces[-1] not in self._scores:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux.data import buckets, epochs, samples
+from flux.data import buckets, samples
+from flux.data.batches import Plan
 from flux.data.schema import Group
 from flux.errors import FluxError
 from tests.datasets import random_picture, two_concepts, write_pictures, write_toml
@@ -187,7 +188,7 @@ def name(entry):
 
 
 def test_an_epoch_has_each_sample_as_often_as_it_repeats(dataset):
-    plan = epochs.Plan(dataset, seed=1)
+    plan = Plan(dataset, seed=1)
     for number in range(3):
         batches = plan.epoch(number)
         assert len(batches) == plan.batches_per_epoch
@@ -202,7 +203,7 @@ def test_an_epoch_has_each_sample_as_often_as_it_repeats(dataset):
 
 
 def test_batches_are_of_one_bucket_and_full_but_for_the_last(dataset):
-    plan = epochs.Plan(dataset, seed=1)
+    plan = Plan(dataset, seed=1)
     counts, sizes = Counter(), Counter()
     for batch in plan.epoch(0):
         (key,) = {(entry.placed.sample.group, entry.placed.bucket) for entry in batch.entries}
@@ -219,26 +220,24 @@ def test_batches_are_of_one_bucket_and_full_but_for_the_last(dataset):
 
 
 def test_a_plan_is_a_function_of_seed_and_epoch(dataset):
-    plan, again = epochs.Plan(dataset, seed=1), epochs.Plan(dataset, seed=1)
+    plan, again = Plan(dataset, seed=1), Plan(dataset, seed=1)
     straight = [plan.batch(i) for i in range(4 * plan.batches_per_epoch)]
     backwards = [again.batch(i) for i in reversed(range(len(straight)))]
     assert straight == backwards[::-1]
     assert straight[: plan.batches_per_epoch] == list(plan.epoch(0))
     orders = [[name(entry) for entry in entries_of(plan.epoch(i))] for i in range(4)]
-    orders.append([name(entry) for entry in entries_of(epochs.Plan(dataset, seed=2).epoch(0))])
+    orders.append([name(entry) for entry in entries_of(Plan(dataset, seed=2).epoch(0))])
     assert len({tuple(order) for order in orders}) == 5
 
 
 def test_processes_share_what_one_would_see(dataset):
-    alone = epochs.Plan(dataset, seed=3)
-    shared_out = [
-        epochs.Plan(dataset, seed=3).batch(step * 2 + rank) for step in range(20) for rank in (0, 1)
-    ]
+    alone = Plan(dataset, seed=3)
+    shared_out = [Plan(dataset, seed=3).batch(step * 2 + rank) for step in range(20) for rank in (0, 1)]
     assert shared_out == [alone.batch(i) for i in range(40)]
 
 
 def test_flips_and_captions_change_from_epoch_to_epoch(dataset):
-    plan = epochs.Plan(dataset, seed=1)
+    plan = Plan(dataset, seed=1)
     flips, captions = [], Counter()
     for number in range(20):
         for entry in entries_of(plan.epoch(number)):
@@ -252,12 +251,12 @@ def test_flips_and_captions_change_from_epoch_to_epoch(dataset):
 
 
 def test_only_crops_and_colours_make_variants(dataset):
-    plan = epochs.Plan(dataset, seed=1)
+    plan = Plan(dataset, seed=1)
     assert {entry.repeat for entry in entries_of(plan.epoch(0))} == {0}
     assert len(plan.variants()) == 4 + 3 + 4
     options = {"resolution": (64, 64), "class_tokens": "x", "random_crop": True, "num_repeats": 5}
     folder = dataset.samples[0].picture.parent
-    crops = epochs.Plan(samples.load(folder, options), seed=1)
+    crops = Plan(samples.load(folder, options), seed=1)
     variants = {(entry.placed, entry.repeat) for entry in entries_of(crops.epoch(0))}
     assert len(variants) == 4 * 5
     assert set(crops.variants()) == variants
@@ -280,7 +279,7 @@ image_dir = "a"
 class_tokens = "a, b, c, d"
 """,
     )
-    plan = epochs.Plan(samples.load(toml, {}), seed=1)
+    plan = Plan(samples.load(toml, {}), seed=1)
     batches = plan.validation()
     assert [len(batch.entries) for batch in batches] == [2, 2, 1]
     assert {entry.caption for entry in entries_of(batches)} == {"a, b, c, d"}
@@ -297,7 +296,7 @@ def test_digest_tells_data_and_options_apart(tmp_path):
 
     def digest(seed=0, **options):
         options = {"resolution": (64, 64), **options}
-        return epochs.Plan(samples.load(tmp_path / "a", options), seed).digest()
+        return Plan(samples.load(tmp_path / "a", options), seed).digest()
 
     first = digest()
     assert digest(seed=1) == first
@@ -315,14 +314,14 @@ def test_digest_tells_data_and_options_apart(tmp_path):
 
 def test_negative_seeds_are_refused(dataset):
     with pytest.raises(FluxError, match="seed -1"):
-        epochs.Plan(dataset, seed=-1)
+        Plan(dataset, seed=-1)
 
 
 def test_two_concepts_in_buckets(shared, tmp_path, monkeypatch):
     """Each picture's bucket by the rules, worked out apart from the code under test."""
     two_concepts(shared, tmp_path)
     monkeypatch.chdir(tmp_path)
-    plan = epochs.Plan(samples.load("flux_data/data.toml", {"enable_bucket": True}), seed=0)
+    plan = Plan(samples.load("flux_data/data.toml", {"enable_bucket": True}), seed=0)
     widths = np.arange(256, 1025, 64)
     sizes = {(1024, 1024)}
     for width in widths:

@@ -6,8 +6,8 @@ from PIL import Image
 
 from flux import FluxPipeline
 from flux.captioning.captioner import Captioner
-from flux.training.captioner import evaluate
-from flux.training.pretrain.emoji import FONT
+from flux.recipes.captioner import evaluate
+from flux.recipes.emoji import FONT
 from flux.weights import checkpoints
 from flux.weights.registry import TINY_CAPTIONER_FOLDER
 
@@ -28,7 +28,7 @@ def test_it_is_small():
 
 
 def test_held_out_renderings(say):
-    """`python -m flux.training.captioner.evaluate` counts hundreds of them."""
+    """`python -m flux.recipes.captioner.evaluate` counts hundreds of them."""
     shares = evaluate.evaluate(say, 60)
     assert shares["true renderings"]["subject and background"].right >= 55
     assert shares["true renderings"]["place"].right >= 55

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from flux import FluxPipeline
-from flux.training.pretrain.emoji import COLOURS, FONT
-from flux.training.pretrain.evaluate import draw, held_out_prompts, judge
+from flux.recipes.emoji import COLOURS, FONT
+from flux.recipes.tiny.evaluate import draw, held_out_prompts, judge
 from flux.weights.registry import TINY_FOLDER
 
 
@@ -26,7 +26,7 @@ def test_backgrounds(flux, colour):
 
 @pytest.mark.skipif(not FONT.exists(), reason=f"needs the emoji font {FONT}")
 def test_held_out_prompts(flux):
-    """Never trained on; `python -m flux.training.pretrain.evaluate` counts hundreds of them."""
+    """Never trained on; `python -m flux.recipes.tiny.evaluate` counts hundreds of them."""
     shown, prompts = zip(*held_out_prompts(16), strict=True)
     right = judge(draw(flux, prompts)[0], shown)
     assert right["all three"].right >= 13

@@ -17,9 +17,9 @@ from PIL import Image
 from flux.captioning import files, pictures, records, sheet
 from flux.captioning.captioner import Captioner
 from flux.captioning.wording import Wording
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2, Florence2Params, GenerationParams, LanguageParams, VisionParams
-from flux.ranks import Ranks
 from flux.weights import checkpoints, quantize, registry
 
 
@@ -225,9 +225,9 @@ def test_sheets_that_cannot_be(tmp_path: Path):
 def test_ranks_alone():
     ranks = Ranks()
     assert (ranks.rank, ranks.size, ranks.gather({"a": 1})) == (0, 1, [{"a": 1}])
-    assert ranks.together(lambda: 5) == 5
+    assert ranks.on_all_ranks(lambda: 5) == 5
     with pytest.raises(FluxError, match="so"):
-        ranks.together(lambda: (_ for _ in ()).throw(FluxError("so")))
+        ranks.on_all_ranks(lambda: (_ for _ in ()).throw(FluxError("so")))
 
 
 # --- The captioner: found, searched, quantized ---

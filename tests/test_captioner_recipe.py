@@ -16,12 +16,12 @@ from flux.captioning.tasks import TASKS
 from flux.captioning.tokenizer import FLORENCE_TOKENS
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2
-from flux.training.captioner import evaluate, export, recipe
-from flux.training.captioner.__main__ import ProbedTower, caption_loss, make_captioner, tower_loss
-from flux.training.captioner.pictures import Pictures, augment, captioned, features, normalised, places
-from flux.training.convolution import use_products
-from flux.training.pretrain import emoji
-from flux.training.pretrain.emoji import Composition
+from flux.recipes import emoji
+from flux.recipes.captioner import evaluate, export, recipe
+from flux.recipes.captioner.__main__ import ProbedTower, caption_loss, make_captioner, tower_loss
+from flux.recipes.captioner.pictures import Pictures, augment, captioned, features, normalised, places
+from flux.recipes.emoji import Composition
+from flux.training.matmul_convolution import use_products
 
 ROOT = Path(__file__).parents[1]
 needs_font = pytest.mark.skipif(not emoji.FONT.is_file(), reason="needs the font Noto Color Emoji")
@@ -186,7 +186,7 @@ def test_training_resumes_exports_and_is_read(tmp_path):
         assert run.returncode == 0, run.stderr
         return run.stdout
 
-    program, state = "flux.training.captioner", "captioner.safetensors"
+    program, state = "flux.recipes.captioner", "captioner.safetensors"
     options = ("--run", tmp_path / "run", "--batch", 2, "--pictures", 4, "--pool", 2)
     call(program, *options, "--tower-steps", 2, "--language-steps", 1, "--steps", 1)
     call(program, *options, "--tower-steps", 2, "--language-steps", 2, "--steps", 2)

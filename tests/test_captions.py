@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from flux.data import captions, epochs, samples
+from flux.data import batches, captions, samples
 from flux.data.schema import Subset
 from tests.datasets import OPTIONS, write_pictures
 
@@ -124,7 +124,7 @@ def test_captions_come_from_seed_sample_and_epoch(tmp_path):
     options = {**OPTIONS, "class_tokens": "a, b, c, d, e, f, g", "shuffle_caption": True, "num_repeats": 2}
 
     def of(seed, epoch, **more):
-        plan = epochs.Plan(samples.load(tmp_path, {**options, **more}), seed)
+        plan = batches.Plan(samples.load(tmp_path, {**options, **more}), seed)
         entries = [entry for batch in plan.epoch(epoch) for entry in batch.entries]
         return Counter((entry.placed.sample.name, entry.caption) for entry in entries)
 

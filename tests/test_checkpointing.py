@@ -8,9 +8,9 @@ from mlx.utils import tree_flatten
 from flux.adapters import Adapters, new_adapter, targets
 from flux.models.layers import DoubleStreamBlock, SingleStreamBlock
 from flux.models.transformer import Flux
-from flux.training import checkpointing
-from flux.training.checkpointing import checkpoint_blocks, plain_blocks
-from flux.training.objective import FlowLoss
+from flux.training import gradient_checkpointing
+from flux.training.flow_matching import FlowLoss
+from flux.training.gradient_checkpointing import checkpoint_blocks, plain_blocks
 from flux.weights.quantize import quantize
 
 from .test_objective import KEY, make_batch
@@ -60,9 +60,9 @@ def test_gradients_are_the_same_to_the_bit(bits, dropout, dtype, monkeypatch):
     plain = gradients(model)
     before = parameters(model)
     checkpoint_blocks(model.flow)
-    assert type(model.flow.double_blocks[0]) is checkpointing.CheckpointedDoubleStreamBlock
+    assert type(model.flow.double_blocks[0]) is gradient_checkpointing.CheckpointedDoubleStreamBlock
     assert same(gradients(model), plain)
-    monkeypatch.setattr(checkpointing, "SCORES", 1)  # attention head by head
+    monkeypatch.setattr(gradient_checkpointing, "SCORES", 1)  # attention head by head
     assert same(gradients(model), plain)
     assert all(mx.abs(gradient).max() > 0 for gradient in plain.values())
     assert parameters(model).keys() == before.keys()

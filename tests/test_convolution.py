@@ -9,7 +9,7 @@ import pytest
 
 from flux.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux.models.florence2.depthwise import DepthwiseConv2d
-from flux.training.convolution import PatchConv2d, use_products
+from flux.training.matmul_convolution import PatchConv2d, use_products
 
 
 def error(ours: mx.array, reference: mx.array) -> float:

@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from flux.data import check, datasets, epochs, samples, schema
+from flux.data import batches, check, datasets, samples, schema
 from flux.errors import FluxError
 from tests.datasets import OPTIONS, two_concepts, write_pictures, write_toml
 
@@ -340,7 +340,7 @@ def test_hugging_face(hub):
     dataset = samples.load("me/set", {**OPTIONS, "class_tokens": "fallback"})
     assert [sample.text for sample in dataset.samples] == ["one", "fallback"]
     assert [sample.picture for sample in dataset.samples] == hub
-    assert [placed.size for placed in epochs.Plan(dataset, 0).placed] == [(64, 80), (32, 32)]
+    assert [placed.size for placed in batches.Plan(dataset, 0).placed] == [(64, 80), (32, 32)]
 
 
 def test_a_table_that_was_saved(hub, tmp_path):

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from flux.errors import FluxError
-from flux.training.pretrain import emoji
-from flux.training.pretrain.emoji import Composition
+from flux.recipes import emoji
+from flux.recipes.emoji import Composition
 
 needs_font = pytest.mark.skipif(not emoji.FONT.is_file(), reason="needs the font Noto Color Emoji")
 

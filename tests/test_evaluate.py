@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from flux.errors import FluxError
-from flux.training.pretrain import emoji, evaluate
+from flux.recipes import emoji
+from flux.recipes.tiny import evaluate
 
 pytestmark = pytest.mark.skipif(not emoji.FONT.is_file(), reason="needs the font Noto Color Emoji")
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux.data import epochs, latents, samples
+from flux.data import batches, samples
+from flux.data import cache as latents
 from flux.errors import FluxError
 from tests.datasets import OPTIONS, random_picture, write_pictures
 
@@ -46,7 +47,7 @@ def folder(tmp_path):
 
 
 def make_plan(folder, seed=0, **options):
-    return epochs.Plan(samples.load(folder, {**OPTIONS, "class_tokens": "sks toy", **options}), seed)
+    return batches.Plan(samples.load(folder, {**OPTIONS, "class_tokens": "sks toy", **options}), seed)
 
 
 def fill(cache, plan, identity="ae", seed=0):
@@ -264,7 +265,7 @@ class_tokens = "toy"
 is_reg = true
 """
     )
-    plan = epochs.Plan(samples.load(tmp_path, {}), 0)
+    plan = batches.Plan(samples.load(tmp_path, {}), 0)
     _, store = fill(cache, plan)
     texts = latents.Texts(cache, "t")
     for caption in texts.missing(plan.captions(1)):

@@ -12,9 +12,9 @@ import pytest
 from flux.adapters import Adapters, new_adapter, targets
 from flux.models.transformer import Flux, FluxParams
 from flux.training import optimizers
-from flux.training.checkpointing import checkpoint_blocks
+from flux.training.flow_matching import FlowLoss, sample_key
+from flux.training.gradient_checkpointing import checkpoint_blocks
 from flux.training.memory import estimate, weight_bytes
-from flux.training.objective import FlowLoss, sample_key
 from flux.training.trainer import Trainer
 from flux.weights.quantize import QUANTIZED, quantize
 

@@ -8,7 +8,7 @@ import pytest
 from flux.errors import FluxError
 from flux.models.clip import CLIPTextModel
 from flux.models.transformer import Flux
-from flux.training.objective import FlowLoss, sample_key
+from flux.training.flow_matching import FlowLoss, sample_key
 
 from .tiny import CLIP, FLUX, randomize
 

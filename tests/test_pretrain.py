@@ -8,11 +8,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from flux.models.autoencoder import AutoEncoder
+from flux.recipes import emoji
+from flux.recipes.tiny import autoencoder, flow, latents, recipe
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
-from flux.training import losses
+from flux.training import losses, vocabularies
 from flux.training.ema import EMA
 from flux.training.optimizers import muon, warmup_decay
-from flux.training.pretrain import autoencoder, emoji, flow, latents, tiny, vocabularies
 from flux.training.trainer import Trainer
 
 needs_font = pytest.mark.skipif(not emoji.FONT.is_file(), reason="needs the font Noto Color Emoji")
@@ -148,7 +149,7 @@ def test_captions_are_tokenized_picture_by_picture(tmp_path):
 
 def test_autoencoder_trains():
     mx.random.seed(0)
-    model = AutoEncoder(tiny.AUTOENCODER)
+    model = AutoEncoder(recipe.AUTOENCODER)
     rng = np.random.default_rng(0)
     flat = rng.integers(0, 255, (4, 1, 1, 3), np.uint8) * np.ones((4, 16, 16, 3), np.uint8)
     rate = warmup_decay(0.02, 30, 2, 1.0)

@@ -12,7 +12,7 @@ from flux.errors import FluxError
 from flux.training.pretrain import validate
 from flux.training.pretrain.__main__ import main
 from flux.training.pretrain.config import Step
-from flux.training.pretrain.schedules import OPTIMIZERS, SCHEDULERS
+from flux.training.schedules import OPTIMIZERS, SCHEDULERS
 
 from . import pretraining
 

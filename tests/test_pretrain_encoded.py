@@ -6,7 +6,7 @@ import pytest
 
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder, AutoEncoderParams
-from flux.training.convolution import ProductConv2d
+from flux.training.matmul_convolution import ProductConv2d
 from flux.training.pretrain import run as runs
 from flux.training.pretrain.encoded import Encoded, identity
 from flux.training.pretrain.report import read_lines

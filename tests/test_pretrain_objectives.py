@@ -10,10 +10,10 @@ from mlx.utils import tree_flatten
 
 from flux.training.pretrain.batches import Batches, Share, open_dataset
 from flux.training.pretrain.config import COMPONENTS, Config, Step
+from flux.training.pretrain.losses import Objective, moments, threshold_metrics
 from flux.training.pretrain.networks import Networks, Tokenizers, group_of, mapped
-from flux.training.pretrain.objectives import Objective, moments, threshold_metrics
-from flux.training.pretrain.schedules import kl_weight
-from flux.training.pretrain.vocabularies import save_clip, train_clip, train_t5
+from flux.training.schedules import kl_weight
+from flux.training.vocabularies import save_clip, train_clip, train_t5
 
 from . import pretraining, tiny
 

@@ -6,9 +6,9 @@ import re
 import numpy as np
 import pytest
 
+from flux.training.console import Console
 from flux.training.plots import COLOURS, HEIGHT, LEFT, RIGHT, WIDTH, Curve, figure
 from flux.training.pretrain import report
-from flux.training.pretrain.console import Console
 
 
 def test_the_console_line():

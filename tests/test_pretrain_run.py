@@ -19,11 +19,11 @@ from PIL import Image
 
 from flux.errors import FluxError
 from flux.pipeline import FluxPipeline
-from flux.training.pretrain.progress import Progress
 from flux.training.pretrain.report import read_lines
 from flux.training.pretrain.run import Run
-from flux.training.pretrain.schedules import Cosine, Exponential, Plateau, ReduceOnPlateau, Step
 from flux.training.pretrain.stage import Stage
+from flux.training.pretrain.state import Progress
+from flux.training.schedules import Cosine, Exponential, Plateau, ReduceOnPlateau, Step
 
 from . import pretraining
 

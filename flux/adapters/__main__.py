@@ -8,14 +8,15 @@ from pathlib import Path
 
 import flux
 from flux import images
-from flux.adapters import Adapter, load, mismatches, read_facts, save, similarity
+from flux.adapters import Adapter, load, mismatches, read_facts, save
 from flux.adapters.adapter import Dense, Kronecker, LowRank, part_of
-from flux.adapters.grid import STRENGTHS, Sampling, grid
-from flux.adapters.grid import read as read_adapters
 from flux.adapters.names import template
 from flux.adapters.writers import WRITERS
 from flux.arguments import finite, size
 from flux.errors import FluxError
+from flux.evaluation import clip_similarity
+from flux.evaluation.grid import STRENGTHS, Sampling, grid
+from flux.evaluation.grid import read as read_adapters
 from flux.pipeline import FluxPipeline
 from flux.weights import checkpoints
 
@@ -185,7 +186,7 @@ def run_grid(options: argparse.Namespace) -> int:
     adapters = read_adapters(options.adapter)
     strengths = list(dict.fromkeys(options.strengths))
     seeds = list(dict.fromkeys(options.seed))
-    likeness = None if options.compare is None else similarity.to_folder(options.compare)
+    likeness = None if options.compare is None else clip_similarity.to_folder(options.compare)
     pipeline = FluxPipeline(options.model, bits=options.quantize)
     sampling = Sampling(seeds, options.image_size, options.steps)
     picture = grid(pipeline, adapters, options.prompt, options.class_prompt, strengths, sampling, likeness)

@@ -43,15 +43,15 @@ NO_PHRASES = frozenset(
 
 def pixels(places: Sequence[int], size: Size) -> list[int]:
     """Places x, y, x, y, ... -> pixels: the places' middles, in float32 and cut, as the reference does."""
-    steps = np.float32([size[0] / PLACES, size[1] / PLACES])
-    points = (np.float32(places).reshape(-1, 2) + np.float32(0.5)) * steps
+    steps = np.array([size[0] / PLACES, size[1] / PLACES], np.float32)
+    points = (np.array(places, np.float32).reshape(-1, 2) + np.float32(0.5)) * steps
     return points.astype(int).flatten().tolist()
 
 
 def region(box: Sequence[float], size: Size) -> str:
     """A box (left, top, right, bottom) in pixels -> the tokens that tasks about a region are asked with."""
-    steps = np.float32([size[0] / PLACES, size[1] / PLACES])
-    places = np.floor(np.float32(box).reshape(-1, 2) / steps).clip(0, PLACES - 1)
+    steps = np.array([size[0] / PLACES, size[1] / PLACES], np.float32)
+    places = np.floor(np.array(box, np.float32).reshape(-1, 2) / steps).clip(0, PLACES - 1)
     return "".join(f"<loc_{int(place)}>" for place in places.flatten())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from flux.data import buckets, epochs, pictures
+from flux.data import batches, buckets, pictures
 from flux.data.datasets import some
 from flux.data.pictures import Placed
 from flux.data.samples import Dataset, Sample
@@ -128,14 +128,14 @@ def _check_kinds(found: list[_Picture], report: Report) -> None:
 
 
 def _count(dataset: Dataset, report: Report) -> None:
-    plan = epochs.Plan(dataset, seed=0)
+    plan = batches.Plan(dataset, seed=0)
     files = defaultdict(int)
     for placed in plan.placed:
         files[placed.sample.group, placed.bucket] += 1
     for (group, (height, width)), samples in plan.bucket_table().items():
-        batches = -(-samples // dataset.groups[group].batch_size)
+        batch_count = -(-samples // dataset.groups[group].batch_size)
         count = files[group, (height, width)]
-        report.buckets.append(BucketRow(group + 1, height, width, count, samples, batches))
+        report.buckets.append(BucketRow(group + 1, height, width, count, samples, batch_count))
     report.samples_per_epoch = len(plan.items)
     report.steps_per_epoch = plan.batches_per_epoch
     for batch in plan.epoch(0):

@@ -317,7 +317,7 @@ def in_tiles(part: Layer, x: mx.array, side: int, step_in: int, step_out: int) -
     A latent is `step_in` pixels wide in x (1, H, W, C) and `step_out` pixels in the result.
     """
     height, width = x.shape[1] // step_in, x.shape[2] // step_in
-    canvas = None
+    canvas: mx.array | None = None
     for top, row_weights in _tiles(height, side, step_out):
         for left, column_weights in _tiles(width, side, step_out):
             tile = part(x[:, top * step_in :, left * step_in :][:, : side * step_in, : side * step_in])
@@ -327,6 +327,7 @@ def in_tiles(part: Layer, x: mx.array, side: int, step_in: int, step_out: int) -
             y0, x0 = top * step_out, left * step_out
             canvas = canvas.at[:, y0 : y0 + tile.shape[1], x0 : x0 + tile.shape[2]].add(tile)
             mx.eval(canvas)  # else all tiles would be in memory together
+    assert canvas is not None  # there is one tile at least
     return canvas.astype(x.dtype)
 
 

@@ -13,17 +13,23 @@ from flux.errors import FluxError
 
 
 @dataclass(frozen=True)
-class CLIPTextParams:
-    """The shape of the network; the defaults are CLIP ViT-L/14's."""
+class CLIPEncoderParams:
+    """The shape of the layers, of either encoder."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    max_position_embeddings: int = 77
-    vocab_size: int = 49408
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+
+
+@dataclass(frozen=True)
+class CLIPTextParams(CLIPEncoderParams):
+    """The shape of the network; the defaults are CLIP ViT-L/14's."""
+
+    max_position_embeddings: int = 77
+    vocab_size: int = 49408
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class CLIPTextEmbeddings(nn.Module):
 
 
 class CLIPAttention(nn.Module):
-    def __init__(self, params: CLIPTextParams, mask: str | None):
+    def __init__(self, params: CLIPEncoderParams, mask: str | None):
         super().__init__()
         self._mask = mask
         self._head_dim = params.hidden_size // params.num_attention_heads
@@ -80,7 +86,7 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
-    def __init__(self, params: CLIPTextParams):
+    def __init__(self, params: CLIPEncoderParams):
         super().__init__()
         self._activation = ACTIVATIONS[params.hidden_act]
         self.fc1 = nn.Linear(params.hidden_size, params.intermediate_size)
@@ -91,7 +97,7 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
-    def __init__(self, params: CLIPTextParams, mask: str | None):
+    def __init__(self, params: CLIPEncoderParams, mask: str | None):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(params.hidden_size, eps=params.layer_norm_eps)
         self.self_attn = CLIPAttention(params, mask)
@@ -106,7 +112,7 @@ class CLIPEncoderLayer(nn.Module):
 class CLIPEncoder(nn.Module):
     """The layers of either encoder. mask: "causal" for texts, None where every token sees all."""
 
-    def __init__(self, params: CLIPTextParams, mask: str | None = "causal"):
+    def __init__(self, params: CLIPEncoderParams, mask: str | None = "causal"):
         super().__init__()
         self.layers = [CLIPEncoderLayer(params, mask) for _ in range(params.num_hidden_layers)]
 

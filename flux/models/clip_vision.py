@@ -8,22 +8,16 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from flux.models.clip import CLIPEncoder
+from flux.models.clip import CLIPEncoder, CLIPEncoderParams
 
 
 @dataclass(frozen=True)
-class CLIPVisionParams:
+class CLIPVisionParams(CLIPEncoderParams):
     """The shape of the network; the defaults are CLIP ViT-B/32's."""
 
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
     image_size: int = 224
     patch_size: int = 32
     projection_dim: int = 512
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
 
 
 class CLIPVisionEmbeddings(nn.Module):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,13 +40,18 @@ GELU_3 = 0.044715 * GELU_1
 GELU_BOUND = 80
 
 
-@mx.custom_function  # with a gradient of its own
 def gelu(x: mx.array) -> mx.array:
     """GELU in its tanh form, 0.5 x (1 + tanh u), u = sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks & Gimpel 2016).
 
     Written as x / (1 + exp(-2u)), the same function with one exp, cheaper than a tanh on a CPU. Computed in
     float32, as in the reference; returns x's type.
     """
+    out: Any = _gelu_with_gradient(x)  # MLX types a custom function as object
+    return out
+
+
+@mx.custom_function  # its gradient is written out below
+def _gelu_with_gradient(x: mx.array) -> mx.array:
     return _gelu(x)
 
 
@@ -56,7 +62,7 @@ def _gelu(x: mx.array) -> mx.array:
     return (h / (1 + mx.exp(mx.minimum(minus_2u, GELU_BOUND)))).astype(x.dtype)
 
 
-@gelu.vjp
+@_gelu_with_gradient.vjp
 def _gelu_vjp(x: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
     # `depends`: else a compiled step would keep the float32 steps of the way forward, twice as wide as x.
     return _gelu_gradient(*mx.depends([x], [cotangent]), cotangent)
@@ -251,8 +257,8 @@ class DoubleStreamBlock(nn.Module):
         txt_qkv = self.txt_attn.heads(modulate(txt, txt_shift, txt_scale))
         img_qkv = self.img_attn.heads(modulate(img, img_shift, img_scale))
         # q, k and v of both: (B, H, Lt+Li, D)
-        joint = [mx.concatenate(pair, axis=2) for pair in zip(txt_qkv, img_qkv, strict=True)]
-        txt_out, img_out = mx.split(self.attend(*joint, pe), [txt.shape[1]], axis=1)
+        q, k, v = (mx.concatenate([t, i], axis=2) for t, i in zip(txt_qkv, img_qkv, strict=True))
+        txt_out, img_out = mx.split(self.attend(q, k, v, pe), [txt.shape[1]], axis=1)
         txt_out, img_out = self.last_layers(self.txt_attn.proj, self.img_attn.proj, txt_out, img_out)
         txt, img = txt + txt_gate * txt_out, img + img_gate * img_out
         txt_shift, txt_scale, txt_gate = txt_rest

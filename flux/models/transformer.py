@@ -153,8 +153,8 @@ class Flux(nn.Module):
         for block in self.double_blocks:
             block.pop("img_mod", None)
             block.pop("txt_mod", None)
-        for block in self.single_blocks:
-            block.pop("modulation", None)
+        for single_block in self.single_blocks:
+            single_block.pop("modulation", None)
         self.final_layer.pop("adaLN_modulation", None)
 
     # Once a step.
@@ -168,8 +168,8 @@ class Flux(nn.Module):
         for block, (txt_mod, img_mod) in zip(self.double_blocks, modulation.double, strict=True):
             txt, img = block(txt, img, pe, txt_mod, img_mod)
         x = mx.concatenate([txt, img], axis=1)  # (B, Lt+Li, C)
-        for block, mod in zip(self.single_blocks, modulation.single, strict=True):
-            x = block(x, pe, mod)
+        for single_block, mod in zip(self.single_blocks, modulation.single, strict=True):
+            x = single_block(x, pe, mod)
         return self.final_layer(x[:, txt.shape[1] :], modulation.final)
 
     def _silu_vec(self, timesteps: mx.array, y: mx.array, guidance: mx.array | None) -> mx.array:

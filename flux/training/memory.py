@@ -9,7 +9,7 @@ from mlx.utils import tree_flatten
 from flux.adapters.lora import linear_shape, linears
 from flux.adapters.training import DEFAULT_TARGET, targets
 from flux.models.transformer import Flux, FluxParams
-from flux.training.checkpointing import SCORES
+from flux.training.gradient_checkpointing import SCORES
 from flux.weights.quantize import GROUP_SIZES, QUANTIZED
 
 PIXELS_PER_TOKEN = 16  # along each side: 8 of the autoencoder, 2 of a token's patch

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from flux.sheets import Font
+
 WIDTH, HEIGHT = 720, 420
 LEFT, TOP, RIGHT, BOTTOM = 78, 34, 150, 34  # margins; the legend stands at the right
 COLOURS = ("#1f6fb4", "#d9532c", "#3a9d4f", "#8e5bb5", "#b8860b", "#16a0a0", "#c2417c", "#666666")
@@ -74,7 +76,7 @@ class _Axis:
         return [i * step for i in range(first, math.floor(self._high / step) + 1)]
 
 
-def _frame(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, across: _Axis, up: _Axis) -> None:
+def _frame(pen: ImageDraw.ImageDraw, font: Font, across: _Axis, up: _Axis) -> None:
     for tick in up.ticks():
         y = up(tick)
         pen.line([(LEFT, y), (WIDTH - RIGHT, y)], GRID)
@@ -84,9 +86,7 @@ def _frame(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, across: _Axis
     pen.rectangle([LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM], outline=INK)
 
 
-def _line(
-    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, curve: Curve, across: _Axis, up: _Axis, i: int
-) -> None:
+def _line(pen: ImageDraw.ImageDraw, font: Font, curve: Curve, across: _Axis, up: _Axis, i: int) -> None:
     colour = COLOURS[i % len(COLOURS)]
     points = [(across(x), up(y)) for x, y in zip(curve.x, curve.y, strict=True)]
     if len(points) > 1:

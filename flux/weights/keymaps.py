@@ -11,6 +11,8 @@ from functools import lru_cache
 
 import mlx.core as mx
 
+from flux.weights.headers import block_count
+
 Tensors = dict[str, mx.array]
 
 
@@ -227,7 +229,7 @@ def is_diffusers(names: Iterable[str]) -> bool:
 def levels(names: Iterable[str]) -> int:
     """How many resolutions an autoencoder has, from the names of its tensors in either layout."""
     numbers = [re.match(r"(?:encoder\.down|encoder\.down_blocks)\.(\d+)\.", name) for name in names]
-    return 1 + max((int(number[1]) for number in numbers if number), default=-1)
+    return block_count([number[1] for number in numbers if number], "encoder.down")
 
 
 # --- The autoencoder's weights: PyTorch keeps (O, I, H, W), MLX wants (O, H, W, I) ---

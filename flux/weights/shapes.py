@@ -17,6 +17,7 @@ from flux.models.autoencoder import AutoEncoderParams
 from flux.models.clip import CLIPTextParams
 from flux.models.t5 import T5Params
 from flux.models.transformer import FluxParams
+from flux.weights.headers import block_count
 
 Tensors = Mapping[str, mx.array]
 Params = FluxParams | AutoEncoderParams | CLIPTextParams | T5Params
@@ -61,7 +62,7 @@ def _size(tensors: Tensors, default: int, *places: tuple[str, int]) -> int:
 def _count(tensors: Tensors, prefix: str) -> int:
     """How many modules `prefix.0`, `prefix.1`, ... there are."""
     numbers = (re.match(re.escape(prefix) + r"\.(\d+)\.", name) for name in tensors)
-    return 1 + max((int(number[1]) for number in numbers if number), default=-1)
+    return block_count([number[1] for number in numbers if number], prefix)
 
 
 def flux_params(tensors: Tensors, known: Mapping[str, Any]) -> FluxParams:

@@ -1,84 +1,17 @@
-"""Safetensors files: checked before they are mapped, read lazily, widened from fp8, written atomically.
-
-`mx.load` reads a tensor when it is first used, so that a file cut short would fail in the middle of a
-picture. The header says how long the file must be: it is compared with the file's size first.
-"""
+"""Safetensors files: read lazily, widened from fp8, written atomically. headers.py checks them before."""
 
 import hashlib
-import json
-import math
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
 from flux.errors import FluxError
+from flux.weights.headers import Entry, Header, read_header
 
-# Bytes of an element, for every type that a checkpoint has been seen with.
-SIZES = {
-    **dict.fromkeys(("F64", "I64", "U64"), 8),
-    **dict.fromkeys(("F32", "I32", "U32"), 4),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
-}
 SHOWN = 12  # how many names an error line shows of each kind
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor of a file: its type in safetensors' words, its shape, where its bytes begin."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a file says it holds."""
-
-    tensors: dict[str, Entry]
-    metadata: dict[str, str]
-
-
-def read_header(path: Path) -> Header:
-    """Reads and checks the header. FluxError, naming the file, where it is absent, damaged or cut short."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length) if length <= size - 8 else b""
-    except OSError as error:
-        raise FluxError(f"{path}: cannot be read: {error.strerror}") from None
-    if size < 8 or not text:
-        raise FluxError(f"{path}: not a safetensors file, or cut short within its header ({size} bytes)")
-    try:
-        entries = json.loads(text)
-        metadata = entries.pop("__metadata__", None) or {}  # MLX writes null for none
-        tensors = {name: _entry(entry, 8 + length) for name, entry in entries.items()}
-        ends = [8 + length + entry["data_offsets"][1] for entry in entries.values()]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise FluxError(f"{path}: not a safetensors file: its header cannot be understood") from None
-    if size < max(ends, default=0):
-        raise FluxError(
-            f"{path}: cut short: it has {size} bytes and its header promises {max(ends)}; download it again"
-        )
-    for name, entry in tensors.items():
-        if entry.dtype not in SIZES:
-            raise FluxError(f"{path}: {name} has the type {entry.dtype}, which this program cannot read")
-    return Header(tensors, metadata)
-
-
-def _entry(entry: dict, data_start: int) -> Entry:
-    """An entry of the header's JSON; ValueError where its bytes do not make up its shape."""
-    dtype, shape = entry["dtype"], tuple(entry["shape"])
-    start, end = entry["data_offsets"]
-    if start < 0 or (dtype in SIZES and end - start != SIZES[dtype] * math.prod(shape)):
-        raise ValueError
-    return Entry(dtype, shape, data_start + start)
 
 
 def fingerprint(path: Path) -> str:
@@ -91,7 +24,7 @@ def fingerprint(path: Path) -> str:
     with path.open("rb") as file:
         for name, entry in sorted(header.tensors.items()):
             digest.update(repr((name, entry)).encode())
-            file.seek(entry.start + SIZES[entry.dtype] * math.prod(entry.shape) // 2)
+            file.seek(entry.start + entry.size // 2)
             digest.update(file.read(64))
     return digest.hexdigest()[:12]
 
@@ -124,7 +57,7 @@ def _load_one(path: Path, header: Header) -> dict[str, mx.array]:
 
 
 def _load_by_numpy(path: Path, entry: Entry) -> mx.array:
-    size = SIZES[entry.dtype] * math.prod(entry.shape)
+    size = entry.size
     data = mx.array(np.fromfile(path, np.uint8, size, offset=entry.start))
     if entry.dtype == "F8_E5M2":  # the upper byte of a float16
         return (data.astype(mx.uint16) << 8).view(mx.float16).reshape(entry.shape)

@@ -19,7 +19,7 @@ import flux  # noqa: F401  (before mlx.core: it puts OpenBLAS into the process)
 import mlx.core as mx
 
 import dreambooth
-from flux.data.latents import Latents, Texts
+from flux.data.cache import Latents, Texts
 from flux.training.finetune import options
 
 

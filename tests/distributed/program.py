@@ -25,14 +25,16 @@ from mlx.utils import tree_flatten
 
 import txt2image
 from flux import adapters, sampler
-from flux import ranks as processes
 from flux.adapters import Adapter, Adapters, Delta, Dense, Kronecker, LowRank
 from flux.adapters.lora import linear_shape, linears
-from flux.distributed import average_gradients, scatter, shard
+from flux.distributed import ranks as processes
+from flux.distributed.fsdp import fully_shard
+from flux.distributed.gradients import average_gradients
+from flux.distributed.ranks import Ranks
+from flux.distributed.sharding import shard
 from flux.errors import FluxError
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
-from flux.ranks import Ranks
 from flux.weights import tensors
 from flux.weights.quantize import quantize
 from tests import tiny
@@ -170,7 +172,7 @@ def size_of(network: nn.Module) -> int:
     return sum(array.nbytes for _, array in tree_flatten(network.parameters()))
 
 
-def scattered(ranks: Ranks) -> list[bool]:
+def fully_sharded(ranks: Ranks) -> list[bool]:
     """Whether networks whose weights are gathered layer by layer give what whole ones do, to the bit."""
     same = []
     for name in ("transformer", "transformer of mxfp4", "lora on 4 bits"):
@@ -178,7 +180,7 @@ def scattered(ranks: Ranks) -> list[bool]:
         network = make()
         whole = run(network)
         mx.eval(whole)
-        scatter(network, ranks)
+        fully_shard(network, ranks)
         same.append(mx.array_equal(run(network), whole).item())
     return same
 
@@ -210,12 +212,12 @@ def faults(ranks: Ranks) -> dict[str, str]:
         if ranks.rank == ranks.size - 1:
             raise FluxError("no such file")
 
-    note("together", lambda: ranks.together(work))
+    note("on all ranks", lambda: ranks.on_all_ranks(work))
     note("map", lambda: list(ranks.map(lambda _: work() or mx.zeros((1,)), range(5))))
     note("agree", lambda: ranks.agree({"weights": "ab", "size": str(ranks.rank)}))
     note("agree on all", lambda: ranks.agree({"weights": "ab"}))
     cut = quantize(Flux(replace(FLUX, hidden_size=320, num_heads=10)), 4, 64)  # heads of 32
-    note("group", lambda: ranks.together(lambda: shard(cut, ranks)))
+    note("group", lambda: ranks.on_all_ranks(lambda: shard(cut, ranks)))
     other = "0.0" if ranks.rank == 1 else flux.__version__
     with mock.patch.object(processes, "__version__", other):
         note("version", Ranks)
@@ -249,8 +251,8 @@ def main() -> None:
     mean = average_gradients(ranks.group)(gradients)
     report = {
         "errors": compare(ranks),
-        "memory": [memory(ranks, folder, divide) for divide in (shard, scatter)],
-        "scattered": scattered(ranks),
+        "memory": [memory(ranks, folder, divide) for divide in (shard, fully_shard)],
+        "fully_sharded": fully_sharded(ranks),
         "faults": faults(ranks),
         "dealt": dealt(ranks),
         "mean": [mean["a"].tolist(), mean["b"][0].tolist(), str(mean["b"][0].dtype)],

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flux import __version__, images
-from flux.distributed import share
+from flux.distributed.sharding import shard_range
 from tests import tiny_pipeline
 
 from .launch import ROOT, TIMEOUT, by_hand, run_program
@@ -133,7 +133,7 @@ def test_a_rank_has_its_part_in_memory_and_no_more(reports, size):
 
 @pytest.mark.parametrize("size", SIZES[1:])
 def test_layers_that_are_gathered_give_the_same_to_the_bit(reports, size):
-    assert [report["scattered"] for report in reports(size)[1]] == [[True] * 3] * size
+    assert [report["fully_sharded"] for report in reports(size)[1]] == [[True] * 3] * size
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
@@ -158,7 +158,7 @@ def test_what_goes_wrong_on_one_rank_is_said_on_all(reports, size):
         )
         assert group in said.pop("group")
         assert said == {
-            "together": f"on rank {last} (HOST): no such file",
+            "on all ranks": f"on rank {last} (HOST): no such file",
             "map": f"on rank {last} (HOST): no such file",
             "agree": "rank 1 (HOST) differs from rank 0 in its size: 1, not 0",
             "agree on all": "",
@@ -252,11 +252,11 @@ def test_a_rank_is_killed(tmp_path):
 
 SILENT = """
 import flux, sys, time
-from flux.ranks import Ranks
+from flux.distributed.ranks import Ranks
 ranks = Ranks()
 if ranks.rank == 1:
     time.sleep(600)
-ranks.gather(None, patience=1)
+ranks.barrier(patience=1)
 """
 
 
@@ -267,9 +267,9 @@ def test_a_rank_says_nothing(tmp_path):
     assert err == f"error: rank 0 of 2 ({platform.node()}): no word from another rank in 1 s\n"
 
 
-def test_shares():
+def test_shard_ranges():
     for total in (3, 5, 24, 24576):
         for size in (1, 2, 3, 4):
-            shares = [share(total, rank, size) for rank in range(size)]
+            shares = [shard_range(total, rank, size) for rank in range(size)]
             assert [i for own in shares for i in own] == list(range(total))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux.adapters import similarity
 from flux.errors import FluxError
+from flux.evaluation import clip_similarity
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -46,7 +46,7 @@ def pictures() -> list[np.ndarray]:
 
 def test_features(reference, folder):
     """The network's are equal; from files to features, up to the processor's rounding."""
-    model = similarity.build(reference.config.to_dict(), folder / "model.safetensors")
+    model = clip_similarity.build(reference.config.to_dict(), folder / "model.safetensors")
     x = np.random.default_rng(3).normal(size=(2, SIDE, SIDE, 3)).astype(np.float32)
     with torch.no_grad():
         vision = reference.vision_model(torch.tensor(x.transpose(0, 3, 1, 2))).pooler_output
@@ -61,7 +61,7 @@ def test_preprocessing():
     processor = (processor or transformers.CLIPImageProcessor)(size={"shortest_edge": SIDE}, crop_size=SIDE)
     for picture in pictures():
         expected = processor(Image.fromarray(picture), return_tensors="np")["pixel_values"][0]
-        found = similarity.prepare(picture, SIDE)
+        found = clip_similarity.prepare(picture, SIDE)
         assert np.abs(found - np.array(expected).transpose(1, 2, 0)).max() < 1e-5
 
 
@@ -69,4 +69,4 @@ def test_a_file_that_is_another_network_is_refused(reference, folder):
     config = reference.config.to_dict()
     config["vision_config"]["num_hidden_layers"] = 3
     with pytest.raises(FluxError, match=r"model\.safetensors: missing: .*layers\.2"):
-        similarity.build(config, folder / "model.safetensors")
+        clip_similarity.build(config, folder / "model.safetensors")

@@ -115,18 +115,21 @@ def checkpoint(request, tmp_path_factory):
     return pipeline, folder / "model"
 
 
-def load(folder) -> FluxPipeline:
-    flux = FluxPipeline(str(folder), dtype=mx.float32)
+def load(folder, **options) -> FluxPipeline:
+    flux = FluxPipeline(str(folder), dtype=mx.float32, **options)
     flux.t5_tokenizer.max_length = T5_LENGTH
     return flux
 
 
 def theirs(pipeline, noise, size, t5_length=T5_LENGTH, **options):
+    given = {"latents": torch.from_numpy(np.array(noise)), "num_images_per_prompt": len(noise)}
+    return theirs_of(pipeline, size, t5_length=t5_length, **given, **options)
+
+
+def theirs_of(pipeline, size, t5_length=T5_LENGTH, **options):
     height, width = (8 * side for side in size)
     made = pipeline(
         PROMPT,
-        latents=torch.from_numpy(np.array(noise)),
-        num_images_per_prompt=len(noise),
         height=height,
         width=width,
         num_inference_steps=4,
@@ -158,6 +161,18 @@ def test_pictures_are_diffusers(checkpoint, size, pictures):
     assert made.shape == expected.shape
     assert made.std() > 10  # a picture, not a flat field that any program would match
     assert psnr(made, expected) >= 60
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 14)])
+def test_a_torch_seed_gives_diffusers_picture(checkpoint, size):
+    """One generator a picture, as diffusers takes for pictures that do not depend on their batch."""
+    reference, folder = checkpoint
+    seeds = [0, 123456789012345]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    expected = theirs_of(reference, size, generator=generators, num_images_per_prompt=2, guidance_scale=3.5)
+    flux = load(folder, noise="torch")
+    assert psnr(ours(flux, flux.noise(seeds, size), size), expected) >= 60
+    assert psnr(ours(flux, load(folder).noise(seeds, size), size), expected) < 30
 
 
 def test_true_guidance_is_diffusers(checkpoint):

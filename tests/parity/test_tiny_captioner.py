@@ -11,8 +11,8 @@ from PIL import Image
 from flux.captioning.captioner import Captioner
 from flux.captioning.tasks import TASKS
 from flux.models.florence2 import Florence2
-from flux.training.captioner import evaluate, export, recipe
-from flux.training.pretrain import emoji
+from flux.recipes import emoji
+from flux.recipes.captioner import evaluate, export, recipe
 from flux.weights.registry import TINY_CAPTIONER_FOLDER
 
 torch = pytest.importorskip("torch")

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 import caption
 from flux.captioning.tasks import TASKS
-from flux.training.pretrain import emoji
+from flux.recipes import emoji
 from flux.weights.registry import TINY_CAPTIONER_FOLDER
 from tests import florence2_reference as reference
 

@@ -41,7 +41,7 @@ def _gelu(x: mx.array) -> mx.array:
 
 def _polynomial(coefficients: Sequence[float], x: mx.array) -> mx.array:
     """The highest power's coefficient comes first (Horner's rule)."""
-    value = coefficients[0]
+    value = mx.array(coefficients[0])
     for coefficient in coefficients[1:]:
         value = value * x + coefficient
     return value

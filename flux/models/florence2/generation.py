@@ -5,6 +5,7 @@ and is done in plain Python. Greedy search is beam search with one beam.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -169,10 +170,8 @@ def best_continuations(
     count = min(2 * params.num_beams, logits.shape[-1])
     tokens = mx.argpartition(-log_probs, kth=count - 1, axis=-1)[:, :count]
     values = mx.take_along_axis(log_probs, tokens, axis=-1)
-    return [
-        sorted(zip(*row, strict=True), reverse=True)
-        for row in zip(values.tolist(), tokens.tolist(), strict=True)
-    ]
+    found: Any = (values.tolist(), tokens.tolist())  # MLX types a list's items as anything
+    return [sorted(zip(*row, strict=True), reverse=True) for row in zip(*found, strict=True)]
 
 
 def repeats(tokens: list[int], size: int) -> list[int]:

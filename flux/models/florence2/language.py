@@ -50,20 +50,22 @@ class DecoderCache:
     @property
     def length(self) -> int:
         """The number of tokens that the cache holds."""
-        return 0 if self.own[0] is None else self.own[0][0].shape[2]
+        first = self.own[0]
+        return 0 if first is None else first[0].shape[2]
 
     def append(self, layer: int, new: KeysValues) -> KeysValues:
         """Adds the keys and values of new tokens to a layer's, and gives all of them."""
         old = self.own[layer]
         if old is not None:
-            new = tuple(mx.concatenate(pair, axis=2) for pair in zip(old, new, strict=True))
+            new = mx.concatenate([old[0], new[0]], axis=2), mx.concatenate([old[1], new[1]], axis=2)
         self.own[layer] = new
         return new
 
     def select(self, rows: list[int], pictures: list[int]) -> None:
         """Row i becomes what row rows[i] was, picture i what picture pictures[i] was."""
-        if rows != list(range(self.own[0][0].shape[0])):
-            self.own = [_take(keys_values, rows) for keys_values in self.own]
+        filled = [keys_values for keys_values in self.own if keys_values is not None]
+        if rows != list(range(filled[0][0].shape[0])):
+            self.own = [_take(keys_values, rows) for keys_values in filled]
         if pictures != list(range(self.cross[0][0].shape[0])):
             self.cross = [_take(keys_values, pictures) for keys_values in self.cross]
             self.mask = None if self.mask is None else self.mask[mx.array(pictures, dtype=mx.int32)]

@@ -72,7 +72,7 @@ class WindowAttention(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         b, height, width, channels = x.shape
         n = self._window
-        x = mx.pad(x, ((0, 0), (0, -height % n), (0, -width % n), (0, 0)))
+        x = mx.pad(x, [(0, 0), (0, -height % n), (0, -width % n), (0, 0)])
         rows, columns = x.shape[1] // n, x.shape[2] // n
 
         # (B, rows * n, columns * n, C) -> (B * rows * columns, n * n, C): one sequence a window

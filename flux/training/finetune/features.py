@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 from flux import machine
 from flux.conditioning import encode_texts, warn_if_cut
-from flux.data import latents as data
-from flux.data.epochs import Batch, Plan
+from flux.data import cache as data
+from flux.data.batches import Batch, Plan
+from flux.distributed.ranks import Ranks
 from flux.pipeline import Conditioning, FluxPipeline, TextConditioning
-from flux.ranks import Ranks
 
 Tensors = dict[str, mx.array]
 
@@ -65,7 +65,7 @@ class Features:
 
         turns = who_gives(lacking)
         contents = ranks.map(give, turns)
-        bar = tqdm(contents, title, total=len(turns), disable=None if ranks.first else True)
+        bar = tqdm(contents, title, total=len(turns), disable=None if ranks.is_rank_zero else True)
         for number, content in zip(turns, bar, strict=True):
             # Where the disk is the same, it is there by now.
             if number is not None and items[number] in missing and store.missing([items[number]]):

@@ -6,7 +6,7 @@ import mlx.nn as nn
 from flux import adapters, pipeline
 from flux.adapters import Adapter, Adapters
 from flux.adapters.training import DEFAULT_TARGET
-from flux.data import latents
+from flux.data import cache
 from flux.models.clip import CLIPTextModel
 from flux.models.transformer import Flux
 from flux.pipeline import FluxPipeline
@@ -49,7 +49,7 @@ class Base:
         for folder in (self.checkpoint.clip_tokenizer, self.checkpoint.t5_tokenizer):
             files += sorted(path for path in folder.iterdir() if path.is_file())
         settings = (self._dtype, options.quantize, options.adapters, self.checkpoint.spec.t5_length)
-        return latents.identity(parts["ae"].files, self._dtype), latents.identity(files, settings)
+        return cache.identity(parts["ae"].files, self._dtype), cache.identity(files, settings)
 
     def drop_encoders(self, keep_clip: bool) -> None:
         """Lets go of what only encoding needed: the autoencoder, T5 and, unless it is trained, CLIP."""

@@ -9,7 +9,7 @@ from flux.adapters.writers import WRITERS
 from flux.data import schema
 from flux.errors import FluxError
 from flux.training import losses, optimizers
-from flux.training.objective import DELTA_SCHEDULES
+from flux.training.flow_matching import DELTA_SCHEDULES
 from flux.weights import registry
 
 QUANTIZE = {"8": (8, "affine"), "4": (4, "affine"), "mxfp4": (4, "mxfp4")}  # -> bits, mode

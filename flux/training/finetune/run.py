@@ -17,13 +17,13 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
 from flux import adapters
-from flux.data import latents, samples
-from flux.data.epochs import Plan
-from flux.distributed import average_gradients, scatter
+from flux.data import cache, samples
+from flux.data.batches import Plan
+from flux.distributed.fsdp import fully_shard
+from flux.distributed.gradients import average_gradients
+from flux.distributed.ranks import DOWNLOAD, Ranks, RanksError
 from flux.errors import FluxError
-from flux.ranks import DOWNLOAD, Ranks, RanksError
 from flux.training import optimizers
-from flux.training.checkpointing import checkpoint_blocks
 from flux.training.ema import EMA, averaged
 from flux.training.finetune import fit
 from flux.training.finetune.console import LINES, Console
@@ -31,8 +31,9 @@ from flux.training.finetune.features import Features, sample_key
 from flux.training.finetune.length import Length
 from flux.training.finetune.model import Base, Network, extract, inject
 from flux.training.finetune.options import AUTO, WARMUP, Options
-from flux.training.finetune.watch import Pictures, validation_loss
-from flux.training.objective import FlowLoss
+from flux.training.finetune.previews import Pictures, validation_loss
+from flux.training.flow_matching import FlowLoss
+from flux.training.gradient_checkpointing import checkpoint_blocks
 from flux.training.report import Events, draw_loss
 from flux.training.states import STATE, States
 from flux.training.trainer import Metrics, Trainer
@@ -60,9 +61,9 @@ class FineTuning:
         On several ranks rank 0's options hold, and it alone reads and writes the folder, but for the cache.
         """
         self._ranks = ranks or Ranks()
-        self.first = self._ranks.first
+        self.first = self._ranks.is_rank_zero
         if state is None:
-            options = Options.from_table(self._ranks.from_first(lambda: _begun(options).as_table()))
+            options = Options.from_table(self._ranks.broadcast_result(lambda: _begun(options).as_table()))
         self.options = options
         self.folder = Path(options.output_dir).expanduser()
         self._states = States(self.folder / "states", self.options.keep_states)
@@ -80,7 +81,7 @@ class FineTuning:
         and for options that would make it another run.
         """
         ranks = ranks or Ranks()
-        state, table = ranks.from_first(lambda: _stored(folder, changes, ranks.size))
+        state, table = ranks.broadcast_result(lambda: _stored(folder, changes, ranks.size))
         return cls(Options.from_table(table), quiet, Path(state), ranks)
 
     def interrupt(self) -> None:
@@ -97,14 +98,14 @@ class FineTuning:
     def execute(self) -> Path:
         """Encodes what is not encoded yet, trains, and writes the adapter; its path."""
         with self._ranks.waiting(None):
-            self._ranks.together(self._prepare_data, DOWNLOAD)
+            self._ranks.on_all_ranks(self._prepare_data, DOWNLOAD)
             if self._ranks.size > 1:
-                self._ranks.agree(self._ranks.together(self._facts))
+                self._ranks.agree(self._ranks.on_all_ranks(self._facts))
             self._encode()
             self._prepare_training()
             self._train()
             path = self.folder / f"{self.options.name or 'final_adapters'}.safetensors"
-            self._ranks.together(lambda: self._finish(path))
+            self._ranks.on_all_ranks(lambda: self._finish(path))
         return path
 
     def _finish(self, path: Path) -> None:
@@ -169,7 +170,7 @@ class FineTuning:
         options, plan = self.options, self._plan
         folder = Path(options.cache_dir).expanduser() if options.cache_dir else self.folder / "cache"
         identities = self._base.identities()
-        self._features = Features(plan, latents.Cache(folder), identities, options.train_clip)
+        self._features = Features(plan, cache.Cache(folder), identities, options.train_clip)
         size = plan.groups[0].resolution
         self._pictures = Pictures(
             self._base, self._features, options.progress_prompts, size, options.progress_seed
@@ -185,7 +186,7 @@ class FineTuning:
         self.network = Network(pipeline.flow, pipeline.clip if options.train_clip else None)
         self._adapters = inject(self.network, options)
         if options.shard_base:
-            scatter(pipeline.flow, self._ranks)
+            fully_shard(pipeline.flow, self._ranks)
         if options.grad_checkpoint or options.shard_base:
             checkpoint_blocks(pipeline.flow, modulation_learns=options.train_clip)
         self.network.train()
@@ -203,9 +204,9 @@ class FineTuning:
             save_frozen=False,
         )
         if self._state:
-            self._ranks.together(lambda: self.trainer.load(self._state / STATE) if self.first else None)
+            self._ranks.rank_zero_only(lambda: self.trainer.load(self._state / STATE))
         if self._ranks.size > 1:  # one beginning for all, whatever their machines are
-            self.trainer.replace(self._ranks.of_first)
+            self.trainer.replace(self._ranks.broadcast)
             self.trainer.step = self._ranks.gather(self.trainer.step)[0]
 
     def _make_loss(self) -> FlowLoss:
@@ -264,7 +265,7 @@ class FineTuning:
                 with self._ranks.waiting():
                     trainer.run(trainer.step + 1, (self._after_update,), self._between_batches)
         except Stopped:
-            self._ranks.together(self._save_state)
+            self._ranks.on_all_ranks(self._save_state)
             raise
         finally:
             self._training = False

@@ -10,8 +10,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
-from flux.ranks import Ranks
 from flux.training.pretrain.config import ConfigError
 from flux.training.pretrain.run import Run
 from flux.training.pretrain.validate import load
@@ -39,7 +39,7 @@ def main() -> int:
         with ranks.waiting(None):
             run = Run(config, arguments.resume)
             result = run.execute()
-            ranks.gather(None)  # until rank 0 has written everything
+            ranks.barrier()  # until rank 0 has written everything
         if run.first:
             print(result)
     except ConfigError as error:

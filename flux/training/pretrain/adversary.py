@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux.models.autoencoder import GroupNorm
-from flux.training.pretrain.tables import option
+from flux.tables import option
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from flux.errors import FluxError
 from flux.training.pretrain.config import Config, HuggingFace, Step, WebDataset
 from flux.training.pretrain.encoded import Encoded
 from flux.training.pretrain.networks import Tokenizers
-from flux.training.pretrain.schedules import kl_weight
+from flux.training.schedules import kl_weight
 
 
 def open_dataset(config: Any) -> Pictures:

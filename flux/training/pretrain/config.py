@@ -18,9 +18,9 @@ from flux.models.autoencoder import AutoEncoderParams
 from flux.models.clip import CLIPTextParams
 from flux.models.t5 import T5Params
 from flux.models.transformer import FluxParams
+from flux.tables import Faults, limits, nearest, option, read
 from flux.training.pretrain.adversary import DiscriminatorParams
-from flux.training.pretrain.schedules import DEFAULT_RATE, OPTIMIZERS, SCHEDULERS
-from flux.training.pretrain.tables import Faults, limits, nearest, option, read
+from flux.training.schedules import DEFAULT_RATE, OPTIMIZERS, SCHEDULERS
 
 # What a step can train, and the groups that have an optimizer each.
 GROUPS = {

@@ -15,22 +15,22 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from flux.errors import FluxError
-from flux.training.convolution import use_products
+from flux.training.console import Console
 from flux.training.ema import averaged
+from flux.training.matmul_convolution import use_products
 from flux.training.pretrain import lpips, report
 from flux.training.pretrain.batches import Batches, Share, open_dataset
 from flux.training.pretrain.config import Config, Step
-from flux.training.pretrain.console import Console
 from flux.training.pretrain.encoded import Encoded
 from flux.training.pretrain.encoded import identity as encoded_identity
+from flux.training.pretrain.losses import Objective, encode
 from flux.training.pretrain.networks import Networks, Tokenizers
-from flux.training.pretrain.objectives import Objective, encode
-from flux.training.pretrain.progress import Checkpoints, Progress, identity
-from flux.training.pretrain.samples import export, write_samples
+from flux.training.pretrain.previews import export, write_samples
 from flux.training.pretrain.stage import Stage
+from flux.training.pretrain.state import Checkpoints, Progress, identity
 from flux.training.pretrain.validate import save_interval
-from flux.training.pretrain.vocabularies import save_clip, train_clip, train_t5
 from flux.training.states import STATE
+from flux.training.vocabularies import save_clip, train_clip, train_t5
 
 LATENTS = "latents"  # the folder
 MEASURED_PICTURES = 1024  # for the latents' mean and deviation

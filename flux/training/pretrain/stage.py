@@ -5,14 +5,14 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from flux.distributed import average_gradients
+from flux.distributed.gradients import average_gradients
 from flux.training.ema import EMA
 from flux.training.pretrain.batches import Batches
 from flux.training.pretrain.config import Config, Step
+from flux.training.pretrain.losses import Objective
 from flux.training.pretrain.networks import Networks, group_of
-from flux.training.pretrain.objectives import Objective
-from flux.training.pretrain.progress import Progress
-from flux.training.pretrain.schedules import AdamW, Constant, Plateau, ReduceOnPlateau
+from flux.training.pretrain.state import Progress
+from flux.training.schedules import AdamW, Constant, Plateau, ReduceOnPlateau
 from flux.training.trainer import Metrics, Trainer
 
 

@@ -9,6 +9,7 @@ from flux.data.sources import open_folder
 from flux.data.webdataset import shards
 from flux.errors import FluxError
 from flux.models.clip import ACTIVATIONS
+from flux.tables import Faults, nearest
 from flux.training.pretrain.config import (
     Config,
     ConfigError,
@@ -19,9 +20,8 @@ from flux.training.pretrain.config import (
     parse,
     read_config,
 )
-from flux.training.pretrain.objectives import threshold_metrics
-from flux.training.pretrain.schedules import ReduceOnPlateau
-from flux.training.pretrain.tables import Faults, nearest
+from flux.training.pretrain.losses import threshold_metrics
+from flux.training.schedules import ReduceOnPlateau
 
 CLIP_LENGTH = 77  # what CLIPTokenizer pads to
 LPIPS_SIDE = 16  # VGG16 halves a picture four times

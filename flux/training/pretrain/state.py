@@ -7,7 +7,7 @@ from typing import Any
 
 from flux.errors import FluxError
 from flux.training.pretrain.config import Config
-from flux.training.pretrain.schedules import Plateau
+from flux.training.schedules import Plateau
 from flux.training.states import States
 
 

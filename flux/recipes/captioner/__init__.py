@@ -1,8 +1,8 @@
-"""The recipe of the built-in captioner: a small Florence-2 for pictures of `flux.training.pretrain.emoji`.
+"""The recipe of the built-in captioner: a small Florence-2 for pictures of `flux.recipes.emoji`.
 
-    python -m flux.training.captioner --run DIR
-    python -m flux.training.captioner.export --run DIR --output flux/assets/tiny-captioner
-    python -m flux.training.captioner.evaluate --read-back tiny
+    python -m flux.recipes.captioner --run DIR
+    python -m flux.recipes.captioner.export --run DIR --output flux/assets/tiny-captioner
+    python -m flux.recipes.captioner.evaluate --read-back tiny
 
 Its three tasks say ever more: "a red apple on a blue background", "a large red apple in the centre of a blue
 background", "a blue background with a large red apple in the centre". All are prompts of the built-in model.

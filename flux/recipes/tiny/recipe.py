@@ -2,11 +2,11 @@
 
 To make the model, each line by two processes (`mlx.launch -n 2 --backend ring -- python -m ...`) or by one:
 
-    python -m flux.training.pretrain.autoencoder --run DIR --steps 1500 --batch 8
-    python -m flux.training.pretrain.latents --run DIR
-    python -m flux.training.pretrain.flow --run DIR --steps 2400 --batch 96
-    python -m flux.training.pretrain.export --run DIR --output flux/assets/tiny
-    python -m flux.training.pretrain.evaluate
+    python -m flux.recipes.tiny.autoencoder --run DIR --steps 1500 --batch 8
+    python -m flux.recipes.tiny.latents --run DIR
+    python -m flux.recipes.tiny.flow --run DIR --steps 2400 --batch 96
+    python -m flux.recipes.tiny.export --run DIR --output flux/assets/tiny
+    python -m flux.recipes.tiny.evaluate
 
 `--batch` is of each process. The committed weights were made by two of them on two CPU cores (Intel Xeon, AMD
 EPYC) that other work shared, in parts. The autoencoder: first of 48 subjects, by the first line, in 41

@@ -50,25 +50,29 @@ class RanksError(FluxError):
 class Ranks:
     """The group that this process is in; alone, a group of one.
 
-    split: whether the ranks have parts of the networks (`shard`) and work on everything together; otherwise
-    each has them whole, and they take turns.
+    model_parallel: whether each rank has a part of the networks (`shard`) and all work on every item;
+    otherwise each has whole networks, and the ranks share out the items of `map`.
     """
 
     def __init__(self):
         """FluxError where the other ranks cannot be reached, and where one has another version."""
-        self.split = False
+        self.model_parallel = False
         self.group, self._links = _meet()
         self.rank, self.size = self.group.rank(), self.group.size()
         self.agree({"version of flux-mlx": __version__, "version of mlx": mx.__version__})
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this is the rank that prints and writes."""
         return self.rank == 0
 
     def gather(self, value: Any, patience: float = PATIENCE) -> list[Any]:
         """Every rank's value, by rank, on every rank. A value is what JSON can say."""
         return [value for value, _ in self._exchange(value, mx.zeros((0,), mx.uint8), patience)]
+
+    def barrier(self, patience: float = PATIENCE) -> None:
+        """Return when every rank has come here."""
+        self.gather(None, patience)
 
     def _exchange(self, value: Any, content: mx.array, patience: float) -> list[tuple[Any, mx.array]]:
         """Every rank's value and bytes (n,), in one message if they are few, else in two."""
@@ -106,8 +110,8 @@ class Ranks:
         x = mx.pad(x, (0, length - x.size))
         return [bytes(row) for row in np.array(mx.distributed.all_gather(x[None], group=self.group))]
 
-    def together(self, work: Callable[[], Value], patience: float = PATIENCE) -> Value:
-        """What work gives, here. Where it raises FluxError on any rank, every rank raises the first.
+    def on_all_ranks(self, work: Callable[[], Value], patience: float = PATIENCE) -> Value:
+        """Do the work; its result. Where it raises FluxError on any rank, every rank raises the first of them.
 
         SystemExit, by which a parser ends after --help, likewise.
         """
@@ -132,9 +136,13 @@ class Ranks:
             if fault is not None:
                 raise RanksError(fault if rank == 0 else f"on rank {rank} ({host}): {fault}")
 
-    def from_first(self, work: Callable[[], Value]) -> Value:
-        """What work gives on rank 0, the only one to do it; as JSON says it on the others."""
-        return self.gather(self.together(lambda: work() if self.first else None))[0]
+    def rank_zero_only(self, work: Callable[[], Value]) -> Value | None:
+        """Do the work on rank 0 alone; its result there, None elsewhere. Its FluxError is raised on all."""
+        return self.on_all_ranks(lambda: work() if self.is_rank_zero else None)
+
+    def broadcast_result(self, work: Callable[[], Value]) -> Value:
+        """Do the work on rank 0 alone; its result on every rank, as JSON carries it."""
+        return self.gather(self.rank_zero_only(work))[0]
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """FluxError on every rank, with what differs, unless the facts are the same everywhere."""
@@ -146,26 +154,26 @@ class Ranks:
                 words = "; ".join(f"{name}: {own.get(name)}, not {expected.get(name)}" for name in other)
                 raise RanksError(f"rank {rank} ({host}) differs from rank 0 in its {words}")
 
-    def hush(self) -> None:
-        """On all ranks but the first: standard output leads nowhere, and nothing is warned of."""
-        if not self.first:
+    def silence_other_ranks(self) -> None:
+        """On all ranks but rank 0: discard standard output and ignore warnings."""
+        if not self.is_rank_zero:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  (to the process's end)
             warnings.simplefilter("ignore")
 
-    def own(self, items: Sequence[Item]) -> Sequence[Item]:
+    def local_items(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items that `map` gives to this rank."""
-        return items if self.split else items[self.rank :: self.size]
+        return items if self.model_parallel else items[self.rank :: self.size]
 
     def map(self, work: Callable[[Item], mx.array], items: Sequence[Item]) -> Iterator[mx.array]:
-        """work of each item, in order, on every rank: each item by one rank, or by all if they are `split`.
+        """work of each item, in order, on every rank: by one rank each, or by all if `model_parallel`.
 
         What work gives must then be evaluated. FluxError from work on one rank is raised on all.
         """
-        if self.split or self.size == 1:
+        if self.model_parallel or self.size == 1:
             for item in items:
                 with self.waiting():
                     result = work(item)
-                self.gather(None)  # a sum without one of the ranks is no error to MLX
+                self.barrier()  # a sum without one of the ranks is no error to MLX
                 yield result
             return
         for start in range(0, len(items), self.size):
@@ -179,11 +187,11 @@ class Ranks:
             for (_, (shape, dtype)), content in parts[: len(turn)]:
                 yield content.view(getattr(mx, dtype)).reshape(shape)
 
-    def of_first(self, x: mx.array) -> mx.array:
+    def broadcast(self, x: mx.array) -> mx.array:
         """Rank 0's array, on every rank; the others give one of the same shape and type."""
         if self.size == 1:
             return x
-        return mx.distributed.all_sum(x if self.first else mx.zeros_like(x), group=self.group)
+        return mx.distributed.all_sum(x if self.is_rank_zero else mx.zeros_like(x), group=self.group)
 
     @contextmanager
     def waiting(self, patience: float | None = PATIENCE) -> Iterator[None]:
@@ -261,14 +269,14 @@ def _is_cut(links: list[int]) -> bool:
     return any(event & (asked | select.POLLHUP | select.POLLERR) for _, event in poll.poll(0))
 
 
-def tell(error: FluxError, ranks: Ranks | None) -> None:
+def print_error(error: FluxError, ranks: Ranks | None) -> None:
     """Prints an error: one that all ranks have on rank 0 alone, and before any of them goes on.
 
     Because mlx.launch ends all ranks when one fails. ranks: None where they have not met.
     """
     everywhere = ranks is not None and isinstance(error, RanksError)
-    if not everywhere or ranks.first:
+    if not everywhere or ranks.is_rank_zero:
         print(f"error: {error}", file=sys.stderr, flush=True)
     if everywhere:
         with suppress(FluxError):
-            ranks.gather(None)
+            ranks.barrier()

@@ -110,7 +110,7 @@ def _value(hint: Any, value: Any, bounds: Bounds, where: str, faults: Faults) ->
         return _sequence(arguments, value, bounds, where, faults)
     if bounds.kinds is not None:
         return _kind(value, bounds.kinds, where, faults)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return read(hint, value, where, faults)
     return _scalar(hint, value, bounds, where, faults)
 

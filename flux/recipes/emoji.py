@@ -1,6 +1,6 @@
 """Pictures of emoji with captions: the data of the built-in model, drawn on the fly from a seed.
 
-    python -m flux.training.pretrain.emoji --output DIR --count 1000 --seed 0
+    python -m flux.recipes.emoji --output DIR --count 1000 --seed 0
 
 A picture is one subject (or two side by side) on a flat background, 64x64. Every glyph's box stands on a grid
 of 8 pixels, the stride of the latent: a subject of one size then has one phase relative to that grid, and the

@@ -14,9 +14,8 @@ from flux.captioning.tasks import TASKS
 from flux.captioning.tokenizer import BartTokenizer
 from flux.models.autoencoder import AutoEncoder
 from flux.models.florence2.vision import VisionTower
-from flux.training.captioner import recipe
-from flux.training.pretrain.autoencoder import reconstruct
-from flux.training.pretrain.emoji import (
+from flux.recipes.captioner import recipe
+from flux.recipes.emoji import (
     COLOURS,
     SIDE,
     SIZES,
@@ -26,6 +25,7 @@ from flux.training.pretrain.emoji import (
     draw_composition,
     subjects,
 )
+from flux.recipes.tiny.autoencoder import reconstruct
 
 BICUBIC = Image.Resampling.BICUBIC
 POOL_SHARE = 0.25  # of the pictures: reconstructed by the generator's autoencoder

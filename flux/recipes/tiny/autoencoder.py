@@ -1,7 +1,7 @@
 """Stage 1 of the built-in model: the autoencoder.
 
-    python -m flux.training.pretrain.autoencoder --run DIR --steps N
-    mlx.launch -n 2 --backend ring -- python -m flux.training.pretrain.autoencoder ...
+    python -m flux.recipes.tiny.autoencoder --run DIR --steps N
+    mlx.launch -n 2 --backend ring -- python -m flux.recipes.tiny.autoencoder ...
 
 Stopped at any moment it goes on from the last state in DIR.
 """
@@ -16,15 +16,10 @@ import numpy as np
 from mlx.utils import tree_map
 from PIL import Image
 
-from flux.distributed import average_gradients
+from flux.distributed.gradients import average_gradients
 from flux.models.autoencoder import AutoEncoder
 from flux.pipeline import FluxPipeline
-from flux.training import losses
-from flux.training.convolution import use_products
-from flux.training.optimizers import muon, warmup_decay
-from flux.training.pretrain import tiny
-from flux.training.pretrain.callbacks import Log, Save
-from flux.training.pretrain.emoji import (
+from flux.recipes.emoji import (
     SIDE,
     SIZES,
     Composition,
@@ -34,6 +29,11 @@ from flux.training.pretrain.emoji import (
     draw_composition,
     subjects,
 )
+from flux.recipes.tiny import recipe
+from flux.training import losses
+from flux.training.callbacks import Log, Save
+from flux.training.matmul_convolution import use_products
+from flux.training.optimizers import muon, warmup_decay
 from flux.training.trainer import Trainer
 
 GRID = 8  # pixels, the stride of the latent
@@ -47,11 +47,11 @@ def picture_batches(count: int, steps: int, seed: int, rank: int) -> Callable[[i
     whole pictures in a quarter of the steps, and alone at the end, since its norms and its attention go over
     all of a picture.
     """
-    render, names = Renderer(), list(subjects())[: tiny.SUBJECTS]
+    render, names = Renderer(), list(subjects())[: recipe.SUBJECTS]
 
     def batch(step: int) -> mx.array:
         rng = np.random.default_rng((seed, rank, step))
-        whole = step % 4 == 3 or step >= tiny.CROPS_UNTIL * steps
+        whole = step % 4 == 3 or step >= recipe.CROPS_UNTIL * steps
         drawn = [draw_composition(rng, names) for _ in range(count if whole else 4 * count)]
         return mx.array(np.stack([render(c) if whole else crop(render(c), c, rng) for c in drawn]))
 
@@ -82,7 +82,7 @@ def autoencoder_loss(
 
 def held_out_pictures(count: int, seed: int = 0) -> np.ndarray:
     """(count, 64, 64, 3) uint8: a fixed choice among the held-out compositions."""
-    every = compositions(True, list(subjects())[: tiny.SUBJECTS])
+    every = compositions(True, list(subjects())[: recipe.SUBJECTS])
     chosen = np.random.default_rng(seed).choice(len(every), min(count, len(every)), replace=False)
     render = Renderer()
     return np.stack([render(every[i]) for i in chosen])
@@ -113,7 +113,7 @@ def make_trainer(batch: int, steps: int, rate: float, seed: int, mse_weight: flo
     """The trainer of stage 1, for this process's share of the pictures."""
     group = mx.distributed.init()
     mx.random.seed(seed)
-    model = AutoEncoder(tiny.AUTOENCODER)
+    model = AutoEncoder(recipe.AUTOENCODER)
     if mx.default_device().type == mx.cpu:
         use_products(model)
     warmup = min(100, steps)
@@ -122,7 +122,7 @@ def make_trainer(batch: int, steps: int, rate: float, seed: int, mse_weight: flo
     )
     return Trainer(
         model,
-        partial(autoencoder_loss, mse_weight=mse_weight, kl_weight=tiny.KL_WEIGHT),
+        partial(autoencoder_loss, mse_weight=mse_weight, kl_weight=recipe.KL_WEIGHT),
         picture_batches(batch, steps, seed, group.rank()),
         optimizer,
         seed=2 * seed + group.rank(),
@@ -168,7 +168,7 @@ def main() -> None:
     first = mx.distributed.init().rank() == 0
     trainer.run(
         arguments.steps,
-        (Log(arguments.run / "autoencoder.jsonl", tiny.LOG_STEPS), Save(state)) if first else (),
+        (Log(arguments.run / "autoencoder.jsonl", recipe.LOG_STEPS), Save(state)) if first else (),
     )
     if first:
         trainer.save(state)

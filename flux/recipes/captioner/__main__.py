@@ -1,4 +1,4 @@
-"""Trains the built-in captioner: python -m flux.training.captioner --run DIR
+"""Trains the built-in captioner: python -m flux.recipes.captioner --run DIR
 
 First the vision tower learns to say which subject is where, then the language model to put what the tower
 sees into words, then both together, on other pictures. Stopped at any moment it goes on from the last state
@@ -18,12 +18,12 @@ from flux.errors import FluxError
 from flux.models.florence2 import Florence2, VisionParams
 from flux.models.florence2.vision import VisionTower
 from flux.pipeline import FluxPipeline
-from flux.training.captioner import recipe
-from flux.training.captioner.pictures import Pictures, Pool, captioned, features, normalised
-from flux.training.convolution import use_products
+from flux.recipes.captioner import recipe
+from flux.recipes.captioner.pictures import Pictures, Pool, captioned, features, normalised
+from flux.recipes.tiny.latents import load_state
+from flux.training.callbacks import Log, Save
+from flux.training.matmul_convolution import use_products
 from flux.training.optimizers import muon, warmup_decay
-from flux.training.pretrain.callbacks import Log, Save
-from flux.training.pretrain.latents import load_state
 from flux.training.trainer import Batches, Loss, Trainer
 
 TOWER, LANGUAGE, STATE = "tower.safetensors", "language.safetensors", "captioner.safetensors"

@@ -1,6 +1,6 @@
 """The trained parts as a model's folder, in diffusers' layout.
 
-python -m flux.training.pretrain.export --run DIR --output flux/assets/tiny
+python -m flux.recipes.tiny.export --run DIR --output flux/assets/tiny
 """
 
 import argparse
@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from flux.models.autoencoder import AutoEncoder
-from flux.training.pretrain import tiny
-from flux.training.pretrain.flow import load_tokenizers, make_model
-from flux.training.pretrain.latents import load_state, read
+from flux.recipes.tiny import recipe
+from flux.recipes.tiny.flow import load_tokenizers, make_model
+from flux.recipes.tiny.latents import load_state, read
 from flux.weights import registry
 from flux.weights.save import Model, save_diffusers
 
@@ -25,13 +25,13 @@ def main() -> None:
     run = arguments.run
     latents = read(run / "latents.safetensors")
     autoencoder = AutoEncoder(
-        replace(tiny.AUTOENCODER, scale_factor=latents.scale, shift_factor=latents.shift)
+        replace(recipe.AUTOENCODER, scale_factor=latents.scale, shift_factor=latents.shift)
     )
     load_state(autoencoder, run / "autoencoder.safetensors")
     clip, _ = load_tokenizers(run)
     parts = make_model(run, clip)
     load_state(parts, run / "flow.safetensors", "ema.average")
-    spec = replace(registry.get("tiny"), t5_length=tiny.T5_LENGTH)
+    spec = replace(registry.get("tiny"), t5_length=recipe.T5_LENGTH)
     tokenizers = (run / "tokenizer", run / "tokenizer_2")
     model = Model(parts.flow, autoencoder, parts.clip, parts.t5, *tokenizers, spec)
     save_diffusers(arguments.output, model)

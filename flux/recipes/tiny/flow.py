@@ -1,9 +1,9 @@
 """Stage 2 of the built-in model: the flow transformer and both text encoders, on latents made once.
 
-    python -m flux.training.pretrain.flow --run DIR --steps N
-    mlx.launch -n 2 --backend ring -- python -m flux.training.pretrain.flow ...
+    python -m flux.recipes.tiny.flow --run DIR --steps N
+    mlx.launch -n 2 --backend ring -- python -m flux.recipes.tiny.flow ...
 
-DIR holds the latents (`python -m flux.training.pretrain.latents`). Stopped at any moment it goes on from the
+DIR holds the latents (`python -m flux.recipes.tiny.latents`). Stopped at any moment it goes on from the
 last state in DIR.
 """
 
@@ -17,20 +17,20 @@ import mlx.nn as nn
 import numpy as np
 
 from flux import sampler
-from flux.distributed import average_gradients
+from flux.distributed.gradients import average_gradients
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
+from flux.recipes.emoji import PAIR, Composition, captions, compositions
+from flux.recipes.tiny import recipe
+from flux.recipes.tiny.latents import Latents, read, training_compositions
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.training import losses
+from flux.training.callbacks import Log, Save
 from flux.training.ema import EMA
 from flux.training.optimizers import muon, warmup_decay
-from flux.training.pretrain import tiny
-from flux.training.pretrain.callbacks import Log, Save
-from flux.training.pretrain.emoji import PAIR, Composition, captions, compositions
-from flux.training.pretrain.latents import Latents, read, training_compositions
-from flux.training.pretrain.vocabularies import save_clip, train_clip, train_t5
 from flux.training.trainer import Trainer
+from flux.training.vocabularies import save_clip, train_clip, train_t5
 
 
 class TextToLatent(nn.Module):
@@ -38,9 +38,9 @@ class TextToLatent(nn.Module):
 
     def __init__(self, clip_vocabulary: int, t5_vocabulary: int, end: int):
         super().__init__()
-        self.flow = Flux(tiny.FLUX)
-        self.clip = CLIPTextModel(tiny.clip_params(clip_vocabulary))
-        self.t5 = T5Encoder(tiny.t5_params(t5_vocabulary))
+        self.flow = Flux(recipe.FLUX)
+        self.clip = CLIPTextModel(recipe.clip_params(clip_vocabulary))
+        self.t5 = T5Encoder(recipe.t5_params(t5_vocabulary))
         self._end = end
 
     def __call__(
@@ -64,7 +64,7 @@ def flow_loss(
     noise_key, time_key, guidance_key = mx.random.split(key, 3)
     x0 = sampler.pack(batch["latents"])
     noise = mx.random.normal(x0.shape, key=noise_key)
-    times = losses.flow_times(len(x0), tiny.TIME_SHIFT, time_key)
+    times = losses.flow_times(len(x0), recipe.TIME_SHIFT, time_key)
     half = len(x0) // 2
     rounded = (1000 * times[:half]).astype(mx.bfloat16).astype(mx.float32) / 1000
     times = mx.concatenate([rounded, times[half:]])
@@ -86,7 +86,7 @@ def flow_batches(
         rng = np.random.default_rng((seed, rank, step))
         pictures = latents.draw(rng, count)
         captions = rng.integers(clip_ids.shape[1], size=count)
-        empty = rng.random(count) < tiny.CAPTION_DROPOUT
+        empty = rng.random(count) < recipe.CAPTION_DROPOUT
         rows = np.where(empty, -1, pictures), np.where(empty, -1, captions)
         return {
             "latents": mx.array(latents.scaled(pictures)),
@@ -136,20 +136,20 @@ def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
     On captions of all subjects, those left for fine-tuning too: their names are words like others.
     """
     if not (run / "tokenizer_2" / "spiece.model").exists():
-        pairs = [c for c in training_compositions(tiny.PAIRS) if c.place == PAIR]
+        pairs = [c for c in training_compositions(recipe.PAIRS) if c.place == PAIR]
         texts = [text for c in compositions(False) + pairs for text in captions(c)]
-        vocab, merges = train_clip(texts, tiny.CLIP_MERGES)
+        vocab, merges = train_clip(texts, recipe.CLIP_MERGES)
         save_clip(vocab, merges, run / "tokenizer")
-        train_t5(texts, tiny.T5_VOCABULARY, run / "tokenizer_2" / "spiece.model")
+        train_t5(texts, recipe.T5_VOCABULARY, run / "tokenizer_2" / "spiece.model")
     return (
         CLIPTokenizer.from_folder(run / "tokenizer"),
-        T5Tokenizer.from_folder(run / "tokenizer_2", tiny.T5_LENGTH),
+        T5Tokenizer.from_folder(run / "tokenizer_2", recipe.T5_LENGTH),
     )
 
 
 def make_model(run: Path, clip: CLIPTokenizer) -> TextToLatent:
     vocabulary = json.loads((run / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
-    return TextToLatent(len(vocabulary), tiny.T5_VOCABULARY, clip.eos_token_id)
+    return TextToLatent(len(vocabulary), recipe.T5_VOCABULARY, clip.eos_token_id)
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:
@@ -183,14 +183,14 @@ def main() -> None:
         flow_batches(latents, *ids, arguments.batch, arguments.seed, group.rank()),
         muon(*rates, is_edge),
         seed=2 * arguments.seed + group.rank(),
-        ema=EMA(model, tiny.EMA_DECAY),
+        ema=EMA(model, recipe.EMA_DECAY),
         average=average_gradients(group) if group.size() > 1 else None,
     )
     state = run / "flow.safetensors"
     if state.exists():
         trainer.load(state)
     first = group.rank() == 0
-    trainer.run(steps, (Log(run / "flow.jsonl", tiny.LOG_STEPS), Save(state)) if first else ())
+    trainer.run(steps, (Log(run / "flow.jsonl", recipe.LOG_STEPS), Save(state)) if first else ())
     if first:
         trainer.save(state)
 

@@ -1,6 +1,6 @@
 """Does the captioner say what a picture shows, and does a generated picture show what its prompt says?
 
-    python -m flux.training.captioner.evaluate [--captioner tiny] [--count 400] [--read-back tiny]
+    python -m flux.recipes.captioner.evaluate [--captioner tiny] [--count 400] [--read-back tiny]
 
 Renderings of held-out compositions are captioned; with --read-back, also what a generator draws from held-out
 prompts: prompt -> picture -> caption. A caption is right in what it has in common with the composition; one
@@ -20,10 +20,10 @@ from flux.captioning.captioner import Captioner
 from flux.captioning.tasks import TASKS
 from flux.errors import FluxError
 from flux.pipeline import FluxPipeline
-from flux.training.captioner import recipe
-from flux.training.captioner.pictures import augment
-from flux.training.pretrain.emoji import COLOURS, PAIR, Composition, Renderer, compositions, parse, subjects
-from flux.training.pretrain.evaluate import Share, draw, held_out_prompts
+from flux.recipes.captioner import recipe
+from flux.recipes.captioner.pictures import augment
+from flux.recipes.emoji import COLOURS, PAIR, Composition, Renderer, compositions, parse, subjects
+from flux.recipes.tiny.evaluate import Share, draw, held_out_prompts
 from flux.weights import checkpoints
 
 ASPECTS = ("subject", "background", "place", "size")

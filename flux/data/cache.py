@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from flux.data import pictures
-from flux.data.epochs import Batch, Entry
+from flux.data.batches import Batch, Entry
 from flux.data.pictures import Placed
 from flux.errors import FluxError
 from flux.weights import tensors

@@ -2,8 +2,8 @@
 
 Alone, or by several processes that share the pictures out:
 
-    python -m flux.training.pretrain.latents --run DIR
-    mlx.launch -n 2 --backend ring -- python -m flux.training.pretrain.latents ...
+    python -m flux.recipes.tiny.latents --run DIR
+    mlx.launch -n 2 --backend ring -- python -m flux.recipes.tiny.latents ...
 """
 
 import argparse
@@ -16,8 +16,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from flux.models.autoencoder import AutoEncoder
-from flux.training.pretrain import tiny
-from flux.training.pretrain.emoji import (
+from flux.recipes.emoji import (
     PAIR,
     PAIR_SHARE,
     Composition,
@@ -26,6 +25,7 @@ from flux.training.pretrain.emoji import (
     draw_composition,
     subjects,
 )
+from flux.recipes.tiny import recipe
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Latents:
 
 def training_compositions(pairs: int, seed: int = 0) -> list[Composition]:
     """All single subjects that are not held out, then `pairs` random pairs."""
-    rng, names = np.random.default_rng(seed), list(subjects())[: tiny.SUBJECTS]
+    rng, names = np.random.default_rng(seed), list(subjects())[: recipe.SUBJECTS]
     chosen: list[Composition] = []
     while len(chosen) < pairs:
         composition = draw_composition(rng, names)
@@ -91,7 +91,8 @@ def read(file: Path) -> Latents:
     """The file of `main`."""
     arrays = mx.load(str(file))
     mean, logvar = np.array(arrays["mean"]), np.array(arrays["logvar"])
-    return Latents(training_compositions(tiny.PAIRS), mean, logvar, float(1 / mean.std()), float(mean.mean()))
+    scale, shift = float(1 / mean.std()), float(mean.mean())
+    return Latents(training_compositions(recipe.PAIRS), mean, logvar, scale, shift)
 
 
 def load_state(model: nn.Module, file: Path, tree: str = "model") -> None:
@@ -108,9 +109,9 @@ def main() -> None:
     )
     parser.add_argument("--run", type=Path, required=True, help="folder with the trained autoencoder's state")
     run = parser.parse_args().run
-    model = AutoEncoder(tiny.AUTOENCODER)
+    model = AutoEncoder(recipe.AUTOENCODER)
     load_state(model, run / "autoencoder.safetensors")
-    mean, logvar = encode_shared(model, training_compositions(tiny.PAIRS))
+    mean, logvar = encode_shared(model, training_compositions(recipe.PAIRS))
     if mx.distributed.init().rank() == 0:
         mx.save_safetensors(str(run / "latents.safetensors"), {"mean": mean, "logvar": logvar})
 

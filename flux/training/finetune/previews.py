@@ -10,7 +10,7 @@ from flux import images
 from flux.pipeline import FluxPipeline
 from flux.training.finetune.features import Features, sample_key
 from flux.training.finetune.model import Base, Network
-from flux.training.objective import FlowLoss
+from flux.training.flow_matching import FlowLoss
 
 TIMES = (0.125, 0.375, 0.625, 0.875)  # of every validation picture
 VALIDATION_SEED = 0x56414C49  # the same in every run, so that runs can be compared

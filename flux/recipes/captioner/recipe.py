@@ -7,8 +7,8 @@ from flux.captioning.pictures import PictureParams
 from flux.captioning.tasks import TASKS
 from flux.captioning.tokenizer import BartTokenizer
 from flux.models.florence2 import Florence2Params, GenerationParams, LanguageParams, VisionParams
-from flux.training.pretrain.emoji import COLOURS, PAIR, PLACES, SIDE, SIZES, Composition, captions, subjects
-from flux.training.pretrain.vocabularies import save_bart, train_bart
+from flux.recipes.emoji import COLOURS, PAIR, PLACES, SIDE, SIZES, Composition, captions, subjects
+from flux.training.vocabularies import save_bart, train_bart
 
 SUBJECTS = 205  # the first so many of the table, as in the built-in generator; the vocabulary has all
 CAPTION_TASKS = ("caption", "detailed", "more_detailed")

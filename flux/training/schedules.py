@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import mlx.optimizers as optim
 
-from flux.training.pretrain.tables import option
+from flux.tables import option
 
 DEFAULT_RATE = 1e-4
 

@@ -1,11 +1,6 @@
-"""How a model is split over several machines or GPUs (`flux.ranks`), and its gradients are averaged.
+"""How networks are split over several machines or GPUs: each rank has a part of the heads and of the MLPs."""
 
-The only file that knows how a model is split.
-"""
-
-import math
 import re
-from collections.abc import Callable
 from copy import copy
 from functools import partial
 from itertools import accumulate
@@ -13,18 +8,18 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from flux.adapters.adapter import Dense
 from flux.adapters.lora import AdaptedLinear, DenseChange, LoKr, LoRA, Share, linear_shape
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.models.layers import DoubleStreamBlock, SingleStreamBlock, clip_float16
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
-from flux.ranks import Ranks
 
 
-def share(total: int, rank: int, size: int) -> range:
+def shard_range(total: int, rank: int, size: int) -> range:
     """A rank's part of 0, 1, ..., total - 1: neighbours, and for each rank as many as possible the same."""
     whole, extra = divmod(total, size)
     start = rank * whole + min(rank, extra)
@@ -83,10 +78,10 @@ class Shape(NamedTuple):
 
     def pieces(self, rule: Rule, width: int, rank: int, size: int) -> Pieces:
         """What of an axis of this width is a rank's. Heads that do not divide are split unevenly."""
-        heads = share(self.heads, rank, size)
-        groups = share(-(-self.mlp // self.unit), rank, size)
+        heads = shard_range(self.heads, rank, size)
+        groups = shard_range(-(-self.mlp // self.unit), rank, size)
         mlp = (groups.start * self.unit, min(groups.stop * self.unit, self.mlp))
-        anything = share(width, rank, size)
+        anything = shard_range(width, rank, size)
         own = {
             "heads": (heads.start * self.head_dim, heads.stop * self.head_dim),
             "head": (heads.start, heads.stop),
@@ -145,7 +140,10 @@ def shard(network: Flux | T5Encoder, ranks: Ranks) -> None:
             block.last_layers = partial(_last_layers, ranks.group)
         if isinstance(block, SingleStreamBlock):
             qkv, _ = linear_shape(block.linear1)
-            block.qkv_share = (3 * len(share(shape.heads, ranks.rank, ranks.size)) * shape.head_dim, qkv)
+            block.qkv_share = (
+                3 * len(shard_range(shape.heads, ranks.rank, ranks.size)) * shape.head_dim,
+                qkv,
+            )
 
 
 def _split(name: str, layer: nn.Module, rule: Rule, shape: Shape, ranks: Ranks) -> nn.Module:
@@ -164,7 +162,7 @@ def _split(name: str, layer: nn.Module, rule: Rule, shape: Shape, ranks: Ranks) 
         return RowParallel(part, _bias(layer), ranks.group)
     if rule.kind == GATHER:
         return Gathered(
-            part, [len(share(width, rank, ranks.size)) for rank in range(ranks.size)], ranks.group
+            part, [len(shard_range(width, rank, ranks.size)) for rank in range(ranks.size)], ranks.group
         )
     return part
 
@@ -285,91 +283,3 @@ def _bias(layer: nn.Module) -> mx.array | None:
     if base is not None:
         own = [base, *(bias.astype(base.dtype) for bias in own)]
     return sum(own[1:], start=own[0]) if own else None
-
-
-# --- Training ---
-
-
-def average_gradients(group: mx.distributed.Group) -> Callable[[dict], dict]:
-    """Mean of the gradients of all processes, in one message: many small ones would cost latency."""
-
-    def average(gradients: dict) -> dict:
-        flat = [array for _, array in tree_flatten(gradients)]
-        message = mx.concatenate([array.reshape(-1) for array in flat]) / group.size()
-        message = mx.distributed.all_sum(message, group=group)
-        ends = list(accumulate(array.size for array in flat))
-        parts = iter(mx.split(message, ends[:-1]))
-        return tree_map(lambda array: next(parts).reshape(array.shape).astype(array.dtype), gradients)
-
-    return average
-
-
-ALIGNED = 16  # bytes: every array in a message begins at a multiple of it
-
-
-def scatter(network: Flux, ranks: Ranks) -> None:
-    """Leaves each rank an equal part of the frozen linear layers of a transformer's blocks, in place.
-
-    For weights that do not fit one machine (FSDP; Rajbhandari et al. 2020, arXiv:1910.02054, stage 3). Each
-    call of a layer gathers its bytes on every rank, so all must make the same calls; the answers stay the
-    same to the bit. In checkpointed blocks no more than a few layers are whole at a time.
-
-    MLX's own `nn.fully_shard` does this for arrays of floats whose first axis the ranks divide; quantized
-    layers it cannot gather, and over the ring it has no gradient for what is trained.
-    FluxError for a DoRA that learns: it needs the whole weights beside the layer.
-    """
-    if ranks.size == 1:
-        return
-    shares = [module for module in network.modules() if isinstance(module, Share)]
-    if any(own.learns and own.magnitude is not None for own in shares):
-        raise FluxError("the base cannot be shared out over ranks beside a DoRA: leave one of them out")
-    kinds = nn.Linear | nn.QuantizedLinear
-    for block in (*network.double_blocks, *network.single_blocks):
-        layers = {name: module for name, module in block.named_modules() if isinstance(module, kinds)}
-        for name in list(layers):  # one after the other is let go of
-            block.update_modules(tree_unflatten([(name, Scattered(layers.pop(name), ranks))]))
-
-
-class Scattered(nn.Module):
-    """A frozen layer of whose weights the ranks have a part each, as bytes; the bias is whole."""
-
-    def __init__(self, layer: nn.Module, ranks: Ranks):
-        super().__init__()
-        arrays = {name: layer[name] for name in ("weight", "scales", "biases") if layer.get(name) is not None}
-        rows = [_aligned(array.reshape(-1).view(mx.uint8), ALIGNED) for array in arrays.values()]
-        message = _aligned(mx.concatenate(rows), ALIGNED * ranks.size)
-        length = message.size // ranks.size
-        self.part = mx.contiguous(message[ranks.rank * length : (ranks.rank + 1) * length])
-        mx.eval(self.part)  # now: the whole layer is let go of before the next one is read
-        if "bias" in layer:
-            self.bias = layer.bias
-        template = copy(layer)  # without the weights
-        for name in arrays:
-            del template[name]
-        starts = list(accumulate((row.size for row in rows), initial=0))
-        places = [(n, a.shape, a.dtype, start) for (n, a), start in zip(arrays.items(), starts, strict=False)]
-        self._layer = lambda whole: _with_arrays(template, whole, places)
-        self._group = ranks.group
-        self.freeze()
-
-    def __call__(self, x: mx.array) -> mx.array:
-        # Not before x is there: or else MLX might gather all layers at once.
-        part = mx.depends([self.part], [mx.stop_gradient(x)])[0]
-        whole = mx.distributed.all_gather(part, group=self._group)
-        return self._layer(mx.stop_gradient(whole))(x)
-
-
-def _aligned(x: mx.array, step: int) -> mx.array:
-    """Bytes (n,), with zeros up to a multiple of step."""
-    return mx.pad(x, (0, -x.size % step))
-
-
-def _with_arrays(
-    template: nn.Module, whole: mx.array, places: list[tuple[str, tuple[int, ...], mx.Dtype, int]]
-) -> nn.Module:
-    """The layer with its arrays cut out of a message (n,) of bytes; places: name, shape, type and start."""
-    layer = copy(template)
-    for name, shape, dtype, start in places:
-        size = dtype.size * math.prod(shape)
-        layer[name] = whole[start : start + size].view(dtype).reshape(shape)
-    return layer

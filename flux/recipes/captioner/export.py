@@ -1,6 +1,6 @@
 """The trained captioner as a folder, in the layout of transformers' Florence-2.
 
-python -m flux.training.captioner.export --run DIR --output flux/assets/tiny-captioner
+python -m flux.recipes.captioner.export --run DIR --output flux/assets/tiny-captioner
 """
 
 import argparse
@@ -17,10 +17,10 @@ from mlx.utils import tree_flatten
 from flux.captioning.tokenizer import BartTokenizer
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2
-from flux.training.captioner import recipe
-from flux.training.captioner.__main__ import STATE
-from flux.training.pretrain.latents import load_state
-from flux.training.pretrain.vocabularies import IMAGE_TOKEN
+from flux.recipes.captioner import recipe
+from flux.recipes.captioner.__main__ import STATE
+from flux.recipes.tiny.latents import load_state
+from flux.training.vocabularies import IMAGE_TOKEN
 from flux.weights import florence2, tensors
 
 

@@ -1,6 +1,6 @@
 """Does the built-in model draw what the prompt says? Pictures of held-out prompts, judged by renderings.
 
-    python -m flux.training.pretrain.evaluate [--model tiny] [--count 400]
+    python -m flux.recipes.tiny.evaluate [--model tiny] [--count 400]
 
 A picture's background is the colour nearest to the median of its outermost pixels. Its subject and place are
 those of the rendering, among all subjects and places at the prompt's size on that background, with the least
@@ -23,9 +23,7 @@ from tqdm import tqdm
 
 from flux.errors import FluxError
 from flux.pipeline import FluxPipeline
-from flux.training.pretrain import tiny
-from flux.training.pretrain.autoencoder import psnr, reconstruct
-from flux.training.pretrain.emoji import (
+from flux.recipes.emoji import (
     COLOURS,
     PLACES,
     SIDE,
@@ -35,6 +33,8 @@ from flux.training.pretrain.emoji import (
     compositions,
     subjects,
 )
+from flux.recipes.tiny import recipe
+from flux.recipes.tiny.autoencoder import psnr, reconstruct
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def held_out_prompts(count: int, seed: int = 0) -> list[tuple[Composition, str]]
 
     They are of the subjects that the model was trained on.
     """
-    every = compositions(True, list(subjects())[: tiny.SUBJECTS])
+    every = compositions(True, list(subjects())[: recipe.SUBJECTS])
     if not 1 <= count <= len(every):
         raise FluxError(f"--count {count}: there are {len(every)} held-out compositions")
     rng = np.random.default_rng(seed)
@@ -150,7 +150,7 @@ def main() -> None:
         figures, pictures = evaluate(FluxPipeline(arguments.model), arguments.count)
     except FluxError as error:
         parser.exit(2, f"error: {error}\n")
-    print(f"{arguments.model}: {arguments.count} held-out prompts, {tiny.SUBJECTS} subjects")
+    print(f"{arguments.model}: {arguments.count} held-out prompts, {recipe.SUBJECTS} subjects")
     for name, value in figures.items():
         print(f"  {name:20} {value}")
     if arguments.output:

@@ -1,0 +1,1 @@
+"""Several processes: who they are (ranks), how networks are split over them (sharding, fsdp), gradients."""

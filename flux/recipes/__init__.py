@@ -1,0 +1,1 @@
+"""What made the built-in models: the pictures, the training, the evaluation."""

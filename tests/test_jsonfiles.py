@@ -1,0 +1,95 @@
+"""JSON of strangers: what `json` takes and should not is one line, and nothing valid is refused."""
+
+import json
+import os
+import time
+
+import pytest
+
+from flux import jsonfiles
+from flux.errors import FluxError
+
+VALID = {
+    "text": 'brackets [[[{{{ in a "text" \\',
+    "numbers": [0, -1, 1.5, 1e300, True, None],
+    "emoji": "\N{GRINNING FACE}é",
+    "": {"nested": [[[]]]},
+}
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_valid(ascii_only, tmp_path):
+    """Pairs of surrogates are a letter; a byte order mark is passed over."""
+    text = json.dumps(VALID, ensure_ascii=ascii_only)
+    file = tmp_path / "f.json"
+    for mark in (b"", b"\xef\xbb\xbf"):
+        file.write_bytes(mark + text.encode())
+        assert jsonfiles.read(file) == VALID
+    assert jsonfiles.parse(text) == VALID
+
+
+def test_brackets_in_texts_are_no_depth():
+    text = json.dumps({"a": "[" * 1000, "b": "\\" + "{" * 1000, "c": '"' + "[" * 1000})
+    assert jsonfiles.parse(text) == json.loads(text)
+
+
+def test_depth_is_exact():
+    most = jsonfiles.MAX_DEPTH
+    assert jsonfiles.parse("[" * most + "]" * most)
+    with pytest.raises(ValueError, match=f"nested {most + 1} deep"):
+        jsonfiles.parse("[" * (most + 1) + "]" * (most + 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (b"[" * 10**6, "nested 1000000 deep"),
+        (b'{"a":' * 10**5, "nested 100000 deep"),
+        (b"[" + b"{}," * 1_000_001 + b"{}]", "more than 1000000 values"),
+        (b'"",' * 5_000_000, "more than 1000000 values"),
+        (b'{"a": 1, "b": 2, "a": 1}', "the key 'a' comes twice"),
+        (b'[{"k": {"a": 1, "a": 2}}]', "the key 'a' comes twice"),
+        (b"[NaN]", "NaN is no number"),
+        (b"[-Infinity]", "-Infinity is no number"),
+        (b"[1e999]", "1e999 is no number"),
+        (b"1" * 5000, "digits"),
+        (rb'{"\ud800": 1}', "half of a surrogate pair"),
+        (rb'["\uDC00x"]', "half of a surrogate pair"),
+        (b'"\xff"', "not UTF-8"),
+        (b"", "not JSON"),
+        (b"{'a': 1}", "not JSON"),
+        (b"[1, 2", "not JSON"),
+        (b"\0\0\0", "not JSON"),
+    ],
+    ids=range(17),
+)
+def test_refused(text, line):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=line) as error:
+        jsonfiles.parse(text)
+    assert len(str(error.value)) < 200
+    assert "\n" not in str(error.value)
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("[]", "a list"), ('"x"', "a text"), ("null", "null"), ("1", "a number")]
+)
+def test_an_object_is_wanted(text, kind, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(FluxError, match=f"config.json: should hold a JSON object, not {kind}"):
+        jsonfiles.read(file)
+
+
+def test_files(tmp_path):
+    with pytest.raises(FluxError, match=r"none\.json: cannot be read: No such file"):
+        jsonfiles.read(tmp_path / "none.json")
+    with pytest.raises(FluxError, match="not a file"):
+        jsonfiles.read(tmp_path)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(FluxError, match=r"pipe\.json: not a file"):
+        jsonfiles.read(tmp_path / "pipe.json")
+    (tmp_path / "large.json").write_bytes(b" " * 101)
+    with pytest.raises(FluxError, match=r"large\.json: it has 101 bytes; 100 are the most"):
+        jsonfiles.read(tmp_path / "large.json", 100)
