@@ -3,17 +3,24 @@
 Pictures are numpy arrays (H, W, 3), uint8, or floats (B, H, W, 3) in 0..1 where they come from the decoder.
 """
 
+import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from flux import jsonfiles
 from flux.errors import FluxError
 
+PARAMETERS = "parameters"  # the chunk in which other programs look for how a picture was made
+DESCRIPTION = ExifTags.Base.ImageDescription
+UNICODE = b"UNICODE\0"  # how EXIF marks a comment in UTF-16
+MAX_JPEG_EXIF = 65_533
 SAVE_OPTIONS = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
 
 
@@ -104,18 +111,14 @@ def _format(path: Path) -> str:
 def save(path: str | Path, picture: np.ndarray, metadata: dict[str, str] | None = None) -> None:
     """Write a picture (H, W, 3), uint8, in the format of the path's suffix; never a part of one.
 
-    The file is written beside its place and renamed into it. `metadata` becomes text chunks of a PNG; other
-    formats do not carry it.
+    The file is written beside its place and renamed into it. `metadata` becomes text chunks of a PNG; in
+    JPEG and WebP its "parameters" is EXIF's UserComment, and all else, as JSON, its ImageDescription.
     """
     path = Path(path)
     check_output(path)
     format = _format(path)
-    options = dict(SAVE_OPTIONS[format])
-    if format == "PNG" and metadata:
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        for key, value in metadata.items():
-            options["pnginfo"].add_itxt(key, value)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    options = SAVE_OPTIONS[format] | (_carried(path, format, metadata) if metadata else {})
+    partial = path.with_name(_partial(path))
     try:
         with open(partial, "xb") as file:
             Image.fromarray(picture).save(file, format=format, **options)
@@ -126,7 +129,52 @@ def save(path: str | Path, picture: np.ndarray, metadata: dict[str, str] | None 
         partial.unlink(missing_ok=True)
 
 
+def _partial(path: Path) -> str:
+    """The name under which a file is written first."""
+    return f".{path.name}.{os.getpid()}.part"
+
+
+def _carried(path: Path, format: str, metadata: dict[str, str]) -> dict[str, object]:
+    """Pillow's option by which a file of the format carries metadata."""
+    if format == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        for key, value in metadata.items():
+            chunks.add_itxt(key, value)
+        return {"pnginfo": chunks}
+    exif = Image.Exif()
+    exif[DESCRIPTION] = json.dumps({key: value for key, value in metadata.items() if key != PARAMETERS})
+    if PARAMETERS in metadata:
+        comment = UNICODE + metadata[PARAMETERS].encode("utf-16-be")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    data = exif.tobytes()
+    if format == "JPEG" and len(data) > MAX_JPEG_EXIF:
+        warnings.warn(f"{path}: what made the picture is too long for a JPEG; left out", stacklevel=3)
+        return {}
+    return {"exif": data}
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG, those that `save` wrote and any other; empty for other formats."""
+    """What `save` wrote beside a picture, and any other text chunk of a PNG; {} where there is nothing."""
     with _open(path) as image:
-        return {key: str(value) for key, value in getattr(image, "text", {}).items()}
+        if text := getattr(image, "text", None):
+            return {key: str(value) for key, value in text.items()}
+        exif = image.getexif()
+    try:
+        found = jsonfiles.parse_object(str(exif.get(DESCRIPTION, "{}")))
+    except ValueError:
+        return {}
+    comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+    if isinstance(comment, bytes) and comment.startswith(UNICODE):
+        found[PARAMETERS] = comment.removeprefix(UNICODE).decode("utf-16-be", "replace")
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def read_workflow(path: str | Path) -> dict[str, str]:
+    """ComfyUI's "prompt" and "workflow" in a picture: text chunks of a PNG, in WebP and JPEG EXIF's texts."""
+    with _open(path) as image:
+        texts = dict(getattr(image, "text", {}))
+        for value in image.getexif().values():
+            name, colon, text = value.partition(":") if isinstance(value, str) else ("", "", "")
+            if colon:
+                texts.setdefault(name, text)
+    return {name: str(texts[name]) for name in ("prompt", "workflow") if name in texts}

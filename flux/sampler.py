@@ -17,6 +17,8 @@ from flux.noise import randn
 
 MAX_SEED = 2**64 - 1  # what mx.random.key takes, and torch.manual_seed
 NOISES = ("mlx", "torch", "diffusers")
+COMFYUI_SCHEDULES = ("simple", "normal", "sgm_uniform")
+COMFYUI_SHIFT = math.exp(1.15)  # of dev's times in ComfyUI, in any size
 
 # The shift of dev: mu is linear in the number of picture tokens through these two points (BFL's sampling.py).
 _SHIFT_POINTS = ((256, 0.5), (4096, 1.15))
@@ -43,6 +45,30 @@ def time_shift(image_tokens: int) -> float:
     (x1, y1), (x2, y2) = _SHIFT_POINTS
     slope = (y2 - y1) / (x2 - x1)
     return math.exp(image_tokens * slope + (y1 - slope * x1))
+
+
+def comfyui_times(schedule: str, num_steps: int, factor: float | None) -> list[float]:
+    """The `num_steps + 1` times that ComfyUI gives a FLUX model, one of `COMFYUI_SCHEDULES`.
+
+    factor: t -> factor / (factor + 1/t - 1): `COMFYUI_SHIFT` for dev unless its node ModelSamplingFlux says
+    another; None for schnell, whose times are not shifted. "simple" takes every n-th entry of a table of
+    10,000 times (of schnell's 1,000). "normal" and "sgm_uniform" shift evenly spaced times, from the table's
+    first to its last, which is shifted then already: they stop earlier. In float32 and ComfyUI's order.
+    """
+    if num_steps < 1:
+        raise FluxError(f"steps must be at least 1, not {num_steps}")
+
+    def shifted(times: np.ndarray) -> np.ndarray:
+        return times if factor is None else 1 / (factor + (1 / times - 1)) * factor  # as PyTorch divides
+
+    size = 1000 if factor is None else 10000
+    table = shifted(np.arange(1, size + 1, dtype=np.float32) / np.float32(size))
+    if schedule == "simple":
+        times = table[[-1 - int(i * (size / num_steps)) for i in range(num_steps)]]
+    else:
+        count = num_steps + (schedule == "sgm_uniform")
+        times = shifted(np.linspace(table[-1], table[0], count, dtype=np.float32)[:num_steps])
+    return [*times.tolist(), 0.0]
 
 
 def random_seed() -> int:

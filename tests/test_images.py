@@ -29,10 +29,38 @@ def test_png_and_its_text_come_back(tmp_path):
 @pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.webp"])
 def test_other_formats(tmp_path, name):
     picture = np.full((16, 24, 3), (200, 30, 60), dtype=np.uint8)
-    images.save(tmp_path / name, picture, {"prompt": "x"})
+    text = {"prompt": "a “red” apple\n☃ 苹果 🍎", "seed": "7", "parameters": "a 苹果 🍎\nSteps: 4"}
+    images.save(tmp_path / name, picture, text)
     loaded, _ = images.load(tmp_path / name)
     assert np.abs(loaded.astype(int) - picture).max() <= 4
+    assert images.read_metadata(tmp_path / name) == text
+    images.save(tmp_path / name, picture)
     assert images.read_metadata(tmp_path / name) == {}
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp"])
+def test_other_programs_find_the_parameters_in_exif(tmp_path, name):
+    """Where AUTOMATIC1111 and those after it look: EXIF's UserComment, in UTF-16."""
+    images.save(tmp_path / name, random_picture(), {"parameters": "é 🍎\nSteps: 4", "prompt": "é 🍎"})
+    with Image.open(tmp_path / name) as image:
+        comment = image.getexif().get_ifd(0x8769)[0x9286]
+    assert comment == b"UNICODE\0" + "é 🍎\nSteps: 4".encode("utf-16-be")
+
+
+def test_a_recipe_that_is_too_long_for_a_jpeg_is_left_out_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match=r"a\.jpg: .*too long for a JPEG"):
+        images.save(tmp_path / "a.jpg", random_picture(), {"prompt": "x" * 70_000})
+    assert images.read_metadata(tmp_path / "a.jpg") == {}
+    images.save(tmp_path / "a.webp", random_picture(), {"prompt": "x" * 70_000})
+    assert len(images.read_metadata(tmp_path / "a.webp")["prompt"]) == 70_000
+
+
+@pytest.mark.parametrize("text", ["a photo", "[1, 2]", '{"a": 5, "b": "c"}', "[" * 100])
+def test_descriptions_of_other_programs(tmp_path, text):
+    exif = Image.Exif()
+    exif[0x010E] = text
+    Image.fromarray(random_picture()).save(tmp_path / "a.jpg", exif=exif)
+    assert images.read_metadata(tmp_path / "a.jpg") == ({"b": "c"} if "c" in text else {})
 
 
 def test_saving_replaces_the_old_file_only_when_the_new_one_is_whole(tmp_path, monkeypatch):

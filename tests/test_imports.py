@@ -29,6 +29,7 @@ LEVELS = {
     "flux.weights": 2,
     "flux.adapters": 2,
     "flux.distributed": 2,
+    "flux.workflows": 2,
     "flux.captioning": 3,
     "flux.data": 3,
     "flux.pipeline": 4,
