@@ -20,6 +20,7 @@ from flux.errors import FluxError
 PARAMETERS = "parameters"  # the chunk in which other programs look for how a picture was made
 DESCRIPTION = ExifTags.Base.ImageDescription
 UNICODE = b"UNICODE\0"  # how EXIF marks a comment in UTF-16
+MAX_SIDES = {"JPEG": 65_500, "WEBP": 16_383}
 MAX_JPEG_EXIF = 65_533
 SAVE_OPTIONS = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
 
@@ -88,16 +89,30 @@ def grid(pictures: Sequence[np.ndarray], rows: int = 1) -> np.ndarray:
     return out.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
 
 
-def check_output(path: str | Path) -> None:
-    """Raise FluxError where `save` could not write; called before the long work, so that none is lost."""
+def check_output(path: str | Path, size: tuple[int, int] | None = None) -> None:
+    """Raise FluxError where `save` could not write; called before the long work, so that none is lost.
+
+    A file is begun and taken away again, which shows everything: rights, read-only disks, names that are
+    too long. size: (height, width) that the picture will have; JPEG and WebP have bounds.
+    """
     path = Path(path)
-    _format(path)
-    if path.is_dir():
-        raise FluxError(f"the output {path} is a folder; name a file in it, such as {path / 'out.png'}")
-    if not path.parent.is_dir():
-        raise FluxError(f"the output's folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise FluxError(f"cannot write into the output's folder {path.parent}")
+    limit = MAX_SIDES.get(_format(path))
+    if limit and size and max(size) > limit:
+        height, width = size
+        raise FluxError(
+            f"{path}: a side can have {limit} pixels at most there, not {height}x{width}; take .png"
+        )
+    try:
+        if path.is_dir():
+            raise FluxError(f"the output {path} is a folder; name a file in it, such as {path / 'out.png'}")
+        if not path.parent.is_dir():
+            raise FluxError(f"the output's folder {path.parent} does not exist")
+        partial = _partial(path)
+        with open(partial, "xb"):
+            pass
+        partial.unlink()
+    except OSError as error:
+        raise FluxError(f"cannot write {path}: {_reason(error)}") from None
 
 
 def _format(path: Path) -> str:
@@ -118,7 +133,7 @@ def save(path: str | Path, picture: np.ndarray, metadata: dict[str, str] | None 
     check_output(path)
     format = _format(path)
     options = SAVE_OPTIONS[format] | (_carried(path, format, metadata) if metadata else {})
-    partial = path.with_name(_partial(path))
+    partial = _partial(path)
     try:
         with open(partial, "xb") as file:
             Image.fromarray(picture).save(file, format=format, **options)
@@ -129,9 +144,9 @@ def save(path: str | Path, picture: np.ndarray, metadata: dict[str, str] | None 
         partial.unlink(missing_ok=True)
 
 
-def _partial(path: Path) -> str:
-    """The name under which a file is written first."""
-    return f".{path.name}.{os.getpid()}.part"
+def _partial(path: Path) -> Path:
+    """Where a file is written first."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def _carried(path: Path, format: str, metadata: dict[str, str]) -> dict[str, object]:

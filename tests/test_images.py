@@ -207,6 +207,26 @@ def test_check_output_accepts_a_good_path_and_writes_nothing(tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("length", [240, 251, 300, 5000])
+def test_a_name_that_is_too_long(tmp_path, length):
+    """251 letters and .png would do, but not beside them what it is called until it is whole."""
+    with pytest.raises(FluxError, match=r"cannot write .*File name too long"):
+        images.check_output(tmp_path / ("a" * length + ".png"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sides_beyond_a_format(tmp_path):
+    with pytest.raises(FluxError, match=r"a\.webp: a side can have 16383 pixels at most there, not 64x16384"):
+        images.check_output(tmp_path / "a.webp", (64, 16384))
+    images.check_output(tmp_path / "a.webp", (16383, 16383))
+    images.check_output(tmp_path / "a.png", (64, 100_000))
+
+
+def test_check_output_where_nobody_can_write():
+    with pytest.raises(FluxError, match=r"cannot write /proc/a\.png: No such file"):
+        images.check_output("/proc/a.png")
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_check_output_in_a_read_only_folder(tmp_path):
     tmp_path.chmod(0o500)
