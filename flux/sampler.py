@@ -76,6 +76,13 @@ def random_seed() -> int:
     return secrets.randbits(32)
 
 
+def check_seeds(seeds: Sequence[int]) -> None:
+    """FluxError, naming the seed, for one that `noise` cannot take."""
+    for seed in seeds:
+        if not 0 <= seed <= MAX_SEED:
+            raise FluxError(f"a seed must lie between 0 and {MAX_SEED}, not {seed}")
+
+
 def noise(
     seeds: Sequence[int],
     latent_size: tuple[int, int],
@@ -88,9 +95,7 @@ def noise(
     kind: whose random numbers, one of `NOISES`. "torch" is PyTorch's CPU generator in float32, with which
     ComfyUI draws; "diffusers" the same rounded to `dtype`, the type that the model computes in.
     """
-    for seed in seeds:
-        if not 0 <= seed <= MAX_SEED:
-            raise FluxError(f"a seed must lie between 0 and {MAX_SEED}, not {seed}")
+    check_seeds(seeds)
     check_noise(kind)
     if kind == "mlx":
         shape = (*latent_size, channels)
@@ -123,7 +128,7 @@ def unpack(tokens: mx.array, latent_size: tuple[int, int]) -> mx.array:
     h, w = latent_size
     B, L, C = tokens.shape
     if h % 2 or w % 2 or h // 2 * (w // 2) != L:
-        raise FluxError(f"{L} tokens are no latent of {h}x{w}")
+        raise FluxError(f"{L} tokens cannot form a latent of {h}x{w}")
     x = tokens.reshape(B, h // 2, w // 2, C // 4, 2, 2)
     x = x.transpose(0, 1, 4, 2, 5, 3)  # (B, h/2, 2, w/2, 2, C)
     return x.reshape(B, h, w, C // 4)
