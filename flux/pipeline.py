@@ -7,6 +7,7 @@ only one stage is in memory at a time.
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux, Modulation
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import checkpoints, tensors
+from flux.weights.fit import check_fit
 from flux.weights.quantize import quantize
 from flux.weights.registry import ModelSpec
 
@@ -85,11 +87,13 @@ class FluxPipeline:
         fuse_adapters: bool = False,
         ranks: Ranks | None = None,
         noise: str = "mlx",
+        shift: str | float | None = None,
         **files: str | None,
     ):
         """Find a model and load it lazily.
 
-        name: a model of the registry ("schnell", "flux-dev", ...), a folder, or a repository of the Hub.
+        name: a model of the registry ("schnell", "flux-dev", ...), a folder, a file, or a repository of the
+        Hub; see `flux.weights.checkpoints.find`.
         t5_padding: pad every prompt to the model's length, as FLUX was trained; without, prompts are faster.
         dtype: the weights' type; by default bfloat16 on a GPU and float32 on a CPU.
         bits: 4 or 8 to quantize the transformer and T5 to so many a weight; None not to.
@@ -100,6 +104,7 @@ class FluxPipeline:
         `denoise` together, with the same arguments, and have the same results.
         noise: whose random numbers a seed stands for: "mlx", "torch" (ComfyUI's and diffusers' in float32) or
         "diffusers" (PyTorch's, rounded to `dtype`), made as by PyTorch's CPU generator.
+        shift: of the sampling's times: "dev", "none" or a factor; None as the model's own config says.
         files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
         Raises FluxError for a model that cannot be found or loaded, and for an adapter that cannot or does
         not fit it; warns of what else of an adapter is left out.
@@ -111,6 +116,8 @@ class FluxPipeline:
         self._set(parts, t5_padding, noise)
         self._split = ranks is not None
         self._adapters = [Path(file) for file, _ in adapters]
+        if shift is not None:
+            self.spec = replace(self.spec, shift=sampler.read_shift(shift))
 
     @classmethod
     def from_parts(cls, parts: Parts, t5_padding: bool = True, noise: str = "mlx") -> "FluxPipeline":
@@ -332,6 +339,9 @@ def load(
     load -> (fuse adapters) -> quantize (mode: see `flux.weights.quantize`) -> (put adapters beside) -> shard.
     """
     flow, clip, t5 = checkpoint.load_flux(dtype), checkpoint.load_clip(dtype), checkpoint.load_t5(dtype)
+    ae = checkpoint.load_ae(dtype)
+    tokenizers = (checkpoint.load_clip_tokenizer(), checkpoint.load_t5_tokenizer())
+    check_fit(checkpoint.parts, flow, ae, clip, t5, tokenizers)
     networks = {"flux": flow, "clip": clip, "t5": t5}
     fused = attach(networks, adapters) if fuse_adapters else {}
     for own in fused.values():
@@ -346,12 +356,4 @@ def load(
         shard(t5, ranks)
     for part in fused:
         evaluate(networks[part])
-    return Parts(
-        checkpoint.spec,
-        flow,
-        checkpoint.load_ae(dtype),
-        clip,
-        t5,
-        checkpoint.load_clip_tokenizer(),
-        checkpoint.load_t5_tokenizer(),
-    )
+    return Parts(checkpoint.spec, flow, ae, clip, t5, *tokenizers)

@@ -9,6 +9,7 @@ import gzip
 import json
 import math
 import unicodedata
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -67,6 +68,7 @@ class CLIPTokenizer:
         self.max_length = max_length
         self.bos_token_id = vocab[self.BOS]
         self.eos_token_id = vocab[self.EOS]
+        self.size = 1 + max(vocab.values())  # so many rows a text encoder's embedding must have
         self._vocab = vocab
         self._ranks = {merge: rank for rank, merge in enumerate(merges)}
         self._letters = byte_letters()
@@ -79,8 +81,8 @@ class CLIPTokenizer:
         """
         folder = Path(path)
         if (folder / "merges.txt.gz").is_file():
-            text = gzip.decompress((folder / "merges.txt.gz").read_bytes()).decode("utf-8")
-            return cls(clip_vocabulary(read_merges(text)), read_merges(text))
+            merges = read_merges(read_gzip(folder / "merges.txt.gz"))
+            return cls(clip_vocabulary(merges), merges)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             merges = read_merges((folder / "merges.txt").read_text(encoding="utf-8"))
             return cls(read_json(folder / "vocab.json"), merges)
@@ -131,6 +133,15 @@ class CLIPTokenizer:
         pieces = [self._letters[byte] for byte in word.encode("utf-8")]
         pieces[-1] += self.END_OF_WORD
         return merge(pieces, self._ranks)
+
+
+def read_gzip(file: Path, most: int = 2**24) -> str:
+    """The text of a gzipped file, of `most` bytes at most; FluxError where it is none."""
+    try:
+        with gzip.open(file) as packed:
+            return packed.read(most).decode("utf-8")
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise FluxError(f"{file}: not a gzipped text ({error})") from None
 
 
 def read_merges(text: str) -> list[str]:
@@ -198,6 +209,8 @@ class T5Tokenizer:
         self.pad_token_id = self._ids["<pad>"]
         self.eos_token_id = self._ids["</s>"]
         self._unk_token_id = self._ids["<unk>"]
+        # So many rows an embedding must have; the extra ids stand in no prompt, and small models lack them.
+        self.size = sum(not piece.startswith("<extra_id_") for piece, _ in model.pieces)
         self._scores = dict(model.pieces)
         self._unknown_score = min(self._scores.values()) - 10.0  # SentencePiece's penalty
         self._longest = max(map(len, self._scores))
