@@ -141,16 +141,22 @@ def _format(path: Path) -> str:
     return writable[path.suffix.lower()]
 
 
-def save(path: str | Path, picture: np.ndarray, metadata: dict[str, str] | None = None) -> None:
+def save(
+    path: str | Path,
+    picture: np.ndarray,
+    metadata: dict[str, str] | None = None,
+    parameters: str | None = None,
+) -> None:
     """Write a picture (H, W, 3), uint8, in the format of the path's suffix; never a part of one.
 
     The file is written beside its place and renamed into it. `metadata` becomes text chunks of a PNG; in
-    JPEG and WebP its "parameters" is EXIF's UserComment, and all else, as JSON, its ImageDescription.
+    JPEG and WebP, as JSON, EXIF's ImageDescription. `parameters`, what other programs look for, is the PNG's
+    chunk of that name, or EXIF's UserComment.
     """
     path = Path(path)
     check_output(path)
     format = _format(path)
-    options = SAVE_OPTIONS[format] | (_carried(path, format, metadata) if metadata else {})
+    options = SAVE_OPTIONS[format] | _carried(path, format, metadata or {}, parameters)
     partial = _partial(path)
     try:
         with open(partial, "xb") as file:
@@ -167,17 +173,20 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
-def _carried(path: Path, format: str, metadata: dict[str, str]) -> dict[str, object]:
-    """Pillow's option by which a file of the format carries metadata."""
+def _carried(path: Path, format: str, metadata: dict[str, str], parameters: str | None) -> dict[str, object]:
+    """Pillow's option by which a file of the format carries texts."""
+    texts = metadata | ({} if parameters is None else {PARAMETERS: parameters})
+    if not texts:
+        return {}
     if format == "PNG":
         chunks = PngImagePlugin.PngInfo()
-        for key, value in metadata.items():
+        for key, value in texts.items():
             chunks.add_itxt(key, value)
         return {"pnginfo": chunks}
     exif = Image.Exif()
-    exif[DESCRIPTION] = json.dumps({key: value for key, value in metadata.items() if key != PARAMETERS})
-    if PARAMETERS in metadata:
-        comment = UNICODE + metadata[PARAMETERS].encode("utf-16-be")
+    exif[DESCRIPTION] = json.dumps(metadata)
+    if parameters is not None:
+        comment = UNICODE + parameters.encode("utf-16-be")
         exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
     data = exif.tobytes()
     if format == "JPEG" and len(data) > MAX_JPEG_EXIF:
@@ -187,18 +196,15 @@ def _carried(path: Path, format: str, metadata: dict[str, str]) -> dict[str, obj
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What `save` wrote beside a picture, and any other text chunk of a PNG; {} where there is nothing."""
+    """The metadata that `save` wrote, and any other text chunk of a PNG but `parameters`; {} without any."""
     with _open(path) as image:
         if text := getattr(image, "text", None):
-            return {key: str(value) for key, value in text.items()}
+            return {key: str(value) for key, value in text.items() if key != PARAMETERS}
         exif = image.getexif()
     try:
         found = jsonfiles.parse_object(str(exif.get(DESCRIPTION, "{}")))
     except ValueError:
         return {}
-    comment = exif.get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
-    if isinstance(comment, bytes) and comment.startswith(UNICODE):
-        found[PARAMETERS] = comment.removeprefix(UNICODE).decode("utf-16-be", "replace")
     return {key: value for key, value in found.items() if isinstance(value, str)}
 
 

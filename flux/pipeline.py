@@ -26,7 +26,7 @@ from flux.generation import OnStep, Request, ResolvedRequest
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
-from flux.models.transformer import Flux, Modulation
+from flux.models.transformer import ROUNDINGS, Flux, Modulation
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import checkpoints, tensors
 from flux.weights.fit import check_fit
@@ -80,7 +80,7 @@ class FluxPipeline:
     def __init__(
         self,
         name: str,
-        t5_padding: bool = True,
+        t5_padding: bool | int = True,
         dtype: mx.Dtype | None = None,
         bits: int | None = None,
         adapters: Sequence[tuple[str | Path, float]] = (),
@@ -88,13 +88,15 @@ class FluxPipeline:
         ranks: Ranks | None = None,
         noise: str = "mlx",
         shift: str | float | None = None,
+        rounding: str = "bfloat16",
         **files: str | None,
     ):
         """Find a model and load it lazily.
 
         name: a model of the registry ("schnell", "flux-dev", ...), a folder, a file, or a repository of the
         Hub; see `flux.weights.checkpoints.find`.
-        t5_padding: pad every prompt to the model's length, as FLUX was trained; without, prompts are faster.
+        t5_padding: pad every prompt to the model's length, as FLUX was trained; False does not, which is
+        faster, and a number pads to so many tokens (ComfyUI: 256).
         dtype: the weights' type; by default bfloat16 on a GPU and float32 on a CPU.
         bits: 4 or 8 to quantize the transformer and T5 to so many a weight; None not to.
         adapters: files of LoRAs and their like, each with its strength (1: as trained); their changes add up.
@@ -102,6 +104,7 @@ class FluxPipeline:
         steps are faster, and the networks that they change are in memory from the start.
         ranks: to split the transformer and T5 over; all of them must then call `encode`, `prepare` and
         `denoise` together, with the same arguments, and have the same results.
+        rounding: of time and guidance in 16-bit types, one of `ROUNDINGS`.
         noise: whose random numbers a seed stands for: "mlx", "torch" (ComfyUI's and diffusers' in float32) or
         "diffusers" (PyTorch's, rounded to `dtype`), made as by PyTorch's CPU generator.
         shift: of the sampling's times: "dev", "none" or a factor; None as the model's own config says.
@@ -110,25 +113,31 @@ class FluxPipeline:
         not fit it; warns of what else of an adapter is left out.
         """
         sampler.check_noise(noise)
+        if rounding not in ROUNDINGS:
+            raise FluxError(f"the rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
         weighted = read_weighted(adapters)  # before a model is fetched
         self.checkpoint = checkpoints.find(name, **files)
         parts = load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks)
         self._set(parts, t5_padding, noise)
+        types = (self.flow.dtype if dtype is None else dtype for dtype in ROUNDINGS[rounding])
+        self.flow.time_dtype, self.flow.guidance_dtype = types
         self._split = ranks is not None
         self._adapters = [Path(file) for file, _ in adapters]
         if shift is not None:
             self.spec = replace(self.spec, shift=sampler.read_shift(shift))
 
     @classmethod
-    def from_parts(cls, parts: Parts, t5_padding: bool = True, noise: str = "mlx") -> "FluxPipeline":
+    def from_parts(cls, parts: Parts, t5_padding: bool | int = True, noise: str = "mlx") -> "FluxPipeline":
         """A pipeline of modules that are already there."""
         flux = cls.__new__(cls)
         flux._set(parts, t5_padding, noise)
         return flux
 
-    def _set(self, parts: Parts, t5_padding: bool, noise: str) -> None:
+    def _set(self, parts: Parts, t5_padding: bool | int, noise: str) -> None:
         self.spec, self.flow, self.ae, self.clip, self.t5, self.clip_tokenizer, self.t5_tokenizer = parts
-        self.t5_padding = t5_padding
+        self.t5_padding = bool(t5_padding)
+        if not isinstance(t5_padding, bool):
+            self.t5_tokenizer.padded_length = t5_padding
         self.noise_kind = noise
         self._split = False
         # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
@@ -148,6 +157,22 @@ class FluxPipeline:
                 stacklevel=2,
             )
         return h, w
+
+    def check_memory(self, latent_size: tuple[int, int]) -> None:
+        """Raise FluxError where the largest arrays of one step or picture exceed the machine's memory."""
+        (h, w), params = latent_size, self.flow.params
+        tokens = h // 2 * (w // 2) + self.spec.t5_length
+        hidden = tokens * params.hidden_size * int(4 + params.mlp_ratio) * self.flow.dtype.size
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu  # where attention writes its scores down
+        scores = 4 * params.num_heads * tokens**2 if on_cpu else 0
+        picture = 2 * 4 * 3 * h * w * self.downscale**2  # float32, before and after it is clipped
+        needed, there = max(hidden + scores, picture), machine.memory()
+        if needed > there:
+            size = f"{h * self.downscale}x{w * self.downscale}"
+            raise FluxError(
+                f"a picture of {size} needs {needed / 1e9:,.0f} GB at least, and this machine has "
+                f"{there / 1e9:,.0f} GB; make a smaller one"
+            )
 
     def fingerprints(self) -> dict[str, str]:
         """A digest of each file of weights, by what it is: the same on ranks that have the same files."""
@@ -177,6 +202,8 @@ class FluxPipeline:
         cfg_scale: float | None = None,
         on_step: OnStep | None = None,
         keep_models: bool = True,
+        schedule: str = "model",
+        clip_prompt: str | None = None,
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
@@ -186,6 +213,7 @@ class FluxPipeline:
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
+        schedule, clip_prompt: see `Request`.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -197,6 +225,8 @@ class FluxPipeline:
             steps=num_steps,
             guidance=guidance,
             cfg_scale=cfg_scale,
+            schedule=schedule,
+            clip_prompt=clip_prompt,
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))
@@ -253,15 +283,30 @@ class FluxPipeline:
         channels = self.flow.params.out_channels // 4
         return sampler.pack(sampler.noise(seeds, latent_size, channels, self.noise_kind, self.flow.dtype))
 
-    def encode(self, text: str, negative_prompt: str | None = None, cfg_scale: float = 1.0) -> Conditioning:
-        """The conditioning of one prompt, not yet evaluated; with the negative one unless cfg_scale is 1."""
+    def encode(
+        self,
+        text: str,
+        negative_prompt: str | None = None,
+        cfg_scale: float = 1.0,
+        clip_text: str | None = None,
+    ) -> Conditioning:
+        """The conditioning of one prompt, not yet evaluated; with the negative one unless cfg_scale is 1.
+
+        clip_text: what CLIP reads of the prompt's, where it is another text.
+        """
         self._read(self.t5)
-        positive = self._encode_text(text)
+        positive = self._encode_text(text, clip_text)
         return Conditioning(positive, self._encode_text(negative_prompt or "") if cfg_scale != 1 else None)
 
-    def _encode_text(self, text: str) -> TextConditioning:
+    def _encode_text(self, text: str, clip_text: str | None = None) -> TextConditioning:
         return encode_texts(
-            [text], self.t5, self.clip, self.t5_tokenizer, self.clip_tokenizer, self.t5_padding
+            [text],
+            self.t5,
+            self.clip,
+            self.t5_tokenizer,
+            self.clip_tokenizer,
+            self.t5_padding,
+            None if clip_text is None else [clip_text],
         )
 
     @staticmethod
@@ -278,7 +323,8 @@ class FluxPipeline:
         """
         self._read(self.flow)
         height, width = request.latent_size
-        times = sampler.timesteps(request.steps, height // 2 * (width // 2), self.spec.shift)
+        tokens = height // 2 * (width // 2)
+        times = sampler.timesteps(request.steps, tokens, self.spec.shift, request.schedule)
         branch = partial(
             self._branch, latent_size=request.latent_size, times=times, guidance=request.guidance
         )

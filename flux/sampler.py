@@ -19,7 +19,7 @@ from flux.noise import randn
 MAX_SEED = 2**64 - 1  # what mx.random.key takes, and torch.manual_seed
 NOISES = ("mlx", "torch", "diffusers")
 COMFYUI_SCHEDULES = ("simple", "normal", "sgm_uniform")
-COMFYUI_SHIFT = math.exp(1.15)  # of dev's times in ComfyUI, in any size
+SCHEDULES = ("model", *COMFYUI_SCHEDULES)
 
 
 class Shift(NamedTuple):
@@ -41,16 +41,21 @@ DEV_SHIFT = Shift()
 AnyShift = bool | float | Shift
 
 
-def timesteps(num_steps: int, image_tokens: int, shift: AnyShift) -> list[float]:
+def timesteps(num_steps: int, image_tokens: int, shift: AnyShift, schedule: str = "model") -> list[float]:
     """The `num_steps + 1` times from 1 down to 0, evenly spaced and then, with `shift`, moved towards noise.
 
     Large pictures need more noise to be destroyed as much, so dev shifts by the number of picture tokens:
     t -> e^mu / (e^mu + 1/t - 1) (Esser et al. 2024, eq. 23, as in BFL's and diffusers' code). schnell not.
     A fixed factor s is the same with s for e^mu: t -> s t / (1 + (s - 1) t).
     Computed in float32 in the reference's order, so that the times are diffusers' own to the bit.
+    schedule: "model" for these, or one of `COMFYUI_SCHEDULES`, which shift dev by the same in any size.
     """
     if num_steps < 1:
         raise FluxError(f"steps must be at least 1, not {num_steps}")
+    if schedule != "model":
+        shift = DEV_SHIFT if shift is True else shift
+        factor = math.exp(shift.most) if isinstance(shift, Shift) else shift
+        return comfyui_times(schedule, num_steps, None if factor is False else float(factor))
     times = np.linspace(1.0, 1.0 / num_steps, num_steps).astype(np.float32)
     if isinstance(shift, Shift) or shift is True:
         e_mu = time_shift(image_tokens, shift if isinstance(shift, Shift) else DEV_SHIFT)
@@ -91,13 +96,13 @@ def read_shift(value: Any) -> AnyShift:
 def comfyui_times(schedule: str, num_steps: int, factor: float | None) -> list[float]:
     """The `num_steps + 1` times that ComfyUI gives a FLUX model, one of `COMFYUI_SCHEDULES`.
 
-    factor: t -> factor / (factor + 1/t - 1): `COMFYUI_SHIFT` for dev unless its node ModelSamplingFlux says
-    another; None for schnell, whose times are not shifted. "simple" takes every n-th entry of a table of
+    factor: t -> factor / (factor + 1/t - 1): e^1.15 for dev unless its node ModelSamplingFlux says another;
+    None for schnell, whose times are not shifted. "simple" takes every n-th entry of a table of
     10,000 times (of schnell's 1,000). "normal" and "sgm_uniform" shift evenly spaced times, from the table's
     first to its last, which is shifted then already: they stop earlier. In float32 and ComfyUI's order.
     """
-    if num_steps < 1:
-        raise FluxError(f"steps must be at least 1, not {num_steps}")
+    if schedule not in COMFYUI_SCHEDULES:
+        raise FluxError(f"the schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
 
     def shifted(times: np.ndarray) -> np.ndarray:
         return times if factor is None else 1 / (factor + (1 / times - 1)) * factor  # as PyTorch divides
