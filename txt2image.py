@@ -57,6 +57,7 @@ def run(ranks: Ranks) -> int:
         if args.prompts_folder:
             make_folder(args, recipe, requests, draw, ranks)
         else:
+            ranks.rank_zero_only(lambda: recipe.check(args.output, args.save_raw))
             pictures = list(draw(requests))
             with stages("save"):
                 save = partial(recipe.save, args.output, args.save_raw, pictures, args.no_metadata)
@@ -91,6 +92,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments. With --remake or --workflow, what these say stands for what is not given."""
     parser = build_parser()
     args = parser.parse_intermixed_args(argv)
+    if args.remake and args.workflow:
+        raise FluxError("--remake and --workflow both say what to make; give one of them")
     prompts = arguments.find_prompts(args.prompts, args.prompts_file, args.prompts_folder)
     if args.remake or args.workflow:
         recipe, its_prompts = metadata.read(args.remake) if args.remake else read_workflow(args, prompts)
@@ -133,13 +136,12 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError(f"--quantize takes 4 or 8 bits, not {args.quantize}")
     if args.fuse_adapter and not args.adapter:
         raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
-    if args.remake and args.workflow:
-        raise FluxError("--remake and --workflow both say what to make; give one of them")
     pictures = (1 if args.prompts_folder else len(args.prompts)) * args.n_images
     if args.n_rows and args.n_rows > pictures and not args.save_raw:
         raise FluxError(f"--n-rows {args.n_rows} is more than there are pictures ({pictures})")
     if args.prompts_folder:
-        check_folder(args.output)
+        stems = [path.stem for path in arguments.prompt_files(args.prompts_folder)]
+        check_folder(args.output, max(stems, key=len))
     else:
         images.check_output(args.output)
 

@@ -248,10 +248,10 @@ def read_prompt(path: Path) -> str:
     return " ".join(text.split())
 
 
-def check_folder(output: str) -> None:
-    """Raise FluxError where pictures could not be written into the output's folder, or it not be made."""
+def check_folder(output: str, name: str) -> None:
+    """Raise FluxError where a picture of this name could not be written into the folder, or it not be made."""
     folder = Path(output)
     is_picture = folder.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not folder.is_dir()
     if not output or folder.is_file() or is_picture:
         raise FluxError(f"--prompts needs a folder as --output, not {output or 'nothing'}")
-    images.check_output((folder if folder.is_dir() else folder.parent) / "out.png")
+    images.check_output((folder if folder.is_dir() else folder.parent) / f"{name}.png")

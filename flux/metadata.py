@@ -1,6 +1,7 @@
 """What a picture remembers of how it was made: written into its file and read again."""
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,14 @@ class Recipe:
             "seeds": " ".join(map(str, seeds)),
             "version": f"{PROGRAM} {__version__}",
         }
+
+    def check(self, output: str | Path, raw: bool) -> None:
+        """FluxError where a file that the pictures become could not be written, by its name or its size."""
+        height, width = self.image_size
+        count = len(self.prompts) * self.n_images
+        rows = 1 if raw or self.picture is not None else self.n_rows
+        columns = 1 if raw or self.picture is not None else math.ceil(count / rows)
+        images.check_output(self.files(output, raw)[-1][0], (rows * height, columns * width))
 
     def sources(self) -> list[str]:
         """What the pictures are made with: the names of the model, of its parts and of the adapters."""

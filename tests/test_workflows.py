@@ -9,6 +9,7 @@ from PIL import Image, PngImagePlugin
 
 from flux.errors import FluxError
 from flux.workflows import comfyui
+from flux.workflows.options import to_options
 
 from . import comfyui_workflows as workflows
 
@@ -335,8 +336,25 @@ def test_files_are_found_in_comfyuis_folders(tmp_path):
         )
         assert comfyui.locate("t5.safetensors", "encoder", folder) == models / "clip/t5.safetensors"
         assert comfyui.locate("c.safetensors", "adapter", folder) == models / "loras/sub/c.safetensors"
-    with pytest.raises(FluxError, match=r"vae\.safetensors is not in .*vae/.*--model"):
-        comfyui.locate("vae.safetensors", "ae", models)
+    assert comfyui.locate("vae.safetensors", "ae", models) is None
+    (models / "loras/b").mkdir()
+    (models / "loras/b/c.safetensors").touch()
+    assert comfyui.locate("c.safetensors", "adapter", models) is None  # there are two
+
+
+def test_all_missing_files_are_named_at_once(tmp_path):
+    workflow = comfyui.Workflow(
+        files={"transformer": ("a.gguf", "transformer"), "clip": ("b.sft", "encoder")},
+        adapters=[("c.safetensors", 1.0)],
+    )
+    message = (
+        r"not below .*: a\.gguf \(in diffusion_models/ or unet/; or --transformer FILE\), b\.sft .*c\.saf"
+    )
+    with pytest.raises(FluxError, match=message):
+        to_options(workflow, str(tmp_path))
+    with pytest.raises(FluxError, match=r"not below \.: c\.safetensors"):
+        to_options(workflow, "dev")
+    assert to_options(workflow, "dev", ["adapter"])["model"] == "dev"
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "C:\\x.safetensors", "a/../../x"])

@@ -65,8 +65,11 @@ def read(path: str | Path) -> Workflow:
         raise FluxError(f"{path}: the workflow's nodes are in a circle, or too many in a row") from None
 
 
-def locate(name: str, kind: str, folder: Path) -> Path:
-    """A file that a workflow names, in ComfyUI's folder or its models/. FluxError where it is not there."""
+def locate(name: str, kind: str, folder: Path) -> Path | None:
+    """A file that a workflow names, in ComfyUI's folder or its models/; None where it is not there.
+
+    FluxError for a name that leads elsewhere.
+    """
     relative = Path(*PureWindowsPath(name).parts)  # takes both slashes
     if PureWindowsPath(name).anchor or ".." in relative.parts:
         raise FluxError(f"the workflow names {name!r}, which is not a file below a folder of models")
@@ -75,13 +78,7 @@ def locate(name: str, kind: str, folder: Path) -> Path:
         if (place / relative).is_file():
             return place / relative
     moved = {path for root in roots if root.is_dir() for path in root.rglob(relative.name)}
-    if len(moved) == 1:
-        return moved.pop()
-    where = " or ".join(f"{sub}/" for sub in FOLDERS[kind])
-    raise FluxError(
-        f"the workflow's {kind} {name} is not in {folder} (looked for in {where}); "
-        f"name ComfyUI's models folder with --model, or the file with --{kind}"
-    )
+    return moved.pop() if len(moved) == 1 else None
 
 
 class _Reader:

@@ -5,7 +5,8 @@ import shlex
 from collections.abc import Collection
 from pathlib import Path
 
-from flux.workflows.comfyui import T5_LENGTH, Workflow, locate
+from flux.errors import FluxError
+from flux.workflows.comfyui import FOLDERS, T5_LENGTH, Workflow, locate
 
 
 def to_options(workflow: Workflow, model: str | None, given: Collection[str] = ()) -> dict[str, object]:
@@ -13,22 +14,29 @@ def to_options(workflow: Workflow, model: str | None, given: Collection[str] = (
 
     model: ComfyUI's folder or its models/, in which the files are; None for the current folder. Any other
     model stands for the workflow's, except for its LoRAs. given: options that are not to be looked for.
-    FluxError for a file that is not there.
+    FluxError that names all files that are not there.
     """
     folder = Path(model or ".").expanduser()
-    files: dict[str, object] = {}
-    if folder.is_dir():
-        files = {
-            part: str(locate(name, kind, folder))
-            for part, (name, kind) in workflow.files.items()
-            if part not in given
-        }
-    adapters = [] if "adapter" in given else workflow.adapters
-    root = folder if folder.is_dir() else Path()
+    wanted = [(part, *file, "") for part, file in workflow.files.items() if folder.is_dir()]
+    wanted += [("adapter", name, "adapter", f":{strength}") for name, strength in workflow.adapters]
+    folder = folder if folder.is_dir() else Path()
+    files: dict[str, str] = {}
+    missing = []
+    for part, name, kind, strength in wanted:
+        if part in given:
+            continue
+        if path := locate(name, kind, folder):
+            files[part] = "\n".join([*filter(None, [files.get(part)]), f"{path}{strength}"])
+        else:
+            missing.append(f"{name} (in {' or '.join(f'{sub}/' for sub in FOLDERS[kind])}; or --{part} FILE)")
+    if missing:
+        raise FluxError(
+            f"the workflow's files are not below {folder}: {', '.join(missing)}; "
+            f"name ComfyUI's models folder with --model, or take a model by its name, such as --model dev"
+        )
     return {
         "model": model or ".",
         **files,
-        "adapter": "\n".join(f"{locate(name, 'adapter', root)}:{strength}" for name, strength in adapters),
         "clip_prompt": workflow.clip_prompt,
         "negative_prompt": workflow.negative_prompt,
         "guidance": workflow.guidance,
