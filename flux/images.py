@@ -73,7 +73,8 @@ def fit(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def normalize(pictures: mx.array | np.ndarray) -> mx.array:
     """uint8 -> floats in -1..1 of the same shape, float32, as the autoencoder takes them."""
-    return mx.array(pictures).astype(mx.float32) / 127.5 - 1
+    pictures = mx.array(pictures) if isinstance(pictures, np.ndarray) else pictures
+    return pictures.astype(mx.float32) / 127.5 - 1
 
 
 def denormalize(x: mx.array) -> mx.array:

@@ -31,10 +31,9 @@ ASPECTS = ("subject", "background", "place", "size")
 BATCH = 50
 
 Say = Callable[[list[Image.Image]], list[str]]  # pictures -> captions
-Proportions = dict[str, Proportion]  # by what is right
 
 
-def agreement(captions: Sequence[str], shown: Sequence[Composition]) -> Proportions:
+def agreement(captions: Sequence[str], shown: Sequence[Composition]) -> dict[str, Proportion]:
     """How many captions say what their compositions do: in each aspect, in subject and background, in all.
 
     The size is that of the caption's words: a subject is large unless it is said to be small.
@@ -92,7 +91,7 @@ def renderings(shown: Sequence[Composition], damaged: bool = False) -> list[Imag
     return [Image.fromarray(picture) for picture in pictures]
 
 
-def evaluate(say: Say, count: int) -> dict[str, Proportions]:
+def evaluate(say: Say, count: int) -> dict[str, dict[str, Proportion]]:
     """The agreement of captions with `count` true renderings of one subject, as they are and damaged, and
     with half as many of two."""
     singles, pairs = held_out_singles(count), held_out_pairs(max(1, count // 2))
@@ -103,7 +102,9 @@ def evaluate(say: Say, count: int) -> dict[str, Proportions]:
     }
 
 
-def read_back(say: Say, generator: FluxPipeline, count: int) -> tuple[Proportions, list[dict[str, str]]]:
+def read_back(
+    say: Say, generator: FluxPipeline, count: int
+) -> tuple[dict[str, Proportion], list[dict[str, str]]]:
     """The agreement of captions of generated pictures with the first `count` held-out prompts, and both."""
     shown, prompts = zip(*held_out_prompts(count), strict=True)
     pictures, _ = draw(generator, prompts)

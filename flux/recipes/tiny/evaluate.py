@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from flux.errors import FluxError
-from flux.evaluation.proportion import Proportion
+from flux.evaluation.proportion import Proportion, Z
 from flux.generation import Request, generate
 from flux.pipeline import FluxPipeline
 from flux.recipes.emoji import (
@@ -102,7 +102,7 @@ def evaluate(pipeline: FluxPipeline, count: int) -> tuple[dict[str, Any], np.nda
     true = np.stack([render(composition) for composition in shown])
     decoded = reconstruct(pipeline.ae, true)
     values = psnr(true, decoded)
-    reach = 1.96 * values.std() / math.sqrt(count)
+    reach = Z * values.std() / math.sqrt(count)
     figures = {f"{name} right": str(share) for name, share in judge(pictures, shown).items()}
     low = 10 * math.log10(255**2 / np.square(true.astype(np.float32) - decoded).mean())
     figures["autoencoder PSNR"] = (
