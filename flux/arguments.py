@@ -249,7 +249,7 @@ def read_prompt(path: Path) -> str:
 
 
 def check_folder(output: str, name: str) -> None:
-    """Raise FluxError where a picture of this name could not be written into the folder, or it not be made."""
+    """Raise FluxError where a picture of this name could not be written into the folder, or it be made."""
     folder = Path(output)
     is_picture = folder.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not folder.is_dir()
     if not output or folder.is_file() or is_picture:

@@ -106,9 +106,8 @@ class ResolvedRequest(Request):
         if self.cfg_scale < 1:
             raise FluxError(f"the cfg scale must be at least 1 (no effect), not {self.cfg_scale}")
         if self.negative_prompt and self.cfg_scale == 1:
-            raise FluxError(
-                f"the negative prompt {shown(self.negative_prompt)} has no effect without a cfg scale above 1"
-            )
+            text = shown(self.negative_prompt)
+            raise FluxError(f"the negative prompt {text} needs a cfg scale above 1 to have an effect")
         sampler.check_seeds(self.seeds)
 
 

@@ -119,6 +119,7 @@ class FluxPipeline:
         self.checkpoint = checkpoints.find(name, **files)
         parts = load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks)
         self._set(parts, t5_padding, noise)
+        self.rounding = rounding
         types = (self.flow.dtype if dtype is None else dtype for dtype in ROUNDINGS[rounding])
         self.flow.time_dtype, self.flow.guidance_dtype = types
         self._split = ranks is not None
@@ -139,6 +140,7 @@ class FluxPipeline:
         if not isinstance(t5_padding, bool):
             self.t5_tokenizer.padded_length = t5_padding
         self.noise_kind = noise
+        self.rounding = "bfloat16"
         self._split = False
         # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
         self.downscale = 2 ** (len(self.ae.params.ch_mult) - 1)
@@ -338,8 +340,13 @@ class FluxPipeline:
         return Branch(
             self.flow.embed_text(text.t5),
             self.flow.positions(text_positions, sampler.image_positions(latent_size)),
-            self.flow.modulation(mx.array(times[:-1]), text.clip, mx.array([guidance])),
+            self.flow.modulation(self._seen(times[:-1]), text.clip, mx.array([guidance])),
         )
+
+    def _seen(self, times: list[float]) -> mx.array:
+        """Times as the transformer is told them. diffusers' pipeline rounds their thousandfold first."""
+        seen = mx.array(times)
+        return (seen * 1000).astype(self.flow.dtype) / 1000 if self.rounding == "diffusers" else seen
 
     def denoise(self, plan: Plan, noise: mx.array) -> Iterator[mx.array]:
         """Yield the packed latent (B, L, channels), float32, after each step from packed noise of that shape.

@@ -120,8 +120,8 @@ def test_the_models_own_settings(dev):
     assert (resolved.steps, resolved.guidance, resolved.cfg_scale) == (spec.steps, spec.guidance, 1.0)
     assert (resolved.image_size, resolved.latent_size) == ((512, 512), (64, 64))
     assert resolved.resolved(dev) is resolved
-    assert resolved.texts == ("a", None)
-    assert replace(resolved, cfg_scale=2.0).texts == ("a", "")
+    assert resolved.texts == ("a", None, None)
+    assert replace(resolved, cfg_scale=2.0).texts == ("a", "", None)
     with pytest.warns(UserWarning, match="made 32x48"):
         assert Request("a", image_size=(30, 50)).resolved(dev).image_size == (32, 48)
 

@@ -22,11 +22,11 @@ TIME_FACTOR = 1000  # time and guidance enter the embedding a thousandfold
 
 
 # How time and guidance are rounded before they are embedded, where the model computes in 16 bits: the types
-# of each, None for the model's. BFL's and diffusers' code does it in the model's type, which was bfloat16 in
-# training: so that stands first, also for float16. ComfyUI rounds guidance alone.
+# of each, None for the model's. BFL's code does it in the model's type, which was bfloat16 in training: so
+# that stands first, also for float16. diffusers does the same in float16, ComfyUI rounds guidance alone.
 ROUNDINGS: dict[str, tuple[mx.Dtype | None, mx.Dtype | None]] = {
     "bfloat16": (mx.bfloat16, mx.bfloat16),
-    "float16": (mx.float16, mx.float16),
+    "diffusers": (None, None),
     "none": (mx.float32, mx.float32),
     "comfyui": (mx.float32, None),
 }
