@@ -203,9 +203,9 @@ def make_folder(
         return
     pictures = draw([requests[i] for i in todo], stream=True)
     for i in todo if ranks.is_rank_zero else ():
-        own = list(islice(pictures, args.n_images))
+        made = list(islice(pictures, args.n_images))
         images.make_folder(args.output)
-        for path in recipes[i].save(outputs[i], args.save_raw, own, args.no_metadata):
+        for path in recipes[i].save(outputs[i], args.save_raw, made, args.no_metadata):
             tqdm.write(str(path))
     list(pictures)  # on the other ranks all the work
 

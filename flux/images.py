@@ -150,7 +150,7 @@ def save(
 ) -> None:
     """Write a picture (H, W, 3), uint8, in the format of the path's suffix; never a part of one.
 
-    The file is written beside its place and renamed into it. `metadata` becomes text chunks of a PNG; in
+    The file is written under another name and then renamed. `metadata` becomes text chunks of a PNG; in
     JPEG and WebP, as JSON, EXIF's ImageDescription. `parameters`, what other programs look for, is the PNG's
     chunk of that name, or EXIF's UserComment.
     """

@@ -397,8 +397,8 @@ def load(
     check_fit(checkpoint.parts, flow, ae, clip, t5, tokenizers)
     networks = {"flux": flow, "clip": clip, "t5": t5}
     fused = attach(networks, adapters) if fuse_adapters else {}
-    for own in fused.values():
-        own.fuse()
+    for attached in fused.values():
+        attached.fuse()
     if bits is not None:
         quantize(flow, bits, mode=mode)
         quantize(t5, bits, mode=mode)

@@ -157,6 +157,23 @@ def test_power_lora_loader(tmp_path):
         },
     }
     assert read(tmp_path, data).adapters == [("a.safetensors", 0.7)]
+    data["38"]["inputs"]["lora_1"]["strengthTwo"] = 0.2
+    with pytest.raises(
+        FluxError, match=r"Power Lora Loader \(rgthree\) \(node 38\): the strengths .* differ in a"
+    ):
+        read(tmp_path, data)
+
+
+def test_power_lora_loader_in_the_editor(tmp_path):
+    """Its list stands among the values by position."""
+    data = workflows.editor(workflows.finetuned())
+    node = next(node for node in data["nodes"] if node["id"] == 38)
+    node["type"] = "Power Lora Loader (rgthree)"
+    entries = [
+        {"on": on, "lora": f"{on}.safetensors", "strength": 0.7, "strengthTwo": None} for on in (True, False)
+    ]
+    node["widgets_values"] = [{}, {"type": "PowerLoraLoaderHeaderWidget"}, *entries, {}, ""]
+    assert read(tmp_path, data).adapters == [("True.safetensors", 0.7)]
 
 
 def test_strengths_that_differ_are_refused(tmp_path):

@@ -327,7 +327,10 @@ class _Reader:
         for entry in [*node.inputs.values(), *node.values]:
             if slot == 0 and isinstance(entry, dict) and entry.get("on") and entry.get("lora"):
                 one = Node(node.id, node.type, entry)
-                self.add(self.value(one, "lora", str), self.value(one, "strength", float))
+                strength = self.value(one, "strength", float)
+                if entry.get("strengthTwo") not in (None, strength):  # that of CLIP
+                    raise FluxError(f"{node}: the strengths of model and clip differ in {entry['lora']}")
+                self.add(self.value(one, "lora", str), strength)
         self.dispatch(_CLIP if slot == 1 else _MODEL, node, "clip" if slot == 1 else "model")
 
     def add(self, name: str, strength: float) -> None:
