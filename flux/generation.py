@@ -175,7 +175,15 @@ def denoiser(
 
     @lru_cache(maxsize=max(1, len(plans)) if ahead else 1)
     def plan(request: ResolvedRequest) -> "Plan":
-        return pipeline.prepare(request, texts[request.texts])
+        return pipeline.prepare(
+            conditioning=texts[request.texts],
+            noise=None,
+            latent_size=request.latent_size,
+            num_steps=request.steps,
+            guidance=request.guidance,
+            cfg_scale=request.cfg_scale,
+            schedule=request.schedule,
+        )
 
     if ahead:
         mx.eval([plan(request) for request in plans])
@@ -183,7 +191,8 @@ def denoiser(
 
     def denoise(request: ResolvedRequest) -> mx.array:
         noise = pipeline.noise(request.seeds, request.latent_size)
-        for step, x in enumerate(pipeline.denoise(plan(replace(request, seeds=())), noise)):
+        whole = plan(replace(request, seeds=()))._replace(x=noise)
+        for step, x in enumerate(pipeline.denoise(whole)):
             mx.eval(x)
             if on_step is not None:
                 on_step(request, step, x)

@@ -22,7 +22,7 @@ from flux.conditioning import TextConditioning, encode_texts
 from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard
 from flux.errors import FluxError
-from flux.generation import OnStep, Request, ResolvedRequest
+from flux.generation import OnStep, Request
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
@@ -62,8 +62,9 @@ class Branch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All that `denoise` needs besides the noise; `mx.eval` takes it."""
+    """All that `denoise` needs; `mx.eval` takes it."""
 
+    x: mx.array | None  # (B, L, channels), the noise
     times: list[float]
     positive: Branch
     negative: Branch | None
@@ -86,8 +87,8 @@ class FluxPipeline:
         adapters: Sequence[tuple[str | Path, float]] = (),
         fuse_adapters: bool = False,
         ranks: Ranks | None = None,
-        noise: str = "mlx",
         shift: str | float | None = None,
+        noise: str = "mlx",
         rounding: str = "bfloat16",
         **files: str | None,
     ):
@@ -104,10 +105,10 @@ class FluxPipeline:
         steps are faster, and the networks that they change are in memory from the start.
         ranks: to split the transformer and T5 over; all of them must then call `encode`, `prepare` and
         `denoise` together, with the same arguments, and have the same results.
-        rounding: of time and guidance in 16-bit types, one of `ROUNDINGS`.
+        shift: of the sampling's times: "dev", "none" or a factor; None as the model's own config says.
         noise: whose random numbers a seed stands for: "mlx", "torch" (ComfyUI's and diffusers' in float32) or
         "diffusers" (PyTorch's, rounded to `dtype`), made as by PyTorch's CPU generator.
-        shift: of the sampling's times: "dev", "none" or a factor; None as the model's own config says.
+        rounding: of time and guidance in 16-bit types, one of `ROUNDINGS`.
         files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
         Raises FluxError for a model that cannot be found or loaded, and for an adapter that cannot or does
         not fit it; warns of what else of an adapter is left out.
@@ -168,13 +169,8 @@ class FluxPipeline:
         on_cpu = mx.default_device().type == mx.DeviceType.cpu  # where attention writes its scores down
         scores = 4 * params.num_heads * tokens**2 if on_cpu else 0
         picture = 2 * 4 * 3 * h * w * self.downscale**2  # float32, before and after it is clipped
-        needed, there = max(hidden + scores, picture), machine.memory()
-        if needed > there:
-            size = f"{h * self.downscale}x{w * self.downscale}"
-            raise FluxError(
-                f"a picture of {size} needs {needed / 1e9:,.0f} GB at least, and this machine has "
-                f"{there / 1e9:,.0f} GB; make a smaller one"
-            )
+        size = f"{h * self.downscale}x{w * self.downscale}"
+        machine.require(max(hidden + scores, picture), f"a picture of {size}")
 
     def fingerprints(self) -> dict[str, str]:
         """A digest of each file of weights, by what it is: the same on ranks that have the same files."""
@@ -272,11 +268,12 @@ class FluxPipeline:
             # The caller cannot evaluate what it does not see, and is about to delete the encoders.
             mx.eval(conditioning.negative or ())
             yield self._shown(conditioning.positive, noise, latent_size)
-            plan = self.prepare(request, conditioning)
+            sampling = (request.steps, request.guidance, request.cfg_scale)
+            plan = self.prepare(conditioning, noise, latent_size, *sampling)
             if not keep_modulation:
                 mx.eval(plan)
                 self.flow.drop_modulation()
-            yield from self.denoise(plan, noise)
+            yield from self.denoise(plan)
 
         return generate()
 
@@ -318,20 +315,27 @@ class FluxPipeline:
         alike = (sampler.image_positions(latent_size), text.t5, t5_positions, text.clip)
         return noise, *(mx.broadcast_to(a, (len(noise), *a.shape[1:])) for a in alike)
 
-    def prepare(self, request: ResolvedRequest, conditioning: Conditioning) -> Plan:
-        """Compute, lazily, what is the same in all steps and for all seeds.
+    def prepare(
+        self,
+        conditioning: Conditioning,
+        noise: mx.array | None,
+        latent_size: tuple[int, int],
+        num_steps: int,
+        guidance: float,
+        cfg_scale: float = 1.0,
+        schedule: str = "model",
+    ) -> Plan:
+        """Compute, lazily, what is the same in all steps and for all seeds; noise (B, L, channels) is packed.
 
-        After the plan's evaluation `flow.drop_modulation()` gives memory back, and `denoise` still works.
+        Without noise `denoise` takes a plan with another's: `plan._replace(x=noise)`. After the plan's
+        evaluation `flow.drop_modulation()` gives memory back, and `denoise` still works.
         """
         self._read(self.flow)
-        height, width = request.latent_size
-        tokens = height // 2 * (width // 2)
-        times = sampler.timesteps(request.steps, tokens, self.spec.shift, request.schedule)
-        branch = partial(
-            self._branch, latent_size=request.latent_size, times=times, guidance=request.guidance
-        )
+        height, width = latent_size
+        times = sampler.timesteps(num_steps, height // 2 * (width // 2), self.spec.shift, schedule)
+        branch = partial(self._branch, latent_size=latent_size, times=times, guidance=guidance)
         negative = conditioning.negative and branch(conditioning.negative)
-        return Plan(times, branch(conditioning.positive), negative, request.cfg_scale)
+        return Plan(noise, times, branch(conditioning.positive), negative, cfg_scale)
 
     def _branch(
         self, text: TextConditioning, latent_size: tuple[int, int], times: list[float], guidance: float
@@ -348,8 +352,8 @@ class FluxPipeline:
         seen = mx.array(times)
         return (seen * 1000).astype(self.flow.dtype) / 1000 if self.rounding == "diffusers" else seen
 
-    def denoise(self, plan: Plan, noise: mx.array) -> Iterator[mx.array]:
-        """Yield the packed latent (B, L, channels), float32, after each step from packed noise of that shape.
+    def denoise(self, plan: Plan) -> Iterator[mx.array]:
+        """Yield the packed latent (B, L, channels), float32, after each step.
 
         With a negative prompt every step is two passes rather than one batch of two: this takes half the
         memory, and the prompts may differ in length.
@@ -366,7 +370,7 @@ class FluxPipeline:
                 return v
             return sampler.guide(v, branch_velocity(plan.negative, x, step), plan.cfg_scale)
 
-        return sampler.euler(velocity, noise, plan.times)
+        return sampler.euler(velocity, plan.x, plan.times)
 
     def decode(self, x: mx.array, latent_size: tuple[int, int] = (64, 64)) -> mx.array:
         """Packed latents (B, L, channels) -> pictures (B, H, W, 3) in 0..1, float32.
