@@ -20,6 +20,7 @@ from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest, Stages, generate
 from flux.metadata import PARTS, Recipe
 from flux.pipeline import FluxPipeline
+from flux.weights import quantize
 from flux.workflows import comfyui
 from flux.workflows.options import shown, to_options
 
@@ -70,7 +71,7 @@ def run(ranks: Ranks) -> int:
 
 def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
     """The model, lazily."""
-    return FluxPipeline(
+    pipeline = FluxPipeline(
         args.model,
         t5_padding=not args.no_t5_padding and (args.t5_padding or True),
         dtype=args.dtype and getattr(mx, args.dtype),
@@ -83,6 +84,10 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
         rounding=args.rounding,
         **{part: getattr(args, part) for part in PARTS},
     )
+    if args.quantize and ranks.is_rank_zero:
+        line = quantize.report(args.quantize, transformer=pipeline.flow, T5=pipeline.t5)
+        print(f"quantized: {line}", file=sys.stderr)
+    return pipeline
 
 
 # --- Arguments ---

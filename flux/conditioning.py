@@ -40,8 +40,8 @@ def encode_texts(
         warn_if_cut(text, t5_tokenizer, clip_tokenizer if clip_texts is None else None)
     for text in clip_texts or ():
         warn_if_cut(text, None, clip_tokenizer)
-    features = t5(t5_tokenizer(texts, pad=t5_padding))  # (B, L, C)
-    clip_tokens = clip_tokenizer(texts if clip_texts is None else clip_texts)
+    features = t5(t5_tokenizer(list(texts), pad=t5_padding))  # (B, L, C)
+    clip_tokens = clip_tokenizer(list(texts if clip_texts is None else clip_texts))
     pooled = clip(clip_tokens, clip_tokenizer.eos_token_id).pooled_output  # (B, D)
     return TextConditioning(features, pooled)
 

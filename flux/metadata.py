@@ -17,29 +17,9 @@ PROGRAM = "flux-mlx"
 PARTS = ("transformer", "ae", "clip", "t5")
 # The options that make pictures what they are, in the order in which they are written.
 OPTIONS = (
-    *(
-        "model",
-        *PARTS,
-        "dtype",
-        "rounding",
-        "quantize",
-        "adapter",
-        "fuse_adapter",
-        "no_t5_padding",
-        "t5_padding",
-    ),
-    *("negative_prompt", "clip_prompt", "schedule", "noise"),
-    *(
-        "cfg_scale",
-        "guidance",
-        "shift",
-        "steps",
-        "image_size",
-        "seed",
-        "n_images",
-        "n_rows",
-        "decoding_batch_size",
-    ),
+    *("model", *PARTS, "dtype", "rounding", "quantize", "adapter", "fuse_adapter", "no_t5_padding"),
+    *("t5_padding", "negative_prompt", "clip_prompt", "cfg_scale", "guidance", "schedule", "shift", "steps"),
+    *("image_size", "noise", "seed", "n_images", "n_rows", "decoding_batch_size"),
 )
 FLAGS = ("fuse_adapter", "no_t5_padding")
 DEFAULTS = {"rounding": "bfloat16", "schedule": "model", "noise": "mlx"}  # not written

@@ -18,6 +18,7 @@ import numpy as np
 
 from flux import generation, images, machine, sampler
 from flux.adapters import Weighted, attach, evaluate, read_weighted
+from flux.adapters.attach import fingerprint
 from flux.conditioning import TextConditioning, encode_texts
 from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard
@@ -28,7 +29,7 @@ from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import ROUNDINGS, Flux, Modulation
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
-from flux.weights import checkpoints, tensors
+from flux.weights import checkpoints
 from flux.weights.fit import check_fit
 from flux.weights.quantize import quantize
 from flux.weights.registry import ModelSpec
@@ -124,9 +125,9 @@ class FluxPipeline:
         types = (self.flow.dtype if dtype is None else dtype for dtype in ROUNDINGS[rounding])
         self.flow.time_dtype, self.flow.guidance_dtype = types
         self._split = ranks is not None
-        self._adapters = [Path(file) for file, _ in adapters]
         if shift is not None:
-            self.spec = replace(self.spec, shift=sampler.read_shift(shift))
+            self.spec: ModelSpec = replace(self.spec, shift=sampler.read_shift(shift))
+        self._adapters = [file for file, _ in adapters]
 
     @classmethod
     def from_parts(cls, parts: Parts, t5_padding: bool | int = True, noise: str = "mlx") -> "FluxPipeline":
@@ -174,7 +175,7 @@ class FluxPipeline:
 
     def fingerprints(self) -> dict[str, str]:
         """A digest of each file of weights, by what it is: the same on ranks that have the same files."""
-        adapters = {f"adapter {file}": tensors.fingerprint(file) for file in self._adapters}
+        adapters = {f"adapter {file}": fingerprint(file) for file in self._adapters}
         return self.checkpoint.fingerprints() | adapters
 
     def ensure_models_are_loaded(self) -> None:
@@ -370,6 +371,8 @@ class FluxPipeline:
                 return v
             return sampler.guide(v, branch_velocity(plan.negative, x, step), plan.cfg_scale)
 
+        if plan.x is None:
+            raise ValueError("the plan was prepared without noise: plan._replace(x=noise)")
         return sampler.euler(velocity, plan.x, plan.times)
 
     def decode(self, x: mx.array, latent_size: tuple[int, int] = (64, 64)) -> mx.array:

@@ -36,6 +36,7 @@ class Shift(NamedTuple):
 
 
 DEV_SHIFT = Shift()
+MOST_TOKENS = 2**18  # of a picture of 8192x8192
 
 # How a model shifts its times: False not at all, True as dev, a number by that factor in any size.
 AnyShift = bool | float | Shift
@@ -56,7 +57,7 @@ def timesteps(num_steps: int, image_tokens: int, shift: AnyShift, schedule: str 
         shift = DEV_SHIFT if shift is True else shift
         factor = math.exp(shift.most) if isinstance(shift, Shift) else shift
         return comfyui_times(schedule, num_steps, None if factor is False else float(factor))
-    times = np.linspace(1.0, 1.0 / num_steps, num_steps).astype(np.float32)
+    times: Any = np.linspace(1.0, 1.0 / num_steps, num_steps).astype(np.float32)
     if isinstance(shift, Shift) or shift is True:
         e_mu = time_shift(image_tokens, shift if isinstance(shift, Shift) else DEV_SHIFT)
         times = e_mu / (e_mu + (1 / times - 1))
@@ -77,14 +78,15 @@ def read_shift(value: Any) -> AnyShift:
     FluxError for anything else.
     """
     words: dict[str, AnyShift] = {"dev": True, "none": False}
-    if isinstance(value, bool | Shift):
+    if isinstance(value, bool):
         return value
     if isinstance(value, str) and value in words:
         return words[value]
     try:
         if isinstance(value, list | tuple):
-            read = Shift(*value)
-            if math.isfinite(time_shift(4096, read)):
+            base, most, base_tokens, most_tokens = value
+            read = Shift(base, most, base_tokens, most_tokens)
+            if math.isfinite(time_shift(MOST_TOKENS, read)):
                 return read
         elif 0 < float(value) < math.inf:
             return float(value)

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from flux.adapters import read_weighted
+from flux.adapters.attach import fingerprint
 from flux.errors import FluxError
 from flux.models.transformer import Flux
 from flux.weights import checkpoints, keymaps, layouts, prefixes, registry, save, tensors
@@ -161,7 +163,7 @@ def test_of_two_transformers_the_choice_is_said(plain, tmp_path):
     lines = [str(w.message) for w in warned if "took" in str(w.message)]
     assert lines == [
         f"{folder}: took unet/flux1-mine.safetensors for the transformer, not unet/other.safetensors: "
-        "by its name; --transformer FILE takes another"
+        "it has the usual name; --transformer FILE takes another"
     ]
     assert_is(checkpoints.find(str(folder), transformer=str(folder / "unet/other.safetensors")), plain)
 
@@ -567,3 +569,93 @@ def test_a_full_cache_needs_no_network(offline, monkeypatch, cache, model):
     line = fault("someone/flux")
     assert "no autoencoder" in line
     assert ("HF_HUB_OFFLINE=1" if offline == "1" else "cannot be reached") in line
+
+
+# --- One file of a repository; adapters there ---
+
+
+def snapshots(monkeypatch, snapshot, files):
+    """A Hub whose repository lies in `snapshot`."""
+    return Hub(monkeypatch, dict.fromkeys(files, 1), snapshot)
+
+
+def test_one_file_of_a_repository(monkeypatch, plain, tmp_path):
+    """Its transformer is that file; the rest is the repository's, and without the network the cache's."""
+    snapshot = tmp_path / "snapshot"
+    save.save_diffusers(snapshot, plain, dtype=None)
+    (snapshot / "defaults.json").unlink()
+    other = tiny.randomize(Flux(plain.flux.params), 77)
+    tensors.save(snapshot / "sub/flux1-mine.safetensors", tiny.parameters(other))
+    files = [str(path.relative_to(snapshot)) for path in snapshot.rglob("*.*")]
+    hub = snapshots(monkeypatch, snapshot, files)
+    found = checkpoints.find("someone/many:sub/flux1-mine.safetensors")
+    assert_is(found, replace(plain, flux=other))
+    assert found.spec.name == "dev"
+    assert hub.asked[0] == (["sub/flux1-mine.safetensors"], False)
+    wanted = set(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=hub.asked[2][0]))
+    assert "vae/diffusion_pytorch_model.safetensors" in wanted
+    assert "transformer/diffusion_pytorch_model.safetensors" not in wanted
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert_is(checkpoints.find("someone/many:sub/flux1-mine.safetensors"), replace(plain, flux=other))
+    assert_is(
+        checkpoints.find(str(snapshot), transformer="someone/many:sub/flux1-mine.safetensors"),
+        replace(plain, flux=other),
+    )
+    line = fault("someone/many:absent.safetensors")
+    assert "someone/many has no file absent.safetensors" in line
+
+
+def test_a_repository_with_several_files(monkeypatch, folder):
+    hub = snapshots(monkeypatch, folder, ["a-fp8.safetensors", "b-fp8.gguf", "lora.safetensors", "README.md"])
+    line = fault("someone/many")
+    assert line == (
+        "someone/many: a-fp8.safetensors, b-fp8.gguf there; choose a file with --model someone/many:FILE"
+    )
+    assert hub.asked == ["someone/many"]  # nothing was downloaded
+    snapshots(monkeypatch, folder, ["README.md"])
+    assert "no transformer there" in fault("someone/many")
+
+
+def test_variants_are_not_downloaded_twice(monkeypatch, folder):
+    names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"]
+    files = [f"{part}/{name}" for part in ("transformer", "vae") for name in names]
+    files += ["text_encoder/model.fp16.safetensors", "text_encoder_2/model.fp16-00001-of-00001.safetensors"]
+    hub = snapshots(monkeypatch, folder, files)
+    checkpoints.find("someone/flux")
+    wanted = set(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=hub.asked[1][0]))
+    assert wanted == {f"{part}/{names[0]}" for part in ("transformer", "vae")} | set(files[4:])
+
+
+def test_adapters_of_the_hub(monkeypatch, tmp_path):
+    lora = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": mx.zeros((1, 64))}
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    tensors.save(path, lora)
+    hub = snapshots(monkeypatch, tmp_path, [path.name, "README.md", "other.safetensors", "x/y.safetensors"])
+    assert checkpoints.find_adapter("someone/lora") == tmp_path
+    assert hub.asked[1] == ([path.name, "adapter_config.json"], False)
+    assert checkpoints.find_adapter(f"someone/lora:{path.name}") == path
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert checkpoints.find_adapter("someone/lora") == tmp_path
+    assert checkpoints.find_adapter(str(path)) == path
+    assert checkpoints.find_adapter("nowhere.safetensors") == Path("nowhere.safetensors")
+    snapshots(monkeypatch, tmp_path, ["a.safetensors", "b.safetensors"])
+    with pytest.raises(
+        FluxError, match=r"a\.safetensors, b\.safetensors there; choose a file with --adapter"
+    ):
+        checkpoints.find_adapter("someone/lora")
+
+
+def test_the_pipeline_takes_an_adapter_of_the_hub(monkeypatch, plain, folder, tmp_path):
+    tensors.save(
+        tmp_path / "x/lora.safetensors",
+        {
+            "diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight": mx.ones((1, 64)),
+            "diffusion_model.double_blocks.0.img_attn.proj.lora_B.weight": mx.ones((64, 1)),
+        },
+    )
+    snapshots(monkeypatch, tmp_path / "x", ["lora.safetensors"])
+    (weighted,) = read_weighted([("someone/lora:lora.safetensors", 0.5)])
+    assert (weighted.file, weighted.strength) == ("someone/lora:lora.safetensors", 0.5)
+    assert list(weighted.adapter.modules) == ["double_blocks.0.img_attn.proj"]
+    same = {fingerprint(file) for file in ("someone/lora:lora.safetensors", tmp_path / "x")}
+    assert len(same) == 1  # a folder too

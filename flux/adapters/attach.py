@@ -13,6 +13,8 @@ from flux.adapters.adapter import Adapter
 from flux.adapters.formats import SHOWN, load, some
 from flux.adapters.lora import Adapters, linear_shape, mismatches
 from flux.errors import FluxError
+from flux.weights import tensors
+from flux.weights.checkpoints import find_adapter
 
 
 class Weighted(NamedTuple):
@@ -24,7 +26,7 @@ class Weighted(NamedTuple):
 
 
 def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
-    """Reads adapter files with their strengths; 1 is the adapter as it was trained.
+    """Reads adapter files, also the Hub's (`owner/name:file`), with their strengths; 1 is as it was trained.
 
     FluxError for a file that cannot be read or is no adapter, and for a strength that is no number.
     """
@@ -32,8 +34,15 @@ def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
     for file, strength in files:
         if not math.isfinite(strength):
             raise FluxError(f"{file}: the adapter's strength must be a finite number, not {strength}")
-        out.append(Weighted(str(file), load(file), strength))
+        out.append(Weighted(str(file), load(find_adapter(str(file))), strength))
     return out
+
+
+def fingerprint(file: str | Path) -> str:
+    """A short text that differs where adapters do; file: as `read_weighted` takes it."""
+    path = find_adapter(str(file))
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    return " ".join(map(tensors.fingerprint, files))
 
 
 def attach(networks: Mapping[str, nn.Module], adapters: Sequence[Weighted]) -> dict[str, Adapters]:

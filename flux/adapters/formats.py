@@ -4,7 +4,6 @@ The formats differ in names (names.py), in whether layers are fused (fused.py), 
 the header as JSON, beside the matrices, or nowhere, when it equals the rank.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -13,12 +12,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from flux.adapters import names
+from flux import jsonfiles
+from flux.adapters import checks, names
 from flux.adapters.adapter import Adapter, Delta, Dense, Kronecker, LowRank, part_of
 from flux.adapters.fused import Piece, fuse, swap_halves
 from flux.adapters.names import Home
 from flux.errors import FluxError
 from flux.weights import tensors as files
+from flux.weights import values
 
 PEFT_METADATA = "lora_adapter_metadata"  # the header's entry in which diffusers keeps PEFT's config
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT itself saves
@@ -54,11 +55,14 @@ def load(path: str | Path, strict: bool = False) -> Adapter:
     path = _file(Path(path))
     config = None
     if path.name == PEFT_FILE and path.with_name(PEFT_CONFIG).is_file():
-        config = _json(path.with_name(PEFT_CONFIG).read_text(), path.with_name(PEFT_CONFIG))
+        config = jsonfiles.read(path.with_name(PEFT_CONFIG))
     tensors = files.load([path])
+    header = files.read_header(path)
+    # NaN is sound in our own files' DoRA scales: a row that is no DoRA.
+    values.check(path, header.tensors, [n for n in header.tensors if not n.endswith(names.MAGNITUDES)])
     try:
-        adapter = read(tensors, files.read_header(path).metadata, config)
-    except FluxError as error:
+        adapter = read(tensors, header.metadata, config)
+    except ValueError as error:  # FluxError, and MLX's where matrices do not fit together
         raise FluxError(f"{path}: {error}") from None
     if strict and adapter.homeless:
         raise FluxError(f"{path}: {len(adapter.homeless)} keys found no home: {some(adapter.homeless)}")
@@ -81,6 +85,9 @@ def read(
         else:
             keys[key.home, key.role] = name
             found.setdefault(key.home, {})[key.role] = tensor
+    checks.floats(
+        {keys[home, role]: t for home, ts in found.items() for role, t in ts.items() if role != "alpha"}
+    )
     configs = _configs(metadata, config)
     modules: dict[str, dict[Home, Delta]] = {}
     norms: dict[str, Roles] = {"replacement": {}, "diff": {}}
@@ -90,6 +97,8 @@ def read(
                 norms[role][home.module + ".scale"] = tensor
             continue
         delta = _delta(home, roles, configs)
+        if delta.change is not None:
+            checks.size(delta.change.shape, home.theirs)
         if delta.shape != (None, None):
             modules.setdefault(home.module, {})[home] = delta
         homeless += [f"{keys[home, role]} (its partner is missing)" for role in roles]
@@ -121,26 +130,25 @@ def _file(path: Path) -> Path:
 # --- Alpha ---
 
 
-def _json(text: str, where: str | Path) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise FluxError(f"{where}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise FluxError(f"{where}: should be a JSON object, not {type(value).__name__}")
-    return value
-
-
 def _configs(metadata: Mapping[str, str], config: Config | None) -> dict[str, Config]:
     """PEFT's config for each network, under diffusers' name for it, where there is one."""
     if config is not None:
-        return dict.fromkeys(DIFFUSERS_PARTS.values(), config)
-    packed = _json(metadata.get(PEFT_METADATA, "{}"), PEFT_METADATA)
+        return dict.fromkeys(DIFFUSERS_PARTS.values(), _with_patterns(config))
+    try:
+        packed = jsonfiles.parse_object(metadata.get(PEFT_METADATA, "{}"))
+    except ValueError as error:
+        raise FluxError(f"{PEFT_METADATA}: {error}") from None
     configs: dict[str, dict[str, Any]] = {}
     for name, value in packed.items():
         network, _, field = name.partition(".")
         configs.setdefault(network, {})[field] = value
-    return configs
+    return {network: _with_patterns(config) for network, config in configs.items()}
+
+
+def _with_patterns(config: Config) -> Config:
+    """The config with its tables of patterns ready to match."""
+    fields = ("alpha_pattern", "rank_pattern")
+    return {**config, **{name: checks.Patterns(config.get(name) or {}, name) for name in fields}}
 
 
 def _alpha(home: Home, roles: Roles, rank: int, configs: Mapping[str, Config]) -> float:
@@ -150,7 +158,7 @@ def _alpha(home: Home, roles: Roles, rank: int, configs: Mapping[str, Config]) -
     if config.get("lora_alpha") is not None:
         alpha = _pattern(home, config, "lora_alpha", "alpha_pattern")
         return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
-    return float(rank) if beside is None else float(beside.reshape(-1)[0].item())
+    return float(rank) if beside is None else checks.scalar(beside, f"{home.theirs}: alpha")
 
 
 def _config_of(home: Home, configs: Mapping[str, Config]) -> Config:
@@ -160,10 +168,8 @@ def _config_of(home: Home, configs: Mapping[str, Config]) -> Config:
 def _pattern(home: Home, config: Config, name: str, patterns: str) -> float:
     """A number of PEFT's config for one module: of the first pattern that fits, else the usual one."""
     modules = (home.theirs, home.theirs.removeprefix("text_model."))  # newer transformers leave that out
-    for pattern, value in (config.get(patterns) or {}).items():
-        if any(re.match(rf"(.*\.)?({pattern})$", module) for module in modules):  # as PEFT itself does it
-            return float(value)
-    return float(config[name])
+    found = config[patterns].find(*modules)
+    return checks.number(config.get(name), name) if found is None else found
 
 
 # --- One home's tensors -> its change ---
@@ -223,7 +229,8 @@ def _kronecker(home: Home, roles: Roles, configs: Mapping[str, Config]) -> Krone
     config = _config_of(home, configs)
     if config.get("peft_type") == "LOKR":  # PEFT scales a product and a plain factor alike
         alpha = _pattern(home, config, "alpha", "alpha_pattern")
-        return Kronecker(w1, w2, alpha / _pattern(home, config, "r", "rank_pattern"))
+        rank = checks.positive(_pattern(home, config, "r", "rank_pattern"), "r")
+        return Kronecker(w1, w2, alpha / rank)
     rank = rank2 or rank1
     alpha = _alpha(home, roles, rank or 1, configs)
     return Kronecker(w1, w2, alpha / rank if rank else 1.0)

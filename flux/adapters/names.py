@@ -53,6 +53,8 @@ SUFFIXES: tuple[tuple[str, str], ...] = (
     (".weight", "replacement"),  # and under diffusers'
 )
 
+MAGNITUDES = tuple(suffix for suffix, role in SUFFIXES if role == "magnitude")
+
 # Stems beside BFL's and diffusers' own, and our module.
 XLABS: tuple[tuple[str, str], ...] = (
     ("double_blocks.{}.processor.qkv_lora1", "double_blocks.{}.img_attn.qkv"),

@@ -3,15 +3,15 @@
 import errno
 import fnmatch
 import hashlib
-import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import huggingface_hub
 import mlx.core as mx
@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 )
 from mlx.utils import tree_flatten
 
+from flux import jsonfiles
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
@@ -41,6 +42,7 @@ from flux.weights import (
     shapes,
     specs,
     tensors,
+    values,
 )
 from flux.weights.layouts import PARTS, TOKENIZERS, Part
 from flux.weights.registry import ModelSpec
@@ -49,7 +51,12 @@ REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
 HUB_FILE = re.compile(rf"({REPOSITORY}):(.+)")  # a repository and a file in it
 TINY = "or use --model tiny, which is built in"  # what always works
 # huggingface_hub's own errors, those of the HTTP library below it (whichever it is), and the disk's.
-HUB_ERRORS = (OSError, RuntimeError, HFValidationError, *HfHubHTTPError.__bases__)
+HUB_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    RuntimeError,
+    HFValidationError,
+    *HfHubHTTPError.__bases__,
+)
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # of CLIP and of the captioner
 CAPTIONER_FILES = ("*config.json", *TOKENIZER_FILES)  # beside the weights
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -79,16 +86,16 @@ class Checkpoint:
     t5_tokenizer: Path
 
     def load_flux(self, dtype: mx.Dtype | None = None) -> Flux:
-        return load_part(self.parts["transformer"], dtype)
+        return cast(Flux, load_part(self.parts["transformer"], dtype))
 
     def load_ae(self, dtype: mx.Dtype | None = None) -> AutoEncoder:
-        return load_part(self.parts["ae"], dtype)
+        return cast(AutoEncoder, load_part(self.parts["ae"], dtype))
 
     def load_clip(self, dtype: mx.Dtype | None = None) -> CLIPTextModel:
-        return load_part(self.parts["clip"], dtype)
+        return cast(CLIPTextModel, load_part(self.parts["clip"], dtype))
 
     def load_t5(self, dtype: mx.Dtype | None = None) -> T5Encoder:
-        return load_part(self.parts["t5"], dtype)
+        return cast(T5Encoder, load_part(self.parts["t5"], dtype))
 
     def load_clip_tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer.from_folder(self.clip_tokenizer)
@@ -110,21 +117,20 @@ class Checkpoint:
 
 
 def load_part(part: Part, dtype: mx.Dtype | None = None) -> nn.Module:
-    """A part's network with its weights in dtype, lazily: nothing is read but the headers.
+    """A part's network with its weights in dtype, lazily: read are the headers, and a page of each tensor.
 
     Layers that the file has in few bits stay so, with their scales in dtype.
     """
     dtype = dtype or default_dtype()
-    metadata = tensors.read_header(part.files[0]).metadata
     found = {name: _cast(w, dtype) for name, w in tensors.load(part.files, packed=True).items()}
+    names = prefixes.own_names(part.kind, found)
+    metadata = _look(part, names)
     try:
         wide, packed = quantize.split(found, metadata, part.config)
     except ValueError as error:
         raise FluxError(f"{part.label}: {error}") from None
-    names = prefixes.own_names(part.kind, wide)
-    own = {bare: wide[name] for name, bare in names.items()}
-    weights = keymaps.to_ours(part.kind, own)
-    network = _build(part, weights, metadata)
+    own = {bare: wide[name] for name, bare in names.items() if name in wide}
+    network, weights = _build(part, own, metadata)
     diffusers = keymaps.is_diffusers(own)
     expected = keymaps.to_file(part.kind, dict(tree_flatten(network.parameters())), diffusers)
     shown = own if diffusers or part.kind != "ae" else keymaps.unsqueeze_pointwise(own)
@@ -136,13 +142,25 @@ def load_part(part: Part, dtype: mx.Dtype | None = None) -> nn.Module:
     return network
 
 
-def _build(part: Part, weights: Mapping[str, mx.array], metadata: Mapping[str, str]) -> nn.Module:
-    """The network that these weights are of, none of it quantized."""
+def _look(part: Part, names: Collection[str]) -> dict[str, str]:
+    """The first file's metadata; FluxError where tensors of these names hold no numbers to work with."""
+    headers = {file: tensors.read_header(file) for file in part.files}
+    for file, header in headers.items():
+        values.check(file, header.tensors, names & header.tensors.keys())
+    return headers[part.files[0]].metadata
+
+
+def _build(
+    part: Part, own: Mapping[str, mx.array], metadata: Mapping[str, str]
+) -> tuple[nn.Module, dict[str, mx.array]]:
+    """The network that a file's tensors are of, with quantized layers where it has them, and its weights."""
     try:
-        config = part.config or json.loads(metadata.get("config", "{}"))
-        return NETWORKS[part.kind](shapes.params(part.kind, weights, config))
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+        weights = keymaps.to_ours(part.kind, own)
+        config = part.config or jsonfiles.parse_object(metadata.get("config", "{}"))
+        network = NETWORKS[part.kind](shapes.params(part.kind, weights, config))
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise FluxError(f"{part.label}: no network fits its tensors and its config: {error}") from None
+    return network, weights
 
 
 def _cast(weight: mx.array, dtype: mx.Dtype) -> mx.array:
@@ -178,7 +196,7 @@ def find(model: str, **overrides: str | os.PathLike | None) -> Checkpoint:
     if path.is_dir() and (spec is None or "/" in model):  # "dev" is the model, not a folder of that name
         return _in_folder(layouts.model_folder(path), spec, given, path.resolve().name)
     if spec is None and path.exists():
-        return _in_folder(layouts.tree_of(path), None, layouts.parts_of_file(path) | given, path.stem)
+        return _in_folder(layouts.tree_of(path), None, {**layouts.parts_of_file(path), **given}, path.stem)
     if spec is None and (hub := HUB_FILE.fullmatch(model)):
         return _from_hub(hub[1], None, given, hub[2])
     if spec is None and not re.fullmatch(REPOSITORY, model):
@@ -194,11 +212,12 @@ def _in_folder(folder: Path, spec: ModelSpec | None, given: Mapping[str, Part], 
     absent = [kind for kind in PARTS if kind not in given]
     asked = spec.name if spec and spec.repo else ""
     try:
-        parts = {**(layouts.find_parts(folder, absent, given, asked) if absent else {}), **given}
+        found = layouts.find_parts(folder, absent, given, asked) if absent else {}
     except FluxError as error:
         pipeline = specs.class_name(folder)
         made_for = f" (it is made for {pipeline})" if pipeline not in ("", "FluxPipeline") else ""
         raise FluxError(f"{error}{made_for}") from None
+    parts = found | {kind: layouts.with_config(folder, part) for kind, part in given.items()}
     spec = specs.spec_of(folder, parts["transformer"], spec, name)
     for line in layouts.foreign_tensors(parts.values()):
         warnings.warn(line, stacklevel=2)
@@ -213,23 +232,18 @@ def local_file(name: str) -> Path:
 
 
 def find_adapter(name: str) -> Path:
-    """The file of an adapter: by its path, its folder, or as `owner/name` or `owner/name:file` of the Hub.
+    """The file or folder of an adapter: by its path, or as `owner/name` or `owner/name:file` of the Hub.
 
-    Of a folder or a repository with several, the one without a number is taken, else the one with the highest
-    (what a training wrote last), with a warning. FluxError where there is none.
+    Of a repository that holds several adapters one must be named. FluxError where nothing can be had; what is
+    no path and no repository's name comes back as it is, and whoever reads it says what is wrong.
     """
     path = Path(name).expanduser()
-    hub = HUB_FILE.fullmatch(name)
-    if path.is_dir():
-        return layouts.last_adapter(path)
-    if path.exists() or not (hub or re.fullmatch(REPOSITORY, name)):
-        return path  # whoever reads it says what is wrong with it
-    if hub:
-        return fetch(hub[1], hub[2])
+    if path.exists() or not re.fullmatch(REPOSITORY, name):
+        return local_file(name)
     files = _list_files(name)
-    patterns = [file for file in files or () if "/" not in file and file.endswith(layouts.ADAPTER_SUFFIXES)]
-    folder = _snapshot(name, [*(patterns or ["*.safetensors"]), "adapter_config.json"], offline=files is None)
-    return layouts.last_adapter(folder)
+    if files is None:
+        return _snapshot(name, ["*.safetensors"], offline=True)
+    return _snapshot(name, repositories.adapter_patterns(name, list(files)), offline=False)
 
 
 def find_captioner(model: str) -> Path:
@@ -262,7 +276,7 @@ def _from_hub(
     file: its transformer, and maybe more; the rest is looked for in the repository.
     """
     if file is not None:
-        given = layouts.parts_of_file(fetch(repo, file)) | given
+        given = {**layouts.parts_of_file(fetch(repo, file)), **given}
     files = _list_files(repo)
     name = repo.rpartition("/")[2]
     if files is None:  # nothing can be downloaded: what an earlier time has left

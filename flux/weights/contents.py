@@ -1,8 +1,10 @@
 """What is in the weight files of a folder, by their headers: shards together, faults named."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 
 from flux import jsonfiles
@@ -11,7 +13,18 @@ from flux.weights import prefixes, strangers, tensors
 from flux.weights.headers import Entry, Header
 
 SUFFIXES = (".safetensors", ".sft", ".gguf")
-MOST_FILES, DEPTH = 2000, 4  # of a folder, and of folders in it, that are looked at
+MOST_FILES, DEPTH = 2000, 5  # of a folder, and of folders in it, that are looked at
+# Folders of such trees that hold no part of a model, and many files.
+SKIPPED = {
+    "loras",
+    "lora",
+    "controlnet",
+    "embeddings",
+    "upscale_models",
+    "esrgan",
+    "clip_vision",
+    "ipadapter",
+}
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(.*)")
 PACKED = ("U8", "I8", "U32", "I32")  # types of quantized weights, whose shapes say little
 
@@ -41,6 +54,11 @@ class Found:
     def size(self) -> int:
         return sum(file.stat().st_size for file in self.files)
 
+    def elements(self, part: str) -> int:
+        """How many numbers a part has."""
+        own = prefixes.own_names(part, self.entries)
+        return sum(math.prod(self.entries[name].shape) for name in own)
+
     def axis(self, part: str, *places: tuple[str, int]) -> int | None:
         """The size of a part's tensor along an axis, of the first place (bare name, axis) that is there."""
         own = {bare: self.entries[name] for name, bare in prefixes.own_names(part, self.entries).items()}
@@ -52,13 +70,10 @@ class Found:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a weight file of any format; FluxError that says what the file is instead."""
-    try:
-        return tensors.read_header(path)
-    except FluxError as error:
-        if path.is_file() and (instead := strangers.disguise(path)):
-            raise FluxError(f"{path}: not a safetensors file but {instead}") from None
-        raise error
+    """The header of a weight file of any format; FluxError too for a download that is not finished."""
+    if strangers.is_unfinished(path):
+        raise FluxError(f"{path}: a download that is not finished: go on with it")
+    return tensors.read_header(path)
 
 
 def look(files: Sequence[Path], fault: str | None = None) -> Found:
@@ -79,7 +94,7 @@ def look(files: Sequence[Path], fault: str | None = None) -> Found:
 
 def is_shard(path: Path) -> bool:
     """Whether a file's name says that it is one of several."""
-    return bool(SHARD.fullmatch(path.name))
+    return bool(SHARD.fullmatch(path.name)) or path.stem.isdigit()
 
 
 def survey(folder: Path) -> list[Found]:
@@ -89,18 +104,20 @@ def survey(folder: Path) -> list[Found]:
 
 def weight_files(folder: Path) -> Iterator[Path]:
     """The weight files of a folder and of the folders in it, the nearest first, and unfinished downloads."""
-    level, seen, count = [folder], set(), 0
+    level, seen, count = [folder], {folder.resolve()}, 0
     for _ in range(DEPTH):
         below: list[Path] = []
-        for directory in level:
-            for path in _entries(directory):
-                if path.is_dir():
-                    real = path.resolve()
-                    below += [path] if real not in seen else []
-                    seen.add(real)
-                elif _is_weights(path) and count < MOST_FILES:
-                    count += 1
-                    yield path
+        for path in (path for directory in level for path in _entries(directory)):
+            if not path.is_dir() and not _is_weights(path):
+                continue
+            if (real := path.resolve()) in seen:  # by another link
+                continue
+            seen.add(real)
+            if path.is_dir():
+                below += [path] if path.name.lower() not in SKIPPED else []
+            elif count < MOST_FILES:
+                count += 1
+                yield path
         level = below
 
 
@@ -125,14 +142,25 @@ def _groups(paths: list[Path]) -> Iterator[tuple[list[Path], str | None]]:
             for file in files:
                 left.pop(file, None)
             yield files or [index], fault
-    numbered: dict[tuple, list[Path]] = {}
+    for directory in dict.fromkeys(path.parent for path in left):
+        if files := _counted(directory, left):
+            yield files, None
+    numbered: dict[tuple[str, ...], list[Path]] = {}
     for path in left:
         match = SHARD.fullmatch(path.name)
-        key = (path.parent, match[1], match[3], match[4]) if match else (path,)
+        key = (match[3], str(path.parent), match[1], match[4]) if match else ("1", str(path))
         numbered.setdefault(key, []).append(path)
-    for key, files in numbered.items():
-        lacking = len(key) > 1 and len(files) != int(key[2])
-        yield files, f"{files[0]}: {len(files)} of {int(key[2])} shards are there" if lacking else None
+    for (wanted, *_), files in numbered.items():
+        lacking = f"{files[0]}: {len(files)} of {int(wanted)} shards are there"
+        yield files, lacking if len(files) != int(wanted) else None
+
+
+def _counted(directory: Path, left: dict[Path, None]) -> list[Path]:
+    """mflux's shards, 0.safetensors, 1.safetensors, ..., which are taken from those that are left."""
+    files = list(takewhile(left.__contains__, (directory / f"{i}.safetensors" for i in count())))
+    for file in files:
+        del left[file]
+    return files
 
 
 def _indexed(index: Path) -> tuple[list[Path], str | None]:

@@ -37,12 +37,13 @@ def check_fit(
         for kind, what, gives, takes in widths
         if gives != takes
     ]
+    sizes = (tokenizers[0].size, tokenizers[1].size)
     embeddings = (("clip", clip.params.vocab_size), ("t5", t5.params.vocab_size))
     faults += [
-        f"{labels[kind]} embeds {rows} pieces of text, its tokenizer has {tokenizer.size}: "
+        f"{labels[kind]} embeds {rows} pieces of text, its tokenizer has {size}: "
         f"put the model's own {'tokenizer/' if kind == 'clip' else 'tokenizer_2/'} into its folder"
-        for (kind, rows), tokenizer in zip(embeddings, tokenizers, strict=True)
-        if rows < tokenizer.size
+        for (kind, rows), size in zip(embeddings, sizes, strict=True)
+        if rows < size
     ]
     if faults:
         raise FluxError("these parts do not fit each other: " + "; ".join(faults))

@@ -111,12 +111,12 @@ def _q6_k(b: mx.array) -> Parts:
 
 @dataclass(frozen=True)
 class Type:
-    """values, size: weights and bytes of a block. bits: of an integer, where MLX has such layers."""
+    """values, size: weights and bytes of a block. bits: of an integer, 0 where MLX has no such layers."""
 
     values: int
     size: int
     parts: Callable[[mx.array], Parts] | None = None
-    bits: int | None = None
+    bits: int = 0
 
 
 TYPES: dict[str, Type] = {
@@ -139,24 +139,29 @@ FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 def dequantize(raw: mx.array, dtype: str, shape: tuple[int, ...]) -> mx.array:
     """The bytes of a tensor of one of TYPES -> its weights: float32, or the file's float type."""
-    kind = TYPES[dtype]
-    if kind.parts is None:
+    if dtype in FLOATS:
         return raw.view(FLOATS[dtype]).reshape(shape)
-    parts = kind.parts(raw.reshape(-1, kind.size))
+    parts = _parts(raw, dtype)
     weights = parts.scale[..., None] * (parts.values.astype(mx.float32) - parts.zero)
     return (weights if parts.low is None else weights + parts.low[..., None]).reshape(shape)
 
 
-def repack(raw: mx.array, dtype: str, shape: tuple[int, int]) -> tuple[mx.array, mx.array, mx.array]:
+def repack(raw: mx.array, dtype: str, shape: tuple[int, ...]) -> tuple[mx.array, mx.array, mx.array]:
     """The bytes of a matrix -> MLX's packed weights, scales and biases of groups of 32.
 
     Its type must have `bits`. Exact: the same integers, and scales and biases in float32, which holds them.
     """
-    kind, rows = TYPES[dtype], shape[0]
-    parts = kind.parts(raw.reshape(-1, kind.size))
+    parts, rows = _parts(raw, dtype), shape[0]
     low = -parts.zero * parts.scale if parts.low is None else parts.low
-    packed = _pack(parts.values.reshape(rows, -1), kind.bits)
+    packed = _pack(parts.values.reshape(rows, -1), TYPES[dtype].bits)
     return packed, parts.scale.reshape(rows, -1), low.reshape(rows, -1)
+
+
+def _parts(raw: mx.array, dtype: str) -> Parts:
+    kind = TYPES[dtype]
+    if kind.parts is None:
+        raise ValueError(f"{dtype} has no blocks")
+    return kind.parts(raw.reshape(-1, kind.size))
 
 
 def _pack(values: mx.array, bits: int) -> mx.array:

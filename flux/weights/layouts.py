@@ -1,7 +1,6 @@
 """Which files of a folder are which part of a model: by what is in them; of several, by where they lie."""
 
 import os
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,11 +35,14 @@ EXPECTED = {  # what the line about a missing part proposes
     "t5": "text_encoder_2/, text_encoders/t5xxl_fp16.safetensors, clip/",
 }
 
+USUAL = {"transformer": "flux1", "ae": "ae.", "clip": "clip_l", "t5": "t5xxl"}  # how their files are called
+
 # The subfolder whose config.json speaks of a part, also where the weights are a single file beside it.
 FOLDERS = {"transformer": "transformer", "ae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
 
 # Widths that must agree: what the transformer takes (bare names and axes), and what another part gives.
 TAKES = {
+    "picture": (("img_in.weight", 1), ("x_embedder.weight", 1)),
     "ae": (("final_layer.linear.bias", 0), ("proj_out.bias", 0)),
     "clip": (("vector_in.in_layer.weight", 1), ("time_text_embed.text_embedder.linear_1.weight", 1)),
     "t5": (("txt_in.weight", 1), ("context_embedder.weight", 1)),
@@ -55,7 +57,6 @@ TOKENIZERS = {
     "tokenizer": ("vocab.json", "tokenizer.json"),
     "tokenizer_2": ("spiece.model", "tokenizer.json"),
 }
-ADAPTER_SUFFIXES = (".safetensors", ".sft")
 SHIPPED_TOKENIZERS = Path(__file__).parents[1] / "assets" / "tokenizers"
 
 
@@ -75,10 +76,12 @@ class Part:
 
 # Why one of several files is taken, in the order of what `_rank` returns.
 REASONS = (
+    "it makes a picture of a text alone",
     "it is named after the model",
     "it is in the transformer's file",
     "it is the nearest to the transformer",
     "it is in the better place",
+    "it has the usual name",
     "it is the larger one",
     "by its name",
 )
@@ -115,7 +118,7 @@ def find_parts(folder: Path, kinds: Iterable[str], given: Mapping[str, Part], na
 def _best(folder: Path, kind: str, fitting: list[Found], transformer: Found | None, name: str) -> Found:
     """The file to take of those that fit; warns of the choice where there are several."""
 
-    def rank(found: Found) -> tuple[bool, bool, int, int, int, str]:
+    def rank(found: Found) -> tuple[Any, ...]:
         return _rank(folder, kind, found, transformer, name)
 
     best, *others = sorted(fitting, key=rank)
@@ -143,19 +146,23 @@ def _misfit(kind: str, found: Found, transformer: Found | None) -> str | None:
     return f"{found.label}: another {NAMES[kind]}, of width {gives}; the transformer takes {takes}"
 
 
-def _rank(
-    folder: Path, kind: str, found: Found, transformer: Found | None, name: str
-) -> tuple[bool, bool, int, int, int, str]:
+def _rank(folder: Path, kind: str, found: Found, transformer: Found | None, name: str) -> tuple[Any, ...]:
     """How well a file would do for a part, in the order of REASONS; the least is the best."""
     file = found.files[0]
     named = bool(name) and name in file.stem.lower()
     places = {part.lower() for part in file.parent.relative_to(folder).parts} or {""}
     place = min((i for i, p in enumerate(PLACES[kind]) if p in places), default=len(PLACES[kind]))
-    near, apart = 0, False
-    if transformer:
+    usual = file.name.lower().startswith(USUAL[kind])
+    near, apart, other = 0, False, False
+    if kind == "transformer":
+        channels = (found.axis(kind, *TAKES["picture"]), found.axis(kind, *TAKES["ae"]))
+        wide = None not in channels and channels[0] != channels[1]
+        other = wide or "kontext" in file.name.lower()
+    elif transformer:
         apart = transformer.files != found.files
-        near = len(Path(os.path.commonpath([file.parent, transformer.files[0].parent])).parts)
-    return not named, apart, -near, place, -found.size, str(file)
+        folders = [file.parent.absolute(), transformer.files[0].parent.absolute()]
+        near = len(Path(os.path.commonpath(folders)).parts)
+    return other, not named, apart, -near, place, not usual, -found.size, str(file)
 
 
 def _below(folder: Path, found: Found) -> str:
@@ -229,7 +236,8 @@ def parts_of_file(path: Path) -> dict[str, Part]:
 def tree_of(file: Path) -> Path:
     """The folder of the model that a file belongs to: its own, or the one above `unet/` and the like."""
     places = {place for places in PLACES.values() for place in places if place}
-    return file.parent.parent if file.parent.name.lower() in places else file.parent
+    parent = file.absolute().parent
+    return parent.parent if parent.name.lower() in places else file.parent
 
 
 # --- Configs and tokenizers ---
@@ -240,6 +248,20 @@ def _config(folder: Path, kind: str, found: Found) -> dict[str, Any]:
     beside = found.files[0].parent
     own = read_config(beside / "config.json") if beside != folder else {}
     return own or read_config(folder / FOLDERS[kind] / "config.json")
+
+
+def with_config(folder: Path, part: Part) -> Part:
+    """A part from elsewhere with the config of the folder's own, where both have the same size.
+
+    A config says what tensors cannot tell; of another network it would be wrong.
+    """
+    other = look(part.files)
+    config = read_config(folder / FOLDERS[part.kind] / "config.json")
+    if part.config or "config" in other.metadata or not config:
+        return part
+    own = [found for found in survey(folder) if part.kind in found.parts]
+    same = any(found.elements(part.kind) == other.elements(part.kind) for found in own)
+    return Part(part.kind, part.files, config) if same else part
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -269,34 +291,6 @@ def model_folder(folder: Path) -> Path:
     if len(found) > 1:
         warnings.warn(f"{folder}: took {newest.name}/, the newest of {len(found)} models in it", stacklevel=2)
     return newest
-
-
-def last_adapter(folder: Path) -> Path:
-    """The adapter in a folder, of several the one that a training wrote last, with a warning.
-
-    Names end in an epoch or a step, the finished one's in none. FluxError where there is none.
-    """
-    files = [file for file in sorted(folder.iterdir()) if _is_adapter(file)]
-    if not files:
-        raise FluxError(
-            f"{folder}: no adapter in it (*.safetensors with a LoRA's or another adapter's tensors)"
-        )
-
-    def number(file: Path) -> float:
-        digits = re.search(r"[-_](?:step|epoch|e|s)?(\d{3,})$", file.stem)
-        return int(digits[1]) if digits else float("inf")
-
-    last = max(files, key=lambda file: (number(file), file.stat().st_mtime))
-    if len(files) > 1:
-        reason = "it has no number, so is the finished one" if number(last) == float("inf") else "the latest"
-        warnings.warn(f"{folder}: took {last.name} of {len(files)} adapters: {reason}", stacklevel=2)
-    return last
-
-
-def _is_adapter(file: Path) -> bool:
-    if file.suffix not in ADAPTER_SUFFIXES or file.name.startswith("."):
-        return False
-    return strangers.model(look([file]).entries) == strangers.ADAPTER
 
 
 def foreign_tensors(parts: Iterable[Part]) -> list[str]:

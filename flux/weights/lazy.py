@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -38,7 +39,7 @@ def read(path: Path, spans: Spans) -> dict[str, mx.array]:
         return {name: mx.array(bytes_of[first:end]) for name, (first, end) in spans.items()}
     out = {}
     for name, (first, end) in spans.items():
-        pieces = [mx.array(bytes_of[first : min(end, base)])] if first < base else []
+        pieces = [mx.array(bytes_of[first : min(end, base)])] if first < base or first == end else []
         pieces += [arrays[name]] if name in arrays else []
         out[name] = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
     return out
@@ -49,19 +50,18 @@ def _mapped(path: Path, spans: Spans, base: int) -> dict[str, mx.array] | None:
     size = path.stat().st_size
     last = (max(base, size - CHECK), size)
     names = dict(zip(map(str, range(len(spans))), spans, strict=True))
-    header = {short: _entry(spans[name], base) for short, name in names.items()} | {
-        "last": _entry(last, base)
-    }
+    header = {short: _entry(spans[name], base) for short, name in names.items()}
+    header["last"] = _entry(last, base)
     text = json.dumps(header).encode().ljust(base - 8)
     with tempfile.NamedTemporaryFile(suffix=".safetensors") as stand_in, path.open("rb") as true:
         stand_in.write(len(text).to_bytes(8, "little") + text)
         stand_in.truncate(size)  # a hole that takes no disk: MLX compares the offsets with the size
         stand_in.flush()
-        arrays = mx.load(stand_in.name)
+        arrays = cast(dict[str, mx.array], mx.load(stand_in.name))
         for number in _numbers(stand_in.fileno()):
             os.dup2(true.fileno(), number, inheritable=False)
         true.seek(last[0])
-        if bytes(arrays.pop("last").tolist()) != true.read():
+        if np.array(arrays.pop("last")).tobytes() != true.read():
             return None
     return {name: arrays[short] for short, name in names.items()}
 

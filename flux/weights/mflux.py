@@ -5,7 +5,7 @@ mflux writes `transformer/0.safetensors`, ... with MLX's quantized layers, group
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import mlx.core as mx
 
@@ -19,7 +19,7 @@ NAMES: tuple[tuple[str, str | None], ...] = (
         r"t5_blocks\.0\.attention\.(SelfAttention\.relative_attention_bias\.\w+)",
         r"encoder.block.0.layer.0.\1",
     ),
-    (r"t5_blocks\.\d+\.attention\.SelfAttention\.relative_attention_bias\.\w+", None),
+    (r"t5_blocks\.(?!0\.)\d+\.attention\.SelfAttention\.relative_attention_bias\.\w+", None),
     (r"t5_blocks\.(\d+)\.attention\.(.+)", r"encoder.block.\1.layer.0.\2"),
     (r"t5_blocks\.(\d+)\.ff\.(.+)", r"encoder.block.\1.layer.1.\2"),
     (r"final_layer_norm\.weight", "encoder.final_layer_norm.weight"),
@@ -32,9 +32,9 @@ SIGNS = re.compile(
 )
 
 
-def is_mflux(names: Iterable[str]) -> bool:
-    """Whether a file's names are mflux's own."""
-    return any(SIGNS.match(name) for name in names)
+def is_mflux(theirs: Header) -> bool:
+    """Whether mflux wrote a file: by its metadata or, where these were lost, by names of its own."""
+    return "mflux_version" in theirs.metadata or any(SIGNS.match(name) for name in theirs.tensors)
 
 
 def header(theirs: Header) -> Header:

@@ -19,7 +19,14 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "clip": ("text_encoders.clip_l.", "clip_l.", "cond_stage_model.", "text_encoder."),
     "t5": ("text_encoders.t5xxl.", "t5xxl.", "text_encoder_2."),
 }
-WRAPPERS = ("model.", "_orig_mod.", "module.", "transformer.")  # of programs and of torch.compile
+WRAPPERS = (
+    "model.",
+    "_orig_mod.",
+    "module.",
+    "transformer.",
+    "state_dict.",
+    "net.",
+)  # of programs and of torch.compile
 AVERAGES = ("ema.", "ema_model.", "model_ema.")  # a second copy of everything
 
 # A file holds a part if it has one of these weights; adapters have other names after the module's.
@@ -43,7 +50,7 @@ FOREIGN: dict[str, str] = {
     "t5": r"|decoder\..*|lm_head\..*",
 }
 _FOREIGN = (
-    r"__\w+__|scaled_fp8|logit_scale|(?:.*\.)?position_ids|epoch|step|global_step"
+    r"__\w+__|scaled_fp8|logit_scale|(?:optimizer|lr_scheduler)\..*|(?:.*\.)?position_ids|epoch|step|global_step"
     rf"|(?:{'|'.join(map(re.escape, AVERAGES))}).*|(?:{_OTHER_PARTS}).*"
 )
 MARKERS = frozenset({"scaled_fp8"})  # read by those who read the encoding
@@ -64,23 +71,28 @@ def _foreign(part: str) -> re.Pattern:
     return re.compile(_FOREIGN + FOREIGN[part])
 
 
-def prefix_of(part: str, names: Iterable[str]) -> str | None:
-    """What stands before a part's names in a file; None where the file does not hold the part.
+@lru_cache(maxsize=8)  # each file is asked about for every part
+def _all_prefixes(names: tuple[str, ...]) -> dict[str, list[str]]:
+    """`_prefixes` of every part."""
+    return {part: _prefixes(part, names) for part in PREFIXES}
 
-    Of several copies the one with the most names counts, and an average only where it is alone.
+
+def _prefixes(part: str, names: Iterable[str]) -> list[str]:
+    """What stands before a part's names in a file, for each copy of it; [] where the file does not hold it.
+
+    The copy with the most names comes first, averages last.
     """
-    found: dict[str, list[int]] = {}
+    found: dict[str, tuple[bool, int]] = {}
     for name in names:
         if match := _sign(part).fullmatch(name):
-            count = found.setdefault(match[1], [match[2] is None, 0])
-            count[1] += 1
-    return max(found, key=lambda prefix: found[prefix], default=None)
+            _, count = found.get(match[1], (True, 0))
+            found[match[1]] = (match[2] is None, count + 1)
+    return sorted(found, key=lambda prefix: found[prefix], reverse=True)
 
 
 def parts_in(names: Iterable[str]) -> list[str]:
     """The parts ("transformer", "ae", "clip", "t5") that a file with these names holds."""
-    names = list(names)
-    return [part for part in PREFIXES if prefix_of(part, names) is not None]
+    return [part for part, prefixes in _all_prefixes(tuple(names)).items() if prefixes]
 
 
 def own_names(part: str, names: Iterable[str]) -> dict[str, str]:
@@ -89,9 +101,16 @@ def own_names(part: str, names: Iterable[str]) -> dict[str, str]:
     Takes off the prefix, gives `text_model.` to a CLIP that lacks it, reads `encoder.embed_tokens` as T5's
     `shared` (the same tensor), and leaves out what is known to be foreign; unknown names stay, for the check.
     """
-    names = list(names)
-    prefix = prefix_of(part, names) or ""
-    own = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    names = tuple(names)
+    found = _all_prefixes(names)
+    prefix = next(iter(found[part]), "")
+    # Of copies, and of other parts where this one has no prefix.
+    others = tuple(p for own in found.values() for p in own if p != prefix and p.startswith(prefix))
+    own = {
+        name: name.removeprefix(prefix)
+        for name in names
+        if name.startswith(prefix) and not (others and name.startswith(others))
+    }
     own = {name: bare for name, bare in own.items() if not _foreign(part).fullmatch(bare)}
     if part == "clip":
         return {name: _with_text_model(bare) for name, bare in own.items()}
@@ -100,7 +119,7 @@ def own_names(part: str, names: Iterable[str]) -> dict[str, str]:
 
 def foreign_names(names: Iterable[str]) -> list[str]:
     """The names in a file that no part of a model takes."""
-    names = list(names)
+    names = tuple(names)
     own = [own_names(part, names) for part in parts_in(names)]
     known = MARKERS.union(*own)
     # The second embedding is the first one again.

@@ -5,8 +5,11 @@ quantization saves memory there, and time on a GPU only.
 """
 
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mode as mode_of
 from typing import Any
 
 import mlx.core as mx
@@ -39,7 +42,7 @@ def quantize(
     bits: 4 or 8 a weight. mode: "affine", where 64 (or 32, or 128: group_size) weights share a scale and an
     offset, or "mxfp4", 4-bit floats of which 32 share a scale. A layer whose input size is no multiple of 64
     is quantized in groups of 32 unless group_size is given; of 32 neither, it stays as it is, and so does one
-    that its file has quantized. `describe` says what became of them. FluxError for other values.
+    that its file has quantized. `report` says what became of them. FluxError for other values.
     """
     if mode not in GROUP_SIZES:
         raise FluxError(f"cannot quantize by {mode!r}: choose {' or '.join(GROUP_SIZES)}")
@@ -65,31 +68,51 @@ def group_size_of(width: int, mode: str = "affine") -> int | None:
     return next((size for size in GROUP_SIZES[mode] if width % size == 0), None)
 
 
-def describe(network: nn.Module) -> str:
-    """What of a network is quantized, in words: "494 of 504 layers: 8 bits in groups of 64"; "" for none."""
-    layers = [layer for _, layer in network.named_modules() if isinstance(layer, nn.Linear)]
-    kinds: dict[str, int] = {}
-    for _, layer in network.named_modules():
-        if isinstance(layer, nn.QuantizedLinear):
-            kind = f"{layer.bits} bits in groups of {layer.group_size}"
-            kinds[kind] = kinds.get(kind, 0) + 1
-    if not kinds:
-        return ""
-    count = sum(kinds.values())
-    parts = (f"{n} with {kind}" if len(kinds) > 1 else kind for kind, n in kinds.items())
-    return f"{count} of {count + len(layers)} layers: {', '.join(parts)}"
+def report(bits: int, **networks: nn.Module) -> str:
+    """How many layers of each network are quantized and how, after `quantize` to these bits, as one line.
+
+    "transformer 494 of 504 layers, 4 bits in groups of 64; T5 ...". Warns where none of any network is, and
+    where layers have other bits, those of their file.
+    """
+    layers = {name: [layer for _, layer in network.named_modules()] for name, network in networks.items()}
+    packed = {name: [m for m in own if isinstance(m, nn.QuantizedLinear)] for name, own in layers.items()}
+    if not any(packed.values()):
+        warnings.warn("nothing was quantized: no layer's input is a multiple of 32 wide", stacklevel=2)
+    if other := sum(layer.bits != bits for own in packed.values() for layer in own):
+        warnings.warn(f"{other} layers stay in the bits that their file has, not in {bits}", stacklevel=2)
+    return "; ".join(
+        f"{name} {len(own)} of {len(own) + sum(isinstance(m, nn.Linear) for m in layers[name])} layers"
+        + _kinds(own)
+        for name, own in packed.items()
+    )
+
+
+def _kinds(layers: Sequence[nn.QuantizedLinear]) -> str:
+    """ ", 4 bits in groups of 64", or each kind with its count where there are several."""
+    kinds = Counter(f"{layer.bits} bits in groups of {layer.group_size}" for layer in layers)
+    counted = len(kinds) > 1
+    return "".join(f", {f'{n} in ' if counted else ''}{kind}" for kind, n in kinds.most_common())
 
 
 def metadata_of(network: nn.Module) -> dict[str, str]:
-    """What a file's header must say so that it can be read again; {} where no layer is quantized."""
-    layers = [layer for _, layer in network.named_modules() if isinstance(layer, nn.QuantizedLinear)]
+    """What a file's header must say so that it can be read again; {} where no layer is quantized.
+
+    As mlx-lm's config.json: the commonest kind of layer, and by their names those of another kind.
+    """
+    layers = {
+        path: (layer.bits, layer.group_size, layer.mode)
+        for path, layer in network.named_modules()
+        if isinstance(layer, nn.QuantizedLinear)
+    }
     if not layers:
         return {}
-    kinds = {(layer.group_size, layer.mode) for layer in layers}
-    if len(kinds) > 1:
-        raise FluxError(f"layers are quantized in {len(kinds)} different ways; a file can tell one only")
-    group_size, mode = kinds.pop()
-    return {METADATA: json.dumps({"bits": layers[0].bits, "group_size": group_size, "mode": mode})}
+    commonest = mode_of(layers.values())
+    others = {path: _kind(*kind) for path, kind in layers.items() if kind != commonest}
+    return {METADATA: json.dumps(_kind(*commonest) | others)}
+
+
+def _kind(bits: int, group_size: int, mode: str) -> dict[str, Any]:
+    return {"bits": bits, "group_size": group_size, "mode": mode}
 
 
 # --- Reading ---
@@ -97,23 +120,27 @@ def metadata_of(network: nn.Module) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Packed:
-    """A quantized matrix (out, in): parts by PARTS, each with `out` rows; without biases in modes of floats."""
+    """A quantized matrix: parts by PARTS, each with all of its rows; the modes of floats have no biases."""
 
     parts: Mapping[str, mx.array]
     bits: int
     group_size: int
     mode: str
 
+    @property
+    def kind(self) -> tuple[int, int, str]:
+        return self.bits, self.group_size, self.mode
+
     def widened(self) -> mx.array:
         """The weights (out, in), lazily, in the scales' type."""
-        how = {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
-        return mx.dequantize(*(self.parts.get(part) for part in PARTS), **how)
+        biases = self.parts.get("biases")
+        return mx.dequantize(self.parts["weight"], self.parts["scales"], biases, **_kind(*self.kind))
 
 
 def split(
     tensors: Mapping[str, mx.array], metadata: Mapping[str, str], config: Mapping[str, Any]
 ) -> tuple[dict[str, mx.array], dict[str, Packed]]:
-    """All of a part's tensors -> the same with widened weights, lazily, and the quantized ones by their names.
+    """All tensors of a part -> the same with widened weights, lazily, and the quantized ones by their names.
 
     metadata, config: of its file and beside it. They tell the size of a group, 64 where none does; the bits
     follow from the shapes. ValueError for what is no quantized layer of MLX's.
@@ -121,27 +148,33 @@ def split(
     layers = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
     if not layers:
         return dict(tensors), {}
-    group_size, mode = _layout(metadata, config)
-    wide, packed = dict(tensors), {}
+    how, wide, packed = _description(metadata, config), dict(tensors), {}
     for layer in layers:
         parts = {part: wide.pop(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in tensors}
-        packed[f"{layer}.weight"] = _packed(layer, parts, group_size, mode)
+        own = how.get(layer)
+        packed[f"{layer}.weight"] = _packed(layer, parts, *_layout(own if isinstance(own, dict) else how))
     wide |= {name: layer.widened() for name, layer in packed.items()}
     return wide, packed
 
 
-def _layout(metadata: Mapping[str, str], config: Mapping[str, Any]) -> tuple[int, str]:
-    """The size of a group and MLX's mode of all quantized layers of a file."""
-    how: Any = config.get(METADATA, {})
+def _description(metadata: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file, or the config.json beside it, says of its quantized layers."""
+    how = config.get(METADATA, {})
     if METADATA in metadata:
         how = jsonfiles.parse_object(metadata[METADATA])
     if not isinstance(how, dict):
         raise ValueError(f"its {METADATA} should be a JSON object")
+    return how
+
+
+def _layout(how: Mapping[str, Any]) -> tuple[int, str]:
+    """The size of a group and MLX's mode that a description tells."""
     mode = how.get("mode", "affine")
-    if mode not in READ_GROUPS:
+    if not isinstance(mode, str) or mode not in READ_GROUPS:
         raise ValueError(f"its {METADATA} has the mode {jsonfiles.shown(mode)}")
     size, bits = how.get("group_size", READ_GROUPS[mode][0]), how.get("bits", READ_BITS[mode][0])
     if size not in READ_GROUPS[mode] or bits not in READ_BITS[mode]:
+        size, bits = jsonfiles.shown(size), jsonfiles.shown(bits)
         raise ValueError(f"its {METADATA} has groups of {size} and {bits} bits, which MLX has not")
     return size, mode
 
@@ -152,7 +185,8 @@ def _packed(layer: str, parts: Mapping[str, mx.array], group_size: int, mode: st
         raise ValueError(f"missing: {', '.join(missing)}")
     weight, scales = parts["weight"], parts["scales"]
     shapes = {parts[part].shape for part in wanted[1:]}
-    if weight.ndim != 2 or scales.ndim != 2 or weight.dtype != mx.uint32 or len(shapes) > 1:
+    flat = weight.ndim == scales.ndim == 2 and scales.size > 0
+    if not flat or weight.dtype != mx.uint32 or len(shapes) > 1:
         raise ValueError(f"{layer}: its weight, scales and biases make no quantized layer")
     bits, rest = divmod(32 * weight.shape[1], scales.shape[1] * group_size)
     if rest or bits not in READ_BITS[mode] or weight.shape[0] != scales.shape[0]:
@@ -169,24 +203,23 @@ def prepare(
     """Gives a network quantized layers where its file has them; returns the parameters of these.
 
     to_ours: the map from the file's names to the network's. Rows of several weights are put one under another
-    by it; where these are not all quantized to the same bits, the layer stays wide. Nothing is computed: what
+    by it; where these are not all quantized alike, the layer stays wide. Nothing is computed: what
     stands in the network before the parameters are loaded is never evaluated.
     """
     weights: dict[str, mx.array] = {}
-    kinds: dict[str, Packed] = {}
+    kinds: dict[str, tuple[int, int, str]] = {}
     linear = {path for path, layer in network.named_modules() if isinstance(layer, nn.Linear)}
-    for bits in {layer.bits for layer in packed.values()}:
-        alike = {name: layer for name, layer in packed.items() if layer.bits == bits}
+    for kind in {layer.kind for layer in packed.values()}:
+        alike = {name: layer for name, layer in packed.items() if layer.kind == kind}
         for part in {part for layer in alike.values() for part in layer.parts}:
             for name, tensor in to_ours({name: layer.parts[part] for name, layer in alike.items()}).items():
                 path = name.removesuffix(".weight")
                 if path in linear:
                     weights[f"{path}.{part}"] = tensor
-                    kinds[path] = next(iter(alike.values()))
+                    kinds[path] = kind
 
     def how(path: str, layer: nn.Module) -> dict[str, Any] | bool:
-        kind = kinds.get(path)
-        return bool(kind) and {"group_size": kind.group_size, "bits": kind.bits, "mode": kind.mode}
+        return path in kinds and _kind(*kinds[path])
 
     nn.quantize(network, class_predicate=how)
     return weights

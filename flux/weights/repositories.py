@@ -36,3 +36,14 @@ def _of_part(repo: str, files: list[str], spec: ModelSpec | None, kind: str) -> 
         found = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
         raise FluxError(f"{repo}: {found or 'no transformer'} there; choose a file with --model {repo}:FILE")
     return others
+
+
+def adapter_patterns(repo: str, files: list[str]) -> list[str]:
+    """What to download for a repository's adapter; FluxError for none, and where only the user can choose."""
+    found = [file for file in files if "/" not in file and file.endswith((".safetensors", ".bin"))]
+    usual = [file for file in found if file.startswith(("pytorch_lora_weights.", "adapter_model."))]
+    found = sorted(usual or found, key=lambda file: file.endswith(".bin"))[: 1 if usual else None]
+    if len(found) != 1:
+        shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        raise FluxError(f"{repo}: {shown or 'no adapter'} there; choose a file with --adapter {repo}:FILE")
+    return [*found, "adapter_config.json"]

@@ -53,10 +53,13 @@ def model(names: Iterable[str]) -> str | None:
     return next((name for name, pattern in _PATTERNS if pattern.search(text)), None)
 
 
+def is_unfinished(path: Path) -> bool:
+    """Whether a download program says, by its name or by a file beside it, that it is still at this file."""
+    return path.suffix in UNFINISHED or path.with_name(path.name + ".aria2").exists()
+
+
 def disguise(path: Path) -> str | None:
     """What a file that is not weights is instead, and what to do; None where that cannot be told."""
-    if path.suffix in UNFINISHED:
-        return "a download that is not finished: go on with it"
     try:
         with path.open("rb") as file:
             start = file.read(256).lstrip()

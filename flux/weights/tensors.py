@@ -1,9 +1,10 @@
-"""Files of tensors, safetensors and GGUF: checked, read lazily, widened from other encodings, written atomically."""
+"""Files of tensors, safetensors and GGUF: read lazily, widened from other encodings, written atomically."""
 
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
 
@@ -25,7 +26,7 @@ def read_header(path: Path) -> Header:
     FluxError, naming the file, where it is absent, damaged, cut short or of a type that is not read.
     """
     header = gguf.read_header(path) if gguf.is_gguf(path) else headers.read_header(path)
-    return mflux.header(header) if mflux.is_mflux(header.tensors) else header
+    return mflux.header(header) if mflux.is_mflux(header) else header
 
 
 def fingerprint(path: Path) -> str:
@@ -56,7 +57,7 @@ def load(files: Iterable[Path], packed: bool = False) -> dict[str, mx.array]:
         is_gguf = gguf.is_gguf(path)
         header = (gguf if is_gguf else headers).read_header(path)
         tensors = gguf.load(path, header, packed) if is_gguf else _load(path, header)
-        if mflux.is_mflux(tensors):
+        if mflux.is_mflux(header):
             tensors = mflux.tensors(tensors)
         if twice := out.keys() & tensors.keys():
             raise FluxError(f"{path}: {_some(twice)} is also in another file of the same folder")
@@ -69,7 +70,7 @@ def _load(path: Path, header: Header) -> dict[str, mx.array]:
     """A safetensors file's tensors, fp8 widened, which is exact."""
     entries = header.tensors
     if all(entry.dtype in TYPES or entry.dtype == "F8_E4M3" for entry in entries.values()):
-        tensors = mx.load(str(path), format="safetensors")
+        tensors = cast(dict[str, mx.array], mx.load(str(path), format="safetensors"))
     else:  # mx.load refuses the whole file for one tensor of another type
         spans = {name: (entry.start, entry.start + entry.size) for name, entry in entries.items()}
         tensors = {name: _typed(path, raw, entries[name]) for name, raw in lazy.read(path, spans).items()}
@@ -105,7 +106,7 @@ def save(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str
 
 
 def check(label: str, found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:
-    """FluxError in one line with every missing, unexpected and misshapen tensor, unless found is expected.
+    """FluxError in one line with every missing, unexpected, misshapen and mistyped tensor.
 
     label: the file's name. Of very many names the first dozen and the count are shown.
     """
@@ -116,10 +117,26 @@ def check(label: str, found: Mapping[str, mx.array], expected: Mapping[str, mx.a
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
-    kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+    mistyped = [
+        f"{name} is {_kind(found[name])} and should be {_kind(tensor)}"
+        for name, tensor in expected.items()
+        if name in found and _kind(found[name]) != _kind(tensor)
+    ]
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "wrong shape": misshapen,
+        "wrong type": mistyped,
+    }
     faults = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
     if faults:
         raise FluxError(f"{label}: {'; '.join(faults)}")
+
+
+def _kind(tensor: mx.array) -> str:
+    """Floats of any size are one kind: they are cast to the type that is asked for."""
+    is_float = mx.issubdtype(tensor.dtype, mx.floating)
+    return "a float" if is_float else str(tensor.dtype).removeprefix("mlx.core.")
 
 
 def _some(names: Iterable[str]) -> str:

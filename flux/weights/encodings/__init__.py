@@ -62,9 +62,9 @@ def decode(label: str, tensors: Mapping[str, mx.array], metadata: Mapping[str, s
     read.
     """
     for name in tensors:
-        for sign, encoding in UNREAD.items():
+        for sign, unread in UNREAD.items():
             if name.endswith(sign):
-                raise FluxError(f"{label}: its weights are {encoding}, which is not read: {INSTEAD}")
+                raise FluxError(f"{label}: its weights are {unread}, which is not read: {INSTEAD}")
     out = dict(tensors)
     for layer, encoding in _encoded(tensors).items():
         found = Layer(layer, tensors, metadata)

@@ -9,7 +9,8 @@ import math
 
 import mlx.core as mx
 
-from flux.weights.encodings.layer import Layer, integer, times
+from flux import jsonfiles
+from flux.weights.encodings.layer import Layer, block_size, times
 
 KINDS = ("nf4", "fp4")
 STATE = "weight.quant_state.bitsandbytes__"
@@ -26,10 +27,10 @@ def read(layer: Layer) -> mx.array:
     state = layer.json(STATE + kind)
     shape = state.get("shape")
     if not isinstance(shape, list) or not all(type(side) is int and 0 < side < 2**31 for side in shape):
-        raise ValueError(f"its description's shape is {shape!r}")
+        raise ValueError(f"its description's shape is {jsonfiles.shown(shape)}")
     table, packed = layer.need("weight.quant_map"), layer.need("weight").reshape(-1).view(mx.uint8)
     largest = _largest(layer, state)
-    count, block = math.prod(shape), integer(state, "blocksize")
+    count, block = math.prod(shape), block_size(state, "blocksize")
     if packed.size != math.ceil(count / 2) or largest.size != math.ceil(count / block) or table.size != 16:
         raise ValueError(f"its tensors do not make up the shape {shape}")
     fours = mx.stack([packed >> 4, packed & 15], axis=-1).reshape(-1)[:count]
@@ -41,7 +42,7 @@ def _largest(layer: Layer, state: dict) -> mx.array:
     largest, nested = layer.need("weight.absmax").reshape(-1), layer.part("weight.nested_absmax")
     if nested is None:
         return largest.astype(mx.float32)
-    table, block = layer.need("weight.nested_quant_map"), integer(state, "nested_blocksize")
+    table, block = layer.need("weight.nested_quant_map"), block_size(state, "nested_blocksize")
     offset = state.get("nested_offset")
     if largest.dtype != mx.uint8 or table.size != 256 or not isinstance(offset, float | int):
         raise ValueError("its nested scales make no sense")

@@ -1,13 +1,15 @@
 """What a reader of an encoding is given: one layer's tensors by their parts' names, and the file's header."""
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from flux import jsonfiles
+
+LARGEST_BLOCK = 2**16
 LONGEST = 2**16  # bytes of a JSON text that is kept as a tensor
 
 
@@ -35,25 +37,14 @@ class Layer:
             return {}
         if tensor.dtype != mx.uint8 or tensor.size > LONGEST:
             raise ValueError(f"{name} should hold a short text")
-        return parse(bytes(tensor.reshape(-1).tolist()))
+        return jsonfiles.parse_object(np.array(tensor).tobytes())
 
 
-def parse(text: str | bytes) -> dict[str, Any]:
-    """A JSON object; ValueError for any other text."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("its description is not valid JSON") from None
-    if not isinstance(content, dict):
-        raise ValueError("its description should be a JSON object")
-    return content
-
-
-def integer(content: Mapping[str, Any], name: str) -> int:
-    """A positive integer of a description."""
+def block_size(content: Mapping[str, Any], name: str) -> int:
+    """How many weights share a scale, of a description; ValueError for what no program writes."""
     value = content.get(name)
-    if type(value) is not int or not 0 < value < 2**31:
-        raise ValueError(f"its description's {name} is {value!r}")
+    if type(value) is not int or not 0 < value <= LARGEST_BLOCK:
+        raise ValueError(f"its description's {name} is {jsonfiles.shown(value)}")
     return value
 
 
@@ -75,14 +66,10 @@ def _spread(scale: mx.array, shape: tuple[int, ...]) -> mx.array:
     counts = [*scale.shape, *[1] * (len(shape) - scale.ndim)]
     while len(counts) > len(shape) and counts[-1] == 1:
         counts.pop()
-    if len(counts) > len(shape):
-        raise ValueError(f"scales of the shape {scale.shape} for weights of the shape {shape}")
+    pairs = list(zip(counts, shape, strict=False))
+    if len(counts) > len(shape) or any(not count or side % count for count, side in pairs):
+        raise ValueError(f"scales of the shape {tuple(scale.shape)} for weights of the shape {tuple(shape)}")
     scale = scale.reshape(counts)
-    for axis, (count, length) in enumerate(zip(counts, shape, strict=True)):
-        block = math.ceil(length / max(count, 1))
-        if count != 1 and math.ceil(length / block) != count:
-            raise ValueError(f"scales of the shape {scale.shape} for weights of the shape {shape}")
-        if count not in (1, length):
-            scale = mx.repeat(scale, block, axis)
-            scale = mx.take(scale, mx.arange(length), axis) if scale.shape[axis] > length else scale
+    for axis, (count, side) in enumerate(pairs):
+        scale = scale if count in (1, side) else mx.repeat(scale, side // count, axis)
     return scale

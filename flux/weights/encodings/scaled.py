@@ -7,6 +7,7 @@ products in fp8 and is not used.
 
 import mlx.core as mx
 
+from flux import jsonfiles
 from flux.weights.encodings.layer import Layer, times
 
 READ = ("float8_e4m3fn", "float8_e5m2", "int8")  # and what begins with them: _rowwise, _blockwise, ...
@@ -18,8 +19,8 @@ def read(layer: Layer) -> mx.array:
     description = layer.json("comfy_quant")
     kind = description.get("format", READ[0])
     if not isinstance(kind, str) or not kind.startswith(READ):
-        raise ValueError(f"the format {kind!r} is not read")
-    if description.get("convrot") or description.get("params", {}).get("convrot"):
+        raise ValueError(f"the format {jsonfiles.shown(kind)} is not read")
+    if "convrot" in str(description):
         raise ValueError("its weights are rotated (convrot), which is not read")
     weight, scale = layer.need("weight"), layer.part("weight_scale")
     scale = layer.part("scale_weight") if scale is None else scale

@@ -7,7 +7,8 @@ number * scale + zero point, which lie transposed (torchao's workflows/int4/int4
 
 import mlx.core as mx
 
-from flux.weights.encodings.layer import Layer, parse, times
+from flux import jsonfiles
+from flux.weights.encodings.layer import Layer, times
 
 WHOLE = ("Int8Tensor", "IntxUnpackedToInt8Tensor", "Float8Tensor")
 PARTS = (
@@ -21,7 +22,7 @@ def read(layer: Layer) -> mx.array:
     description = layer.metadata.get(f"{layer.name}.weight")
     if description is None:
         raise ValueError("the header does not say of which class it is")
-    kind = parse(description).get("_type")
+    kind = jsonfiles.parse_object(description).get("_type")
     data, scale = layer.need("_weight_qdata"), layer.need("_weight_scale")
     zero = layer.part("_weight_zero_point")
     if layer.part("_weight_act_pre_scale") is not None:
@@ -32,4 +33,4 @@ def read(layer: Layer) -> mx.array:
         data = data.view(mx.uint8)
         numbers = mx.stack([data & 15, data >> 4], axis=-1).reshape(data.shape[0], -1)
         return times((numbers ^ 8).astype(mx.int32) - 8, scale.T, zero.T)
-    raise ValueError(f"the class {kind} is not read")
+    raise ValueError(f"the class {jsonfiles.shown(kind)} is not read")
