@@ -28,7 +28,7 @@ def test_equal_to_the_bit(seed: int):
 
 @pytest.mark.skipif(not on_avx2(), reason="PyTorch's other code paths differ in the last bit")
 def test_a_large_latent_is_equal_to_the_bit():
-    """Of 2048x2048 pixels: enough numbers for every branch, and for a sum that is rounded twice."""
+    """Of 2048x2048 pixels: enough numbers for every branch."""
     assert np.array_equal(
         randn(20240801, 16 * 256 * 256).reshape(1, 16, 256, 256), reference(20240801, 1, 16, 256, 256)
     )
