@@ -10,8 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux.adapters.adapter import Adapter
+from flux.adapters.beside import linear_shape
 from flux.adapters.formats import SHOWN, load, some
-from flux.adapters.lora import Adapters, linear_shape, mismatches
+from flux.adapters.lora import Adapters, mismatches
 from flux.errors import FluxError
 
 
