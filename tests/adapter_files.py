@@ -56,4 +56,6 @@ def lora(stem: str, rows: int = HIDDEN, columns: int = HIDDEN, **more: float) ->
 
 
 def dense(adapter: Adapter, module: str) -> mx.array:
-    return adapter.modules[module].change.dense()
+    """dW of an additive change."""
+    change = adapter.modules[module].change
+    return change.delta(mx.zeros(change.shape))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flux.adapters import Adapter, Delta, Dense, Kronecker, LowRank, load, read_facts, save
-from flux.adapters.adapter import fold
+from flux.adapters.changes import fold
 from flux.errors import FluxError
 
 from .adapter_files import CLIP_LAYER, HIDDEN, RANK, SHAPES, T5_LAYER, close, dense, normal, pair

@@ -11,7 +11,7 @@ import mlx.core as mx
 from flux.adapters.changes import Delta, LowRank
 
 # How the first part of a module's name tells its network.
-PARTS = {"clip": "text_model.", "t5": "encoder.block."}
+PARTS = {"clip": "text_model.", "t5": "encoder."}
 
 
 def part_of(module: str) -> str:
@@ -23,7 +23,7 @@ def part_of(module: str) -> str:
 class Adapter:
     """A whole adapter.
 
-    modules: module's name -> Delta. replaced, added: a norm's parameter name -> its new value, or what is
+    modules: module's name -> Delta. replaced, added: name of a norm's parameter -> its new value, or what is
     added to it. metadata: the file's. format: of the file it came from. homeless: the file's keys that found
     no home, with the reason where it is not the name.
     """
@@ -55,5 +55,3 @@ class Adapter:
     def alphas(self) -> dict[str, float]:
         """The alpha of every low-rank change."""
         return {n: d.change.alpha for n, d in self.modules.items() if isinstance(d.change, LowRank)}
-
-

@@ -1,7 +1,7 @@
 """Adapters beside a weight that stays as it is, quantized or not: what each kind of change adds to W x.
 
-A layer here is called with (x, plain, base, strength): x (..., in), plain = W x (..., out), base the product with
-W itself, and gives (W' - W) x (..., out) at that strength.
+A layer here is called with (x, plain, base, strength): x (..., in), plain = W x (..., out), base the product
+with W itself. It gives (W' - W) x (..., out) at that strength.
 """
 
 from copy import copy
@@ -11,7 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux.adapters.changes import (
-    PEFT,
     Change,
     Delta,
     Dense,

@@ -1,7 +1,7 @@
-"""What an adapter does to one weight W (out, in), as data: each kind gives W' - W. Knows neither files nor layers.
+"""What an adapter does to one weight W (out, in), as data: each kind gives W' - W.
 
-Kinds that add the same matrix to every W have `dense`; the others (GLoRA, scaling, rotation, replacement) need W.
-All formulas run in float32.
+Kinds that add the same matrix to every W have `dense`; the others (GLoRA, scaling, rotation, replacement)
+need W. All formulas run in float32. Nothing here knows files or layers.
 """
 
 import math
@@ -57,7 +57,7 @@ class LowRank(Additive):
 
 @dataclass(frozen=True, eq=False)
 class Hadamard(Additive):
-    """dW = scale (a1 @ b1) * (a2 @ b2), element by element (LoHa, Hyeon-Woo et al. 2021); a (out, r), b (r, in)."""
+    """dW = scale (a1 @ b1) * (a2 @ b2) (LoHa, Hyeon-Woo et al. 2021); a (out, r), b (r, in)."""
 
     a1: mx.array
     b1: mx.array
@@ -108,7 +108,7 @@ class Dense(Additive):
 
 @dataclass(frozen=True, eq=False)
 class GLoRA:
-    """dW = scale (W a1 @ a2 + b1 @ b2) (Chavan et al. 2023); a1 (in, r), a2 (r, in), b1 (out, r), b2 (r, in)."""
+    """dW = scale (W a1 a2 + b1 b2) (Chavan et al. 2023); a1 (in, r), a2 (r, in), b1 (out, r), b2 (r, in)."""
 
     a1: mx.array
     a2: mx.array
@@ -145,11 +145,11 @@ class Scaling:
 class Rotation:
     """W' = rescale * B W, or W B where `inner`; B is a product of block-diagonal matrices.
 
-    OFT (Qiu et al. 2023) has one of them, BOFT (Liu et al. 2023) some, each with its own order of the channels.
+    OFT (Qiu et al. 2023) has one of them, BOFT (Liu et al. 2023) some, each with another order of channels.
     blocks (m, n, b, b): the blocks of each, applied to a vector of n*b channels from the first to the last.
     butterfly: before stage i the channels are put in LyCORIS' order, in which blocks mix channels that are
-    2^i b / 2 apart, and put back after it. rescale: (out, 1) or None. At a strength s other than 1 every block
-    is s R + (1 - s) I, as in LyCORIS, and so is the rescaling, which LyCORIS leaves whole: at 0 W is W.
+    2^i b / 2 apart, and put back after it. rescale: (out, 1) or None. At a strength s every block is
+    s R + (1 - s) I, as in LyCORIS, and so is the rescaling, which LyCORIS leaves whole: at 0 W is W.
     """
 
     blocks: mx.array
@@ -242,8 +242,8 @@ class Delta:
 
     bias (out,) is added to the layer's own; bias_factor (out,) times that is added as well; new_bias (out,)
     stands in its stead where it is not NaN.
-    magnitude makes it a DoRA (Liu et al. 2024): W' = magnitude (W + dW) / norms of (W + dW). (out,): the norms
-    are those of the rows, and NaN stands where a row has none and W' = W + dW; (1, in): those of the columns.
+    magnitude makes it a DoRA (Liu et al. 2024): W' = magnitude (W + dW) / norms of (W + dW). (out,): the
+    norms are those of the rows; where it is NaN, W' = W + dW. (1, in): the norms are those of the columns.
     rule: how a DoRA is weighed, PEFT or LYCORIS.
     """
 

@@ -6,6 +6,7 @@ q, k and v of `linear1` as one), may be missing (it changes nothing), and has a 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import mlx.core as mx
 
@@ -27,7 +28,12 @@ from flux.adapters.changes import (
 from flux.errors import FluxError
 
 NAN = float("nan")  # in a magnitude: this row is no DoRA; in a new bias: this one stays
-GAPS = {"bias": 0.0, "bias_factor": 0.0, "new_bias": NAN, "magnitude": NAN}  # a vector, and what fills its gaps
+GAPS = {
+    "bias": 0.0,
+    "bias_factor": 0.0,
+    "new_bias": NAN,
+    "magnitude": NAN,
+}  # a vector, and what fills its gaps
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ def _split_change(delta: Delta, cuts: Sequence[int]) -> list[Delta]:
         edges = [0, *cuts, change.rows]
         own = {(start, end): part for start, end, part in change.parts}
         if all(start in edges and edges[edges.index(start) + 1] == end for start, end in own):
-            return [own.get(edge, Delta()) for edge in zip(edges, edges[1:], strict=False)]
+            return [own.get(edge, Delta()) for edge in pairwise(edges)]
     if isinstance(change, Additive):
         return [Delta(Dense(rows)) for rows in mx.split(change.dense(), list(cuts))]
     raise FluxError(f"a change of the kind {type(change).__name__} cannot be split")

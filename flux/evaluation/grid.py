@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from flux import images, sheets
 from flux.adapters import Adapter, Adapters, fitting_parts, load, read_facts
-from flux.adapters.formats import FOLDER_FILES
+from flux.adapters.folders import FOLDER_FILES
 from flux.errors import FluxError
 from flux.pipeline import Conditioning, FluxPipeline, check_sampling
 

@@ -26,7 +26,8 @@ from mlx.utils import tree_flatten
 import txt2image
 from flux import adapters, sampler
 from flux.adapters import Adapter, Adapters, Delta, Dense, Kronecker, LowRank
-from flux.adapters.lora import linear_shape, linears
+from flux.adapters.beside import linear_shape
+from flux.adapters.lora import linears
 from flux.distributed import ranks as processes
 from flux.distributed.fsdp import fully_shard
 from flux.distributed.gradients import average_gradients
