@@ -55,7 +55,7 @@ def adapter_files(patterns: Iterable[str | Path]) -> list[Path]:
 
 
 def _adapters(folder: Path) -> list[Path]:
-    """The one of diffusers or PEFT, else all adapters of a folder, by their steps and the one without last."""
+    """The one of diffusers or PEFT, else all adapters of a folder, by steps, the one without last."""
     for name in FOLDER_FILES:
         if (folder / name).is_file():
             return [folder / name]

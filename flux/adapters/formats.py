@@ -1,7 +1,8 @@
 """Adapter files -> an Adapter: every format of FLUX.1's field, told by its keys alone.
 
 The formats differ in names (names.py), in the kinds of change (kinds.py), in whether layers are fused
-(fused.py), and in where alpha stands: in the header as JSON, beside the matrices, or nowhere, when it equals the rank.
+(fused.py), and in where alpha stands: in the header as JSON, beside the matrices, or nowhere, when it equals
+the rank.
 """
 
 import re
