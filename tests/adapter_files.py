@@ -56,6 +56,4 @@ def lora(stem: str, rows: int = HIDDEN, columns: int = HIDDEN, **more: float) ->
 
 
 def dense(adapter: Adapter, module: str) -> mx.array:
-    """dW of an additive change."""
-    change = adapter.modules[module].change
-    return change.delta(mx.zeros(change.shape))
+    return adapter.modules[module].change.dense()

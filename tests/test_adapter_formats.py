@@ -241,7 +241,7 @@ def test_patterns_for_clip_of_old_and_new_transformers(pattern: str):
     assert alphas == {"img_in": RANK, "text_model.encoder.layers.0.mlp.fc1": 4}
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("[1]", "JSON object, not a list")])
+@pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("[1]", "JSON object, not list")])
 def test_damaged_metadata(text: str, words: str):
     with pytest.raises(FluxError, match=words):
         read_numpy(lora("img_in"), {"lora_adapter_metadata": text})
@@ -350,10 +350,10 @@ def test_dora_on_some_parts():
 
 def test_unknown_keys_are_named(tmp_path: Path):
     tensors = lora("double_blocks.0.img_attn.proj") | {
-        "lora_unet_no_such_layer.lora_down.weight": normal(2, 2),
+        "lora_unet_input_blocks_1_0.lora_down.weight": normal(2, 2),  # Stable Diffusion's
         "double_blocks.0.img_attn.proj.hada_w1_a": normal(2, 2),  # LoHa
         "img_in.lora_A.weight": normal(2, 2),  # no up
-        "double_blocks.3.img_attn.qkv.colour": normal(2, 2),
+        "double_blocks.3.img_attn.qkv.weight": normal(2, 2),
         "txt_in.alpha": normal(1),
     }
     path = tmp_path / "odd.safetensors"
@@ -383,7 +383,7 @@ def test_same_layer_twice():
     [
         ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "no adapter for FLUX.1"),
         ({"img_in.lora_A.weight": (2, 4), "img_in.lora_B.weight": (8, 3)}, "no rank in common"),
-        ({"img_in.lora_A.weight": (2, 4, 1), "img_in.lora_B.weight": (8, 2)}, "a matrix of shape"),
+        ({"img_in.lora_A.weight": (2, 4, 1), "img_in.lora_B.weight": (8, 2)}, "matrices of shape"),
         (
             {"img_in.lora_A.weight": (2, 4), "img_in.lora_B.weight": (8, 2), "img_in.dora_scale": (1, 5)},
             "8 rows or 4 columns",

@@ -19,7 +19,7 @@ def low_rank(rows: int, rank: int, alpha: float) -> LowRank:
 
 
 def starts(deltas: list[Delta]) -> list[Piece]:
-    return [Piece(HIDDEN * i, HIDDEN * (i + 1), delta) for i, delta in enumerate(deltas)]
+    return [Piece(HIDDEN * i, delta) for i, delta in enumerate(deltas)]
 
 
 def test_rank_that_divides_says_nothing():
@@ -67,10 +67,7 @@ def test_split_and_fused_again_is_the_same():
 def test_unequal_ranks_alphas_and_gaps():
     q, mlp = low_rank(HIDDEN, 3, 1.0), low_rank(MLP, 5, 2.0)
     bias = mx.array(normal(HIDDEN))
-    whole = fuse(
-        [Piece(3 * HIDDEN, 3 * HIDDEN + MLP, Delta(mlp)), Piece(0, HIDDEN, Delta(q, bias=bias))],
-        3 * HIDDEN + MLP,
-    )
+    whole = fuse([Piece(3 * HIDDEN, Delta(mlp)), Piece(0, Delta(q, bias=bias))], 3 * HIDDEN + MLP)
     gap = np.zeros((2 * HIDDEN, HIDDEN), np.float32)
     assert close(whole.change.dense(), np.concatenate([q.dense(), gap, mlp.dense()]))
     assert whole.change.rank == whole.change.alpha == 8
@@ -84,9 +81,7 @@ def test_mixed_kinds_stay_what_they_are(other: str):
     weight = mx.array(normal(HIDDEN, HIDDEN))
     kinds = {"dense": Dense(weight), "kronecker": Kronecker(weight[:2, :2], weight[4:8, 4:8], 0.5)}
     whole = fuse(starts([Delta(q), Delta(kinds[other])]), 3 * HIDDEN)
-    dense = whole.change.delta(mx.zeros((3 * HIDDEN, HIDDEN)))
-    gap = np.zeros((HIDDEN, HIDDEN))
-    assert close(dense, np.concatenate([q.dense(), kinds[other].dense(), gap]))
+    assert close(whole.change.dense()[: 2 * HIDDEN], np.concatenate([q.dense(), kinds[other].dense()]))
     again = split(whole, QKV)
     assert again[0].change is q
     assert again[1].change is kinds[other]
@@ -95,8 +90,7 @@ def test_mixed_kinds_stay_what_they_are(other: str):
 
 def test_pieces_that_do_not_fit():
     q = Delta(low_rank(2 * HIDDEN, 3, 1.0))
-    for starts in ((0, HIDDEN), (2 * HIDDEN,)):
-        pieces = [Piece(start, start + 2 * HIDDEN, q) for start in starts]
+    for pieces in ([Piece(0, q), Piece(HIDDEN, q)], [Piece(2 * HIDDEN, q)]):
         with pytest.raises(ValueError, match="do not fit"):
             fuse(pieces, 3 * HIDDEN)
 

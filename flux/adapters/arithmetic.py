@@ -50,7 +50,7 @@ def _adds(delta: Delta) -> bool:
     """Whether a change is the same matrix and bias for every base."""
     own = delta.magnitude is None and delta.bias_factor is None and delta.new_bias is None
     if isinstance(delta.change, Stack):
-        return own and all(_adds(part) for *_, part in delta.change.parts)
+        return own and delta.change.is_additive
     return own and isinstance(delta.change, Additive | None)
 
 
@@ -67,8 +67,7 @@ def _sum(module: str, deltas: Sequence[tuple[Delta, float]]) -> Delta:
 
 def _sum_changes(changes: Sequence[tuple[Change, float]]) -> Change:
     if not all(isinstance(change, LowRank) for change, _ in changes):
-        zero = mx.zeros(changes[0][0].shape)
-        return Dense(sum((change.delta(zero, strength) for change, strength in changes), zero))
+        return Dense(sum(strength * change.dense() for change, strength in changes))
     own = [folded(replace(change, alpha=strength * change.alpha)) for change, strength in changes]
     down, up = mx.concatenate([c.down for c in own]), mx.concatenate([c.up for c in own], axis=1)
     return LowRank(down, up, down.shape[0])  # (sum of r, in), (out, sum of r)
@@ -106,7 +105,7 @@ def nearest(change: Change, rank: int) -> tuple[LowRank, float, float]:
         u, s, vt = mx.linalg.svd(core, stream=mx.cpu)
         u, vt, dtype = left[0] @ u, vt @ right[0].T, change.down.dtype
     else:
-        u, s, vt = _svd(change.delta(mx.zeros(change.shape)), rank)
+        u, s, vt = _svd(change.dense(), rank)
         dtype = mx.float32
     return _low_rank(u, s, vt, rank, dtype)
 

@@ -27,10 +27,13 @@ class Weighted(NamedTuple):
 def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
     """Reads adapter files with their strengths; 1 is the adapter as it was trained.
 
-    FluxError for a file that cannot be read or is no adapter, and for a strength that is no number.
+    FluxError for a file that cannot be read or is no adapter, for one that comes twice, and for a strength
+    that is no number.
     """
-    out = []
+    out: list[Weighted] = []
     for file, strength in files:
+        if any(own.file == str(file) for own in out):
+            raise FluxError(f"{file}: given twice; give it once, with the sum of the strengths")
         if not math.isfinite(strength):
             raise FluxError(f"{file}: the adapter's strength must be a finite number, not {strength}")
         out.append(Weighted(str(file), load(file), strength))

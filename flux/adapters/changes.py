@@ -221,6 +221,17 @@ class Stack:
         columns = [delta.shape[1] for _, _, delta in self.parts if delta.shape[1] is not None]
         return self.rows, columns[0] if columns else None
 
+    @property
+    def is_additive(self) -> bool:
+        """Whether all parts add the same matrix to every weight."""
+        return all(isinstance(d.change, Additive) and d.magnitude is None for *_, d in self.parts)
+
+    def dense(self) -> mx.array:
+        """dW (out, in) in float32. ValueError where the parts are not additive."""
+        if not self.is_additive:
+            raise ValueError("a part of the change depends on the base weights")
+        return self.delta(mx.zeros(self.shape))
+
     def delta(self, weight: mx.array, strength: float = 1.0) -> mx.array:
         """W' - W (out, in) in float32 for W (out, in)."""
         out = mx.zeros(weight.shape)

@@ -10,9 +10,17 @@ from flux.adapters import names
 from flux.errors import FluxError
 from flux.weights.headers import read_header
 
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as PEFT itself saves
-FOLDER_FILES = ("pytorch_lora_weights.safetensors", PEFT_FILE)
-WEIGHTS = {"weight", "new bias", "replacement", "alpha"}  # what files that are no adapters have as well
+PEFT_STEM, PEFT_CONFIG = "adapter_model", "adapter_config.json"  # as PEFT itself saves
+FOLDER_FILES = tuple(
+    f"{stem}{suffix}" for suffix in (".safetensors", ".bin") for stem in ("pytorch_lora_weights", PEFT_STEM)
+)
+WEIGHTS = {
+    "weight",
+    "whole weight",
+    "new bias",
+    "replacement",
+    "alpha",
+}  # what files that are no adapters have as well
 # What a checkpoint's name ends with.
 STEP = r"(?:[-_]?(?:step|epoch|e|s)?[-_]?\d{2,}|[-_](?:step|epoch)[-_]?\d+)$"
 
@@ -25,7 +33,9 @@ def adapter_file(path: Path) -> Path:
         return path
     found = _adapters(path) or _checkpoints(path)[-1:]
     if not found:
-        raise FluxError(f"{path}: a folder without an adapter ({' or '.join(FOLDER_FILES)} or *.safetensors)")
+        raise FluxError(
+            f"{path}: a folder without an adapter ({', '.join(FOLDER_FILES[:2])} or *.safetensors)"
+        )
     if len({re.sub(STEP, "", file.stem) for file in found}) > 1:
         shown = ", ".join(file.name for file in found[:8])
         raise FluxError(f"{path}: a folder with several adapters; give one of them: {shown}")

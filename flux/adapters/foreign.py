@@ -9,7 +9,9 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-# Models by keys that only their adapters have (any separator stands as `.`). The first that fits counts.
+# Models by keys that only their adapters have (any separator stands as `.`). The first that fits counts. Of
+# SHARING the other keys are FLUX.1's too; one key of the others among a whole FLUX.1 adapter is just unknown.
+SHARING = ("FLUX.2", "Chroma", "Qwen-Image", "HunyuanVideo")
 KEYS: tuple[tuple[str, str], ...] = (
     (
         "FLUX.2",
@@ -45,7 +47,10 @@ NAMES: tuple[tuple[str, str], ...] = (
     ("Z-Image or Lumina", r"z-?image|lumina"),
     ("LTX-Video, PixArt or CogVideoX", r"^ltx|pixart|cogvideo"),
 )
-LAST_DOUBLE, LAST_SINGLE = 18, 37  # the blocks of FLUX.1
+OWN = re.compile(
+    r"(^|\.)(double|single)(\.transformer)?\.blocks\.\d+\.|transformer\.blocks\.\d+\.attn\.(to|add)\."
+)
+LAST_DOUBLE = 18  # of the double blocks of FLUX.1
 ENTRIES = ("modelspec.architecture", "ss_base_model_version")
 
 
@@ -53,21 +58,18 @@ def model(tensors: Mapping[str, mx.array], metadata: Mapping[str, str]) -> str |
     """The model that an adapter is for, where that is not FLUX.1; else None."""
     keys = [re.sub(r"[_.]+", ".", key) + "." for key in tensors]
     by_keys = next((name for name, sign in KEYS if any(re.search(sign, key) for key in keys)), None)
-    return by_keys or _by_blocks(keys) or _by_shapes(tensors) or _by_header(metadata)
+    if by_keys in SHARING or (by_keys and not any(OWN.search(key) for key in keys)):
+        return by_keys
+    return _by_blocks(keys) or _by_shapes(tensors) or _by_header(metadata)
 
 
 def _by_blocks(keys: list[str]) -> str | None:
-    """Of models that share names with FLUX.1 and have more blocks."""
-    last = dict.fromkeys(("double", "single", "transformer"), -1)
-    for key in keys:
-        for match in re.finditer(r"(single\.transformer|double|single|transformer)\.blocks\.(\d+)\.", key):
-            kind = match[1] if match[1] in last else "single"
-            last[kind] = max(last[kind], int(match[2]))
-    if last["single"] < 0 and last["double"] < 0 and last["transformer"] > LAST_DOUBLE:
-        return "Stable Diffusion 3"
-    if max(last["double"], last["transformer"]) > LAST_DOUBLE or last["single"] > LAST_SINGLE:
-        return "a model of more blocks than FLUX.1"
-    return None
+    """Stable Diffusion 3 has diffusers' names of FLUX.1's double blocks, more of them, and no single ones."""
+    found = (re.search(r"(single\.)?transformer\.blocks\.(\d+)\.", key) for key in keys)
+    blocks = [(match[1] is not None, int(match[2])) for match in found if match]
+    return (
+        "Stable Diffusion 3" if blocks and max(blocks) > (False, LAST_DOUBLE) and not max(blocks)[0] else None
+    )
 
 
 def _by_shapes(tensors: Mapping[str, mx.array]) -> str | None:

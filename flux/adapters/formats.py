@@ -15,16 +15,18 @@ from flux import jsonfiles
 from flux.adapters import foreign, names
 from flux.adapters.adapter import Adapter
 from flux.adapters.changes import LYCORIS, PEFT, Delta, Replacement
-from flux.adapters.folders import PEFT_CONFIG, PEFT_FILE, adapter_file
+from flux.adapters.folders import PEFT_CONFIG, PEFT_STEM, adapter_file
 from flux.adapters.fused import Piece, fuse, swap_halves
 from flux.adapters.kinds import Roles, read_delta
 from flux.adapters.names import Home
 from flux.adapters.peft_config import Configs, Json
 from flux.errors import FluxError
 from flux.weights import tensors as files
+from flux.weights import torchfile
 
 DORA_RULE = "flux_mlx.dora"  # our header's entry: how a DoRA is weighed, where its name does not tell
 MLP_RATIO = 4  # of every FLUX.1: the rows of linear1's last part, where a file leaves that part out
+TORCH = (".bin", ".pt", ".pth", ".ckpt")  # PyTorch's own files
 SHOWN = 20  # how many keys an error line shows
 
 # What a file is called in reports: the first pattern that one of its keys has.
@@ -47,17 +49,20 @@ FORMATS: tuple[tuple[str, str], ...] = (
 
 
 def load(path: str | Path, strict: bool = False) -> Adapter:
-    """Reads an adapter from a safetensors file, or a folder as diffusers, PEFT or a trainer writes it. Lazy.
+    """Reads an adapter from a file of safetensors or PyTorch, or a folder of diffusers, PEFT or a trainer. Lazy.
 
     strict: FluxError with every key that found no home; otherwise they are in the adapter's `homeless`.
     FluxError too where nothing in the file is an adapter for FLUX.1, or the file is one for another model.
     """
-    path = adapter_file(Path(path))
+    path = adapter_file(Path(path).expanduser())
     beside = path.with_name(PEFT_CONFIG)
-    config = jsonfiles.read(beside) if path.name == PEFT_FILE and beside.is_file() else None
-    tensors = files.load([path])
+    config = jsonfiles.read(beside) if path.stem == PEFT_STEM and beside.is_file() else None
+    if path.suffix.lower() in TORCH:
+        tensors, metadata = torchfile.load([path]), {}
+    else:
+        tensors, metadata = files.load([path]), files.read_header(path).metadata
     try:
-        adapter = read(tensors, files.read_header(path).metadata, config)
+        adapter = read(tensors, metadata, config)
     except FluxError as error:
         raise FluxError(f"{path}: {error}") from None
     if strict and adapter.homeless:
@@ -147,7 +152,9 @@ def _whole(module: str, parts: Mapping[Home, Delta]) -> Delta:
     last = [d.shape[0] for home, d in parts.items() if home.end == home.parts and d.shape[0] is not None]
     rest = last[0] if last else hidden * (MLP_RATIO if home.parts == 4 else 1)
     edges = [hidden * i for i in range(home.parts)] + [hidden * (home.parts - 1) + rest]
-    pieces = [Piece(edges[home.first], edges[home.end], delta) for home, delta in parts.items()]
+    pieces = [
+        Piece(edges[home.first], delta, edges[home.end] - edges[home.first]) for home, delta in parts.items()
+    ]
     try:
         return fuse(pieces, edges[-1])
     except ValueError as error:

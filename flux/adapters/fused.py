@@ -38,11 +38,15 @@ GAPS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A change of the rows from `start` to before `end`."""
+    """A change of the rows from `start` on; rows: how many, where the change does not tell."""
 
     start: int
-    end: int
     delta: Delta
+    rows: int | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + (self.delta.shape[0] or self.rows or 0)
 
 
 def fuse(pieces: Sequence[Piece], rows: int) -> Delta:
@@ -52,7 +56,7 @@ def fuse(pieces: Sequence[Piece], rows: int) -> Delta:
     """
     pieces = sorted(pieces, key=lambda piece: piece.start)
     for piece, after in zip(pieces, [*(p.start for p in pieces[1:]), rows], strict=True):
-        if piece.end > after or piece.delta.shape[0] not in (None, piece.end - piece.start):
+        if piece.end > after or piece.rows not in (None, piece.end - piece.start):
             raise ValueError("the parts of a fused layer do not fit together")
     changes = [piece for piece in pieces if piece.delta.change is not None]
     vectors = {name: _fuse_vectors(pieces, name, rows) for name in GAPS if name != "magnitude"}

@@ -80,7 +80,7 @@ def _alpha(home: Home, roles: Roles, rank: int, configs: Configs) -> float:
 def _matrix(home: Home, tensor: mx.array) -> mx.array:
     """A factor of a linear layer: (n, m), or (n, m, 1, 1) where it was written as a convolution."""
     if tensor.ndim != 2 and tensor.shape[2:] != (1, 1):
-        raise FluxError(f"{home.theirs}: a matrix of shape {tuple(tensor.shape)}")
+        raise FluxError(f"{home.theirs}: matrices of shape {tuple(tensor.shape)}")
     return tensor.reshape(tensor.shape[:2])
 
 
@@ -165,12 +165,16 @@ def _factor(home: Home, roles: Roles, name: str) -> tuple[mx.array, int | None]:
 
 
 def _glora(home: Home, roles: Roles, configs: Configs) -> GLoRA:
-    """W a1 a2 + b1 b2; LyCORIS before 2.0 had the factors of each product in the other order."""
+    """W a1 a2 + b1 b2; LyCORIS before 2.0 had the factors of each product in the other order.
+
+    A square layer allows both: then the smaller rank is meant.
+    """
     a1, a2, b1, b2 = (_matrix(home, roles.pop(f"glora {name}")) for name in ("a1", "a2", "b1", "b2"))
     if "glora bm" in roles:
         b1 = b1 @ _matrix(home, roles.pop("glora bm"))
-    ranks = {a1.shape[1], a2.shape[0], b1.shape[1], b2.shape[0]}
-    if len(ranks) > 1:
+    new = {a1.shape[1], a2.shape[0], b1.shape[1], b2.shape[0]}
+    old = {a1.shape[0], a2.shape[1], b1.shape[0], b2.shape[1]}
+    if len(old) == 1 and (len(new) > 1 or max(old) < max(new)):
         a1, a2, b1, b2 = a2, a1, b2, b1
     _chain(home, a1, a2)
     _chain(home, b1, b2)
@@ -185,7 +189,8 @@ def _glora(home: Home, roles: Roles, configs: Configs) -> GLoRA:
 
 def _ia3(home: Home, roles: Roles, configs: Configs) -> Scaling:
     """LyCORIS: W (1 + weight), along the rows or, where `on_input`, the columns."""
-    factor, columns = roles.pop("weight").reshape(-1), roles.pop("on_input")
+    role = "weight" if "weight" in roles else "whole weight"
+    factor, columns = roles.pop(role).reshape(-1), roles.pop("on_input")
     return Scaling(factor[None] if columns.reshape(-1)[0].item() else factor[:, None])
 
 
@@ -202,7 +207,7 @@ def _dense(home: Home, roles: Roles, configs: Configs) -> Dense:
 
 
 def _replacement(home: Home, roles: Roles, configs: Configs) -> Replacement:
-    return Replacement(_matrix(home, roles.pop("weight")))
+    return Replacement(_matrix(home, roles.pop("whole weight")))
 
 
 # --- Rotations ---
@@ -324,6 +329,7 @@ KINDS: tuple[tuple[frozenset[str], Reader], ...] = (
     *((needs, _kronecker) for needs in _lokr_needs()),
     (frozenset({"glora a1", "glora a2", "glora b1", "glora b2"}), _glora),
     (frozenset({"weight", "on_input"}), _ia3),
+    (frozenset({"whole weight", "on_input"}), _ia3),
     (frozenset({"ia3_l"}), _ia3_of_peft),
     (frozenset({"oft_blocks"}), _oft),
     (frozenset({"oft_blocks.0"}), _oft_parts),
@@ -331,7 +337,7 @@ KINDS: tuple[tuple[frozenset[str], Reader], ...] = (
     (frozenset({"oft_R"}), _oft_of_peft),
     (frozenset({"boft_R"}), _boft_of_peft),
     (frozenset({"diff"}), _dense),
-    (frozenset({"weight"}), _replacement),
+    (frozenset({"whole weight"}), _replacement),
 )
 MATRICES = frozenset().union(*(needs for needs, _ in KINDS)) - {"on_input"} | {
     *("mid", "hada_t1", "hada_t2", "lokr_t2", "glora bm", "rescale", "boft_s"),

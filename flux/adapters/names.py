@@ -21,6 +21,8 @@ PREFIX = re.compile(
 PEFT_NAME = re.compile(
     r"\.(lora_[AB]|lora_magnitude_vector|hada_w\w+|lokr_w\w+|ia3_l|oft_R|boft_[Rs])\.(?!weight$|bias$)[^.]+(?=\.|$)"
 )
+# Under these names a `.weight` or `.bias` of a layer is all of it, trained whole.
+WHOLE = re.compile(r"^(base_model\.model|transformer|text_encoder)\.|\.modules_to_save\.|\.base_layer\.")
 PEFT_WRAPPER = re.compile(r"\.modules_to_save\.[^.]+(?=\.\w+$)|\.base_layer(?=\.bias$)")
 
 # What a key's last part says. The first that fits counts, so longer ones stand before their own endings.
@@ -65,7 +67,7 @@ SUFFIXES: tuple[tuple[str, str], ...] = (
     (".scale.diff", "diff"),  # ComfyUI, of a norm
     (".diff", "diff"),
     (".scale", "replacement"),  # of a norm, under BFL's name
-    (".weight", "weight"),  # of a norm under diffusers' name, or of a layer that was trained whole
+    (".weight", "weight"),  # of a norm under diffusers' name, of (IA)3, or of a layer that was trained whole
     (".bias", "new bias"),
 )
 # What may be said of a norm -> which of its parameters that is about.
@@ -163,12 +165,16 @@ def _homes() -> dict[str, Home]:
 
 def find(key: str) -> Key | None:
     """What a key of a file means, or None where its name says nothing here."""
+    whole = WHOLE.search(key) is not None
     key = PEFT_WRAPPER.sub("", PEFT_NAME.sub(r".\1", key))
     for suffix, role in SUFFIXES:
         home = find_module(key.removesuffix(suffix)) if key.endswith(suffix) else None
-        if home and home.norm and role == "weight":
-            role = "replacement"
-        if home and (role in NORM_ROLES if home.norm else role not in ("replacement", "norm bias")):
+        if home is None:
+            continue
+        if role == "weight":
+            role = "replacement" if home.norm else "whole weight" if whole else role
+        fits = role in NORM_ROLES if home.norm else role not in ("replacement", "norm bias")
+        if fits and (whole or role != "new bias"):
             return Key(home, role)
     return None
 

@@ -34,9 +34,11 @@ class Configs:
 
     def _unpack(self, text: str) -> None:
         try:
-            packed = jsonfiles.parse_object(text)
+            packed = jsonfiles.parse(text)
         except ValueError as error:
             raise FluxError(f"{PEFT_METADATA}: {error}") from None
+        if not isinstance(packed, dict):
+            raise FluxError(f"{PEFT_METADATA}: should be a JSON object, not {type(packed).__name__}")
         for name, value in packed.items():
             network, _, field = name.partition(".")
             self._configs.setdefault(network, {})[field] = value

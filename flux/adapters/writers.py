@@ -18,7 +18,6 @@ import mlx.core as mx
 from flux.adapters.adapter import Adapter, part_of
 from flux.adapters.changes import (
     PEFT,
-    Additive,
     Delta,
     Dense,
     GLoRA,
@@ -135,18 +134,9 @@ def to_kohya(adapter: Adapter) -> tuple[Tensors, Metadata]:
 
 def _flat(delta: Delta) -> Delta:
     """Parts of unlike kinds as one matrix, where that says the same for every base."""
-    change = delta.change
-    if not isinstance(change, Stack):
-        return delta
-    if any(part.magnitude is not None or not isinstance(part.change, Additive) for *_, part in change.parts):
-        return delta
-    return replace(delta, change=Dense(change.delta(mx.zeros(_known(change.shape)))))
-
-
-def _known(shape: tuple[int, int | None]) -> tuple[int, int]:
-    rows, columns = shape
-    assert columns is not None, "an additive change knows its columns"
-    return rows, columns
+    if isinstance(delta.change, Stack) and delta.change.is_additive:
+        return replace(delta, change=Dense(delta.change.dense()))
+    return delta
 
 
 def _of_kind(adapter: Adapter, *kinds: type) -> list[str]:
