@@ -4,7 +4,7 @@
 
 The pictures are renderings on five of the ten backgrounds, each in another place, captioned with a trigger
 word. Asked for is then the subject on the other five backgrounds, in all places and both sizes; and before
-and after, for held-out prompts of subjects that the model knows. The judge is that of `pretrain.evaluate`.
+and after, for held-out prompts of subjects that the model knows. `recipes.tiny.evaluate` judges the pictures.
 
 The adapter changes CLIP too. Without that the subject takes on the colour of backgrounds that it never
 had: of teddy bears 76 to 80 % were recognised, with CLIP all (200 to 250 iterations, 25 prompts).
@@ -14,23 +14,21 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import flux  # noqa: F401  (before mlx.core, so that OpenBLAS is there first)
 
 # isort: split
-import mlx.core as mx
 import numpy as np
 from PIL import Image
 
-from flux import adapters, images
+from flux import adapters
 from flux.adapters.writers import WRITERS
-from flux.conditioning import encode_texts
-from flux.pipeline import Conditioning, FluxPipeline
+from flux.evaluation.proportion import Proportion
+from flux.pipeline import FluxPipeline
 from flux.recipes.emoji import COLOURS, PLACES, SIZES, Composition, Renderer, captions, subjects
-from flux.recipes.tiny.evaluate import Share, held_out_prompts, judge
+from flux.recipes.tiny.evaluate import draw, held_out_prompts, judge
 from flux.recipes.tiny.recipe import SUBJECTS
 from flux.training.finetune import FineTuning, Options
 
@@ -106,22 +104,10 @@ def train(folder: Path, subject: str, **settings: Any) -> Path:
     return FineTuning(Options(**options), quiet=True).execute()
 
 
-def right(pipeline: FluxPipeline, prompts: Asked) -> dict[str, Share]:
+def right(pipeline: FluxPipeline, prompts: Asked) -> dict[str, Proportion]:
     """How many pictures of these prompts show what they say: subject, background, place."""
     shown, texts = zip(*prompts, strict=True)
-    return judge(draw(pipeline, texts), shown)
-
-
-def draw(pipeline: FluxPipeline, prompts: Sequence[str]) -> np.ndarray:
-    """A picture of each prompt, (B, 64, 64, 3) uint8, all in one batch: faster than one by one."""
-    spec, size = pipeline.spec, pipeline.latent_size(pipeline.spec.image_size)
-    parts = (pipeline.t5, pipeline.clip, pipeline.t5_tokenizer, pipeline.clip_tokenizer)
-    conditioning = Conditioning(encode_texts(prompts, *parts), encode_texts([""], *parts))
-    noise = pipeline.noise(range(len(prompts)), size)
-    settings = (noise, size, spec.steps, spec.guidance, spec.cfg_scale)
-    for x in pipeline.denoise(pipeline.prepare(conditioning, *settings)):
-        mx.eval(x)
-    return images.to_uint8(pipeline.decode(x, size))
+    return judge(draw(pipeline, texts)[0], shown)
 
 
 def main() -> None:

@@ -1,11 +1,34 @@
-"""What the programs' command lines have in common: types of arguments, and errors of one line."""
+"""What the programs have in common: how they end, types of arguments, and prompts from files."""
 
 import argparse
 import math
+import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from flux import images
+from flux.distributed.ranks import Ranks, print_error
 from flux.errors import FluxError
+
+
+def run_program(program: Callable[[Ranks], int]) -> int:
+    """Run a program, alone or as a rank of mlx.launch's; its exit status.
+
+    2 for bad input, of which one line is printed, and 130 when interrupted. Rank 0 alone prints and warns.
+    """
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    ranks = None
+    try:
+        ranks = Ranks()
+        ranks.silence_other_ranks()
+        return program(ranks)
+    except FluxError as error:
+        print_error(error, ranks)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,3 +74,71 @@ def adapter(text: str) -> tuple[str, float]:
             message = f"the strength of {file} must be a number, not {number!r}"
             raise argparse.ArgumentTypeError(message) from None
         return text, 1.0
+
+
+def find_prompts(given: list[str], file: str | None, folder: str | None) -> list[str]:
+    """The prompts of a command line, or of a file or a folder that it names; each as one line."""
+    if sum(source is not None for source in (given or None, file, folder)) > 1:
+        raise FluxError("prompts come from the command line, --prompts-file or --prompts, not from two")
+    if folder is not None:
+        return [read_prompt(path) for path in prompt_files(folder)]
+    if file is not None:
+        return read_prompts(file)
+    return [" ".join(prompt.splitlines()) for prompt in given]
+
+
+def read_prompts(name: str) -> list[str]:
+    """The prompts of a file, one a line; of standard input where the name is "-"."""
+    title = "standard input" if name == "-" else name
+    try:
+        data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        prompts = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise FluxError(f"{title} is not UTF-8 text") from None
+    except OSError as error:
+        raise FluxError(f"cannot read the prompts' file {title}: {error.strerror}") from None
+    if not prompts:
+        raise FluxError(f"{title} holds no prompt; it should hold one a line")
+    return prompts
+
+
+def prompt_files(folder: str) -> list[Path]:
+    """The .txt files of a folder, by name, without those of its sub-folders.
+
+    FluxError where two of them would name the same picture.
+    """
+    try:
+        paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() == ".txt")
+    except OSError as error:
+        raise FluxError(f"cannot read the prompts' folder {folder}: {error.strerror}") from None
+    paths = [path for path in paths if path.is_file() and not path.name.startswith(".")]
+    if not paths:
+        raise FluxError(f"the prompts' folder {folder} holds no .txt file; it should hold one a prompt")
+    names: dict[str, Path] = {}
+    for path in paths:
+        other = names.setdefault(path.stem.casefold(), path)  # some file systems take A.png for a.png
+        if other is not path:
+            raise FluxError(f"{other} and {path.name} would both be the picture {path.stem}.png: rename one")
+    return paths
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a file as one line."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise FluxError(f"{path} is not UTF-8 text") from None
+    except OSError as error:
+        raise FluxError(f"cannot read the prompt {path}: {error.strerror}") from None
+    if not text.strip():
+        raise FluxError(f"{path} is empty; it should say what its picture shows")
+    return " ".join(text.split())
+
+
+def check_folder(output: str) -> None:
+    """Raise FluxError where pictures could not be written into the output's folder, or it not be made."""
+    folder = Path(output)
+    is_picture = folder.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not folder.is_dir()
+    if not output or folder.is_file() or is_picture:
+        raise FluxError(f"--prompts needs a folder as --output, not {output or 'nothing'}")
+    images.check_output((folder if folder.is_dir() else folder.parent) / "out.png")

@@ -63,6 +63,17 @@ def fit(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.array(fitted)
 
 
+def normalize(pictures: mx.array | np.ndarray) -> mx.array:
+    """uint8 -> floats in -1..1 of the same shape, float32, as the autoencoder takes them."""
+    pictures = mx.array(pictures) if isinstance(pictures, np.ndarray) else pictures
+    return pictures.astype(mx.float32) / 127.5 - 1
+
+
+def denormalize(x: mx.array) -> mx.array:
+    """The autoencoder's floats, about -1..1 -> floats in 0..1 of the same shape, float32."""
+    return mx.clip(x.astype(mx.float32) * 0.5 + 0.5, 0, 1)
+
+
 def to_uint8(x: mx.array | np.ndarray) -> np.ndarray:
     """Floats in 0..1 -> uint8 of the same shape, rounded as diffusers rounds."""
     x = np.array(x.astype(mx.float32) if isinstance(x, mx.array) else x)
@@ -91,6 +102,14 @@ def check_output(path: str | Path) -> None:
         raise FluxError(f"the output's folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise FluxError(f"cannot write into the output's folder {path.parent}")
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder in one that is there, unless it is there itself; FluxError where that cannot be."""
+    try:
+        Path(path).mkdir(exist_ok=True)
+    except OSError as error:
+        raise FluxError(f"cannot make the output's folder {path}: {error.strerror}") from None
 
 
 def _format(path: Path) -> str:

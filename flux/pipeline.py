@@ -7,24 +7,27 @@ only one stage is in memory at a time.
 
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
-from flux import machine, sampler
+from flux import generation, images, machine, sampler
 from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.conditioning import TextConditioning, encode_texts
 from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard
 from flux.errors import FluxError
+from flux.generation import OnStep, Request, ResolvedRequest
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux, Modulation
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
-from flux.weights import checkpoints
+from flux.weights import checkpoints, tensors
 from flux.weights.quantize import quantize
 from flux.weights.registry import ModelSpec
 
@@ -57,9 +60,8 @@ class Branch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All that `denoise` needs; `mx.eval` takes it."""
+    """All that `denoise` needs besides the noise; `mx.eval` takes it."""
 
-    x: mx.array  # (B, L, channels), the noise
     times: list[float]
     positive: Branch
     negative: Branch | None
@@ -103,6 +105,7 @@ class FluxPipeline:
         self.checkpoint = checkpoints.find(name, **files)
         self._set(load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks), t5_padding)
         self._split = ranks is not None
+        self._adapters = [Path(file) for file, _ in adapters]
 
     @classmethod
     def from_parts(cls, parts: Parts, t5_padding: bool = True) -> "FluxPipeline":
@@ -115,11 +118,8 @@ class FluxPipeline:
         self.spec, self.flow, self.ae, self.clip, self.t5, self.clip_tokenizer, self.t5_tokenizer = parts
         self.t5_padding = t5_padding
         self._split = False
-
-    @property
-    def downscale(self) -> int:
-        """Pixels of a picture to one of its latent, along each side: 8 for FLUX.1."""
-        return 2 ** (len(self.ae.params.ch_mult) - 1)
+        # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
+        self.downscale = 2 ** (len(self.ae.params.ch_mult) - 1)
 
     def latent_size(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """The latent's (height, width) of a picture's in pixels, rounded with a warning where it must be."""
@@ -136,6 +136,11 @@ class FluxPipeline:
             )
         return h, w
 
+    def fingerprints(self) -> dict[str, str]:
+        """A digest of each file of weights, by what it is: the same on ranks that have the same files."""
+        adapters = {f"adapter {file}": tensors.fingerprint(file) for file in self._adapters}
+        return self.checkpoint.fingerprints() | adapters
+
     def ensure_models_are_loaded(self) -> None:
         """Read all weights now rather than when they are first needed."""
         for part in (self.flow, self.ae, self.clip, self.t5):
@@ -146,6 +151,42 @@ class FluxPipeline:
         """A network that is split is read before it is used, or whole layers would stand in memory."""
         if self._split:
             evaluate(network)
+
+    def generate_images(
+        self,
+        prompt: str,
+        n_images: int = 1,
+        seed: int | None = None,
+        image_size: tuple[int, int] | None = None,
+        num_steps: int | None = None,
+        guidance: float | None = None,
+        negative_prompt: str | None = None,
+        cfg_scale: float | None = None,
+        on_step: OnStep | None = None,
+        keep_models: bool = True,
+    ) -> np.ndarray:
+        """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
+
+        seed: of the first picture; picture i is made from seed + i. None: a random one.
+        image_size: (height, width) in pixels. It, num_steps, guidance, cfg_scale: the model's own where None.
+        negative_prompt: what to lead away from, with a `cfg_scale` above 1; empty where None.
+        on_step: called with the request of one picture, the step and the latent after it.
+        keep_models: False takes each network out of memory when its work is done; the pipeline can then make
+        no other picture.
+        Raises FluxError for values that make no picture.
+        """
+        seed = sampler.random_seed() if seed is None else seed
+        request = Request(
+            prompt=prompt,
+            seeds=tuple(range(seed, seed + n_images)),
+            negative_prompt=negative_prompt,
+            image_size=image_size,
+            steps=num_steps,
+            guidance=guidance,
+            cfg_scale=cfg_scale,
+        )
+        pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
+        return np.stack(list(pictures))
 
     def generate_latents(
         self,
@@ -172,23 +213,25 @@ class FluxPipeline:
         pipeline can then make no other picture.
         Raises FluxError for values that make no picture.
         """
-        num_steps = self.spec.steps if num_steps is None else num_steps
-        guidance = self.spec.guidance if guidance is None else guidance
-        cfg_scale = self.spec.cfg_scale if cfg_scale is None else cfg_scale
         seed = sampler.random_seed() if seed is None else seed
-        check_sampling(num_steps, n_images, latent_size, negative_prompt, cfg_scale)
-        noise = self.noise(range(seed, seed + n_images), latent_size)
+        height, width = latent_size
+        if height < 2 or width < 2 or height % 2 or width % 2:
+            raise FluxError(f"the latent's height and width must be even and positive, not {latent_size}")
+        size = (self.downscale * height, self.downscale * width)
+        seeds = tuple(range(seed, seed + n_images))
+        request = Request(text, seeds, negative_prompt, size, num_steps, guidance, cfg_scale).resolved(self)
+        noise = self.noise(seeds, latent_size)
 
         def generate():
-            conditioning = self.encode(text, negative_prompt, cfg_scale)
+            conditioning = self.encode(text, negative_prompt, request.cfg_scale)
             # The caller cannot evaluate what it does not see, and is about to delete the encoders.
             mx.eval(conditioning.negative or ())
             yield self._shown(conditioning.positive, noise, latent_size)
-            plan = self.prepare(conditioning, noise, latent_size, num_steps, guidance, cfg_scale)
+            plan = self.prepare(request, conditioning)
             if not keep_modulation:
                 mx.eval(plan)
                 self.flow.drop_modulation()
-            yield from self.denoise(plan)
+            yield from self.denoise(plan, noise)
 
         return generate()
 
@@ -214,23 +257,19 @@ class FluxPipeline:
         alike = (sampler.image_positions(latent_size), text.t5, t5_positions, text.clip)
         return noise, *(mx.broadcast_to(a, (len(noise), *a.shape[1:])) for a in alike)
 
-    def prepare(
-        self,
-        conditioning: Conditioning,
-        noise: mx.array,
-        latent_size: tuple[int, int],
-        num_steps: int,
-        guidance: float,
-        cfg_scale: float = 1.0,
-    ) -> Plan:
-        """Compute, lazily, what is the same in all steps; noise (B, L, channels) is packed.
+    def prepare(self, request: ResolvedRequest, conditioning: Conditioning) -> Plan:
+        """Compute, lazily, what is the same in all steps and for all seeds.
 
         After the plan's evaluation `flow.drop_modulation()` gives memory back, and `denoise` still works.
         """
         self._read(self.flow)
-        times = sampler.timesteps(num_steps, noise.shape[1], self.spec.shift)
-        branches = [text and self._branch(text, latent_size, times, guidance) for text in conditioning]
-        return Plan(noise, times, *branches, cfg_scale)
+        height, width = request.latent_size
+        times = sampler.timesteps(request.steps, height // 2 * (width // 2), self.spec.shift)
+        branch = partial(
+            self._branch, latent_size=request.latent_size, times=times, guidance=request.guidance
+        )
+        negative = conditioning.negative and branch(conditioning.negative)
+        return Plan(times, branch(conditioning.positive), negative, request.cfg_scale)
 
     def _branch(
         self, text: TextConditioning, latent_size: tuple[int, int], times: list[float], guidance: float
@@ -242,8 +281,8 @@ class FluxPipeline:
             self.flow.modulation(mx.array(times[:-1]), text.clip, mx.array([guidance])),
         )
 
-    def denoise(self, plan: Plan) -> Iterator[mx.array]:
-        """Yield the packed latent (B, L, channels), float32, after each step.
+    def denoise(self, plan: Plan, noise: mx.array) -> Iterator[mx.array]:
+        """Yield the packed latent (B, L, channels), float32, after each step from packed noise of that shape.
 
         With a negative prompt every step is two passes rather than one batch of two: this takes half the
         memory, and the prompts may differ in length.
@@ -260,7 +299,7 @@ class FluxPipeline:
                 return v
             return sampler.guide(v, branch_velocity(plan.negative, x, step), plan.cfg_scale)
 
-        return sampler.euler(velocity, plan.x, plan.times)
+        return sampler.euler(velocity, noise, plan.times)
 
     def decode(self, x: mx.array, latent_size: tuple[int, int] = (64, 64)) -> mx.array:
         """Packed latents (B, L, channels) -> pictures (B, H, W, 3) in 0..1, float32.
@@ -269,8 +308,7 @@ class FluxPipeline:
         """
         latent = sampler.unpack(x, latent_size)  # (B, h, w, z)
         latent = latent.astype(self.ae.decoder.conv_in.weight.dtype)
-        picture = self.ae.decode(latent, machine.autoencoder_memory())
-        return mx.clip(picture.astype(mx.float32) * 0.5 + 0.5, 0, 1)
+        return images.denormalize(self.ae.decode(latent, machine.autoencoder_memory()))
 
 
 def load(
@@ -310,25 +348,3 @@ def load(
         checkpoint.load_clip_tokenizer(),
         checkpoint.load_t5_tokenizer(),
     )
-
-
-def check_sampling(
-    num_steps: int,
-    n_images: int,
-    latent_size: tuple[int, int],
-    negative_prompt: str | None,
-    cfg_scale: float,
-) -> None:
-    """Raise FluxError, naming the value, where no picture can be made of these."""
-    if num_steps < 1:
-        raise FluxError(f"steps must be at least 1, not {num_steps}")
-    if n_images < 1:
-        raise FluxError(f"the number of pictures must be at least 1, not {n_images}")
-    if any(side < 2 or side % 2 for side in latent_size):
-        raise FluxError(f"the latent's height and width must be even and positive, not {latent_size}")
-    if cfg_scale < 1:
-        raise FluxError(f"the cfg scale must be at least 1 (no effect), not {cfg_scale}")
-    if negative_prompt and cfg_scale == 1:
-        raise FluxError(
-            f"the negative prompt {negative_prompt!r} needs a cfg scale above 1 to have an effect"
-        )

@@ -48,11 +48,16 @@ def random_seed() -> int:
     return secrets.randbits(32)
 
 
-def noise(seeds: Sequence[int], latent_size: tuple[int, int], channels: int) -> mx.array:
-    """Standard normal latents (B, h, w, channels), float32; picture i depends on seeds[i] and the shape."""
+def check_seeds(seeds: Sequence[int]) -> None:
+    """FluxError, naming the seed, for one that `noise` cannot take."""
     for seed in seeds:
         if not 0 <= seed <= MAX_SEED:
             raise FluxError(f"a seed must lie between 0 and {MAX_SEED}, not {seed}")
+
+
+def noise(seeds: Sequence[int], latent_size: tuple[int, int], channels: int) -> mx.array:
+    """Standard normal latents (B, h, w, channels), float32; picture i depends on seeds[i] and the shape."""
+    check_seeds(seeds)
     return mx.stack([mx.random.normal((*latent_size, channels), key=mx.random.key(seed)) for seed in seeds])
 
 
@@ -71,7 +76,7 @@ def unpack(tokens: mx.array, latent_size: tuple[int, int]) -> mx.array:
     h, w = latent_size
     B, L, C = tokens.shape
     if h % 2 or w % 2 or h // 2 * (w // 2) != L:
-        raise FluxError(f"{L} tokens are no latent of {h}x{w}")
+        raise FluxError(f"{L} tokens cannot form a latent of {h}x{w}")
     x = tokens.reshape(B, h // 2, w // 2, C // 4, 2, 2)
     x = x.transpose(0, 1, 4, 2, 5, 3)  # (B, h/2, 2, w/2, 2, C)
     return x.reshape(B, h, w, C // 4)

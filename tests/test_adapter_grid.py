@@ -1,6 +1,7 @@
 """The grid of checkpoints, strengths and prompts: which picture stands where, and what it must equal."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -13,14 +14,15 @@ from flux.adapters import save
 from flux.adapters.__main__ import main
 from flux.adapters.beside import AdaptedLinear
 from flux.errors import FluxError
-from flux.evaluation.grid import BASE, Named, Sampling, draw, encode, grid, read
+from flux.evaluation.grid import BASE, Named, draw, encode, grid, read
+from flux.generation import Request
 from flux.pipeline import FluxPipeline
 
 from . import tiny_pipeline
 from .model_adapters import CLIP, FLOW, MODULATION, make, write
 
 PROMPTS = ["a photo of sks dog", "a photo of a dog"]
-SAMPLING = Sampling(seeds=(3, 8), image_size=(32, 48), steps=2)
+SAMPLING = Request("", seeds=(3, 8), image_size=(32, 48), steps=2)
 FLOW_ONLY, BOTH = Named("first", make(FLOW, 1)), Named("second", make({**FLOW, **MODULATION, **CLIP}, 2))
 PARTS = [["flux"], ["flux", "clip"]]
 
@@ -37,9 +39,7 @@ def alone(model: str, folder: Path, prompt: str, seed: int, named: Named | None,
         save(folder / "one.safetensors", named.adapter, "native")
         files = [(folder / "one.safetensors", strength)]
     pipeline = FluxPipeline(model, adapters=files)
-    size = pipeline.latent_size(SAMPLING.image_size)
-    *_, x = pipeline.generate_latents(prompt, 1, SAMPLING.steps, None, size, seed)
-    return images.to_uint8(pipeline.decode(x, size))[0]
+    return pipeline.generate_images(prompt, 1, seed, SAMPLING.image_size, SAMPLING.steps)[0]
 
 
 def test_every_picture_is_the_one_that_its_adapter_makes_alone(model, tmp_path):
@@ -68,10 +68,12 @@ def test_texts_are_encoded_once_unless_an_adapter_changes_the_encoders(model, mo
     pipeline, encoded = FluxPipeline(model), []
     original = pipeline.encode
     monkeypatch.setattr(pipeline, "encode", lambda *args: encoded.append(args[0]) or original(*args))
-    texts = encode(pipeline, [FLOW_ONLY, BOTH], PARTS, PROMPTS, [0.0, 0.5, 1.0])
+    requests = [replace(SAMPLING, prompt=prompt).resolved(pipeline) for prompt in PROMPTS]
+    texts = encode(pipeline, [FLOW_ONLY, BOTH], PARTS, requests, [0.0, 0.5, 1.0])
     assert encoded == PROMPTS * 3  # the model alone, and two strengths of the adapter with CLIP
     assert texts[0, 0.5] is texts[0, 1.0] is texts[BASE]
-    assert not mx.array_equal(texts[1, 0.5][0].positive.clip, texts[1, 1.0][0].positive.clip)
+    half, full = (texts[1, strength][requests[0].texts].positive.clip for strength in (0.5, 1.0))
+    assert not mx.array_equal(half, full)
     assert not any(isinstance(module, AdaptedLinear) for module in pipeline.clip.modules())
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flux.errors import FluxError
+from flux.evaluation.proportion import Proportion
 from flux.recipes import emoji
 from flux.recipes.tiny import evaluate
 
@@ -66,8 +67,8 @@ def test_prompts_are_held_out_fixed_and_distinct():
 
 def test_wilson_interval():
     # By hand from Wilson (1927): 95 of 100 at z = 1.96.
-    low, high = evaluate.Share(95, 100).interval
+    low, high = Proportion(95, 100).interval
     assert low == pytest.approx(0.8882, abs=1e-4)
     assert high == pytest.approx(0.9785, abs=1e-4)
-    assert evaluate.Share(0, 10).interval[0] == 0
-    assert evaluate.Share(10, 10).interval[1] == pytest.approx(1)
+    assert Proportion(0, 10).interval[0] == 0
+    assert Proportion(10, 10).interval[1] == pytest.approx(1)

@@ -184,3 +184,14 @@ def test_check_output_in_a_read_only_folder(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(FluxError, match="cannot write"):
         images.check_output(tmp_path / "a.png")
+
+
+def test_normalize_and_denormalize_are_inverse():
+    """uint8 -> -1..1, for numpy and MLX alike, and through 0..1 back to the same numbers."""
+    everything = np.arange(256, dtype=np.uint8)
+    for pictures in (everything, mx.array(everything)):
+        x = images.normalize(pictures)
+        assert x.dtype == mx.float32
+        assert (x[0].item(), x[255].item()) == (-1, 1)
+        assert np.array_equal(images.to_uint8(images.denormalize(x)), everything)
+    assert images.denormalize(mx.array([-3.0, 0.0, 3.0], mx.bfloat16)).tolist() == [0, 0.5, 1]

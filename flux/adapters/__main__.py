@@ -1,6 +1,7 @@
 """`python -m flux.adapters`: look into adapter files, check and convert them, see what they do."""
 
 import argparse
+import runpy
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,19 +11,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-import flux
-from flux import images
 from flux.adapters import Adapter, arithmetic, load, mismatches, read_facts, save
 from flux.adapters.adapter import part_of
 from flux.adapters.folders import adapter_files
 from flux.adapters.report import table
 from flux.adapters.writers import WRITERS
-from flux.arguments import adapter, count, finite, size
+from flux.arguments import adapter, count
 from flux.errors import FluxError
-from flux.evaluation import clip_similarity
-from flux.evaluation.grid import STRENGTHS, Sampling, grid
-from flux.evaluation.grid import read as read_adapters
-from flux.pipeline import FluxPipeline
 from flux.weights import checkpoints, layouts
 
 FILES = "adapters: safetensors files, folders (all that are in one), or patterns such as 'loras/*dog*'"
@@ -62,9 +57,7 @@ def parser() -> argparse.ArgumentParser:
         "ai-toolkit: split layers without it. What a format cannot hold is refused; what other programs will "
         "leave out of the file is said.",
     )
-    convert.add_argument(
-        "file", type=Path, metavar="FILE", help="an adapter: a safetensors file, or a folder"
-    )
+    convert.add_argument("file", type=Path, metavar="FILE", help=ONE_FILE)
     convert.add_argument("--to", required=True, choices=tuple(WRITERS), help="the format to write")
     convert.add_argument("out", type=Path, metavar="OUT", help="the new file, *.safetensors")
     convert.add_argument(
@@ -74,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     )
     convert.set_defaults(run=run_convert)
     add_arithmetic(commands)
-    add_grid(commands)
+    commands.add_parser("grid", help="what adapters do, as one labelled picture: flux.evaluation's command")
     return main
 
 
@@ -115,42 +108,6 @@ def add_arithmetic(commands: argparse._SubParsersAction) -> None:
     resize.add_argument("out", type=Path, metavar="OUT", help="the new file, *.safetensors")
     resize.add_argument("--rank", type=count, required=True, metavar="N", help="of every layer")
     resize.set_defaults(run=run_resize)
-
-
-def add_grid(commands: argparse._SubParsersAction) -> None:
-    show = commands.add_parser(
-        "grid",
-        help="what adapters do, as one labelled picture",
-        description="Draws every prompt with every adapter at every strength, from the same noise. "
-        "The class prompt names the class but not the trigger: if it shows the subject, that has leaked.",
-    )
-    add = show.add_argument
-    add("--model", required=True, help="schnell, dev, krea, tiny, a folder, or a repository of the Hub")
-    add(
-        "--adapter",
-        required=True,
-        nargs="+",
-        type=Path,
-        metavar="FILE",
-        help="adapters; of a folder all its checkpoints, in order",
-    )
-    add(
-        "--strengths", nargs="+", type=finite, default=STRENGTHS, metavar="X", help="default: 0 0.4 0.8 1 1.2"
-    )
-    add("--prompt", nargs="+", default=[], metavar="TEXT", help="what to show, with the trigger")
-    add("--class-prompt", metavar="TEXT", help="what to show without it")
-    add(
-        "--compare",
-        type=Path,
-        metavar="DIR",
-        help="the subject's pictures: adds how like them each cell is (CLIP-I; fetches CLIP ViT-B/32)",
-    )
-    add("--seed", nargs="+", type=int, default=[0], metavar="N", help="a row for each (default 0)")
-    add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's own")
-    add("--steps", type=int, metavar="N", help="denoising steps; default: the model's own")
-    add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="the model to 4 or 8 bits a weight")
-    add("--output", type=Path, default=Path("grid.png"), metavar="FILE", help="*.png (default grid.png)")
-    show.set_defaults(run=run_grid)
 
 
 def for_each_file(files: list[str], run: Callable[[Path], int]) -> int:
@@ -254,9 +211,7 @@ def run_extract(options: argparse.Namespace) -> int:
 def load_transformer(model: str) -> nn.Module:
     """A transformer in float32, lazily: of a file, of diffusers' folder for it, or of a whole model."""
     path = Path(model).expanduser()
-    if path.is_file() or (path / "diffusion_pytorch_model.safetensors.index.json").is_file():
-        return checkpoints.load_part(layouts.part_of_file(path, "transformer"), mx.float32)
-    if (path / "diffusion_pytorch_model.safetensors").is_file():
+    if path.is_file() or any(path.glob("diffusion_pytorch_model*.safetensors")):
         return checkpoints.load_part(layouts.part_of_file(path, "transformer"), mx.float32)
     return checkpoints.find(model).load_flux(mx.float32)
 
@@ -277,34 +232,11 @@ def say_kept(energies: dict[str, tuple[float, float]]) -> None:
     print(f"{len(energies)} layers: {100 * arithmetic.share_kept(energies):.2f} % of the energy kept{more}")
 
 
-def run_grid(options: argparse.Namespace) -> int:
-    if options.output.suffix.lower() != ".png":
-        raise FluxError(f"{options.output}: the grid's name should end with .png")
-    images.check_output(options.output)
-    if not all(text.strip() for text in (*options.prompt, options.class_prompt or "-")):
-        raise FluxError("a prompt is empty; say what the pictures should show")
-    adapters = read_adapters(options.adapter)
-    strengths = list(dict.fromkeys(options.strengths))
-    seeds = list(dict.fromkeys(options.seed))
-    likeness = None if options.compare is None else clip_similarity.to_folder(options.compare)
-    pipeline = FluxPipeline(options.model, bits=options.quantize)
-    sampling = Sampling(seeds, options.image_size, options.steps)
-    picture = grid(pipeline, adapters, options.prompt, options.class_prompt, strengths, sampling, likeness)
-    facts = {
-        "model": options.model,
-        "adapters": "\n".join(map(str, options.adapter)),
-        "strengths": " ".join(f"{strength:g}" for strength in strengths),
-        "prompts": "\n".join(options.prompt),
-        "class_prompt": options.class_prompt or "",
-        "seeds": " ".join(map(str, seeds)),
-        "made_with": f"flux-mlx {flux.__version__}: python -m flux.adapters grid",
-    }
-    images.save(options.output, picture, facts)
-    print(options.output)
-    return 0
-
-
 def main(arguments: list[str] | None = None) -> int:
+    """Run the program; its exit status: 0, 1 where something does not fit, 2 for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["grid"]:  # stands above this package, which does not import it
+        return runpy.run_module("flux.evaluation")["main"](arguments)
     options = parser().parse_args(arguments)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:

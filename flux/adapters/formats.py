@@ -49,7 +49,7 @@ FORMATS: tuple[tuple[str, str], ...] = (
 
 
 def load(path: str | Path, strict: bool = False) -> Adapter:
-    """Reads an adapter from a file of safetensors or PyTorch, or a folder of diffusers, PEFT or a trainer. Lazy.
+    """Reads an adapter from a file of safetensors or PyTorch, or a folder of such. Lazy.
 
     strict: FluxError with every key that found no home; otherwise they are in the adapter's `homeless`.
     FluxError too where nothing in the file is an adapter for FLUX.1, or the file is one for another model.

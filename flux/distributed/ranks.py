@@ -61,6 +61,13 @@ class Ranks:
         self.rank, self.size = self.group.rank(), self.group.size()
         self.agree({"version of flux-mlx": __version__, "version of mlx": mx.__version__})
 
+    @classmethod
+    def alone(cls) -> "Ranks":
+        """A group of this process alone, whatever mlx.launch has started."""
+        ranks = cls.__new__(cls)
+        ranks.model_parallel, ranks.rank, ranks.size = False, 0, 1
+        return ranks
+
     @property
     def is_rank_zero(self) -> bool:
         """Whether this is the rank that prints and writes."""
@@ -111,7 +118,7 @@ class Ranks:
         return [bytes(row) for row in np.array(mx.distributed.all_gather(x[None], group=self.group))]
 
     def on_all_ranks(self, work: Callable[[], Value], patience: float = PATIENCE) -> Value:
-        """Do the work; its result. Where it raises FluxError on any rank, every rank raises the first of them.
+        """Do the work; its result. If it raises FluxError on any rank, every rank raises the first of them.
 
         SystemExit, by which a parser ends after --help, likewise.
         """

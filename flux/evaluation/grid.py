@@ -10,7 +10,7 @@ With pictures of the subject to compare with, a table below says how like it eac
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,19 +18,20 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from flux import images, sheets
+from flux import generation, sheets
 from flux.adapters import Adapter, Adapters, fitting_parts, load, read_facts
 from flux.adapters.folders import FOLDER_FILES
 from flux.errors import FluxError
-from flux.pipeline import Conditioning, FluxPipeline, check_sampling
+from flux.generation import Request, ResolvedRequest, Texts
+from flux.pipeline import FluxPipeline
 
 STRENGTHS = (0.0, 0.4, 0.8, 1.0, 1.2)
 TEXT_ENCODERS = ("clip", "t5")
 BASE = (None, 0.0)
+ANY_PROMPT = Request("")  # with the model's own settings
 
 # An adapter's number and its strength; BASE is the model alone.
 Cell = tuple[int | None, float]
-Texts = dict[Cell, list[Conditioning]]  # of each prompt
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,6 @@ class Named:
 
     name: str
     adapter: Adapter
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """What is the same for all pictures. image_size, steps: the model's own where None."""
-
-    seeds: Sequence[int] = (0,)
-    image_size: tuple[int, int] | None = None  # (height, width)
-    steps: int | None = None
 
 
 def read(paths: Sequence[Path]) -> list[Named]:
@@ -85,12 +77,13 @@ def grid(
     prompts: Sequence[str],
     class_prompt: str | None = None,
     strengths: Sequence[float] = STRENGTHS,
-    sampling: Sampling = Sampling(),
+    sampling: Request = ANY_PROMPT,
     likeness: Callable[[Sequence[np.ndarray]], float] | None = None,
 ) -> np.ndarray:
     """The labelled grid (H, W, 3), uint8: for each prompt rows of adapters and seeds, columns of strengths.
 
     The class prompt comes last. At strength 0 stands the picture of the model alone, the same in each row.
+    sampling: seeds and settings; its prompt takes no part.
     likeness: of pictures to the subject; its figures then stand in a table below.
     Takes the pipeline's text encoders and its transformer out of memory. FluxError, before the work begins,
     for an adapter of which nothing fits the model and for values that make no picture.
@@ -170,54 +163,44 @@ def draw(
     parts: Sequence[Sequence[str]],
     prompts: Sequence[str],
     strengths: Sequence[float],
-    sampling: Sampling,
+    sampling: Request,
 ) -> dict[Cell, list[np.ndarray]]:
     """The pictures (H, W, 3), uint8, of each cell: of all seeds of the first prompt, then of the next.
 
     parts: the networks that each adapter fits. One stage is in memory at a time.
     """
-    spec = pipeline.spec
-    size = pipeline.latent_size(sampling.image_size or spec.image_size)
-    steps = spec.steps if sampling.steps is None else sampling.steps
-    check_sampling(steps, len(sampling.seeds), size, None, spec.cfg_scale)
-    noise = pipeline.noise(sampling.seeds, size)  # (seeds, L, channels)
-    texts = encode(pipeline, adapters, parts, prompts, strengths)
+    settings = sampling.resolved(pipeline)
+    requests = [replace(settings, prompt=prompt) for prompt in prompts]
+    texts = encode(pipeline, adapters, parts, requests, strengths)
     del pipeline.clip, pipeline.t5
     mx.clear_cache()
 
     latents: dict[Cell, list[mx.array]] = {}
-    total = len(texts) * len(prompts) * len(sampling.seeds) * steps
+    total = len(texts) * len(prompts) * len(settings.seeds) * settings.steps
     with tqdm(total=total, unit="step", disable=None) as bar:
         for cell in _put_on({"flux": pipeline.flow}, adapters, parts, list(texts)):
-            latents[cell] = []
-            for text in texts[cell]:
-                plan = pipeline.prepare(text, noise, size, steps, spec.guidance, spec.cfg_scale)
-                for i in range(len(noise)):  # one at a time: as txt2image.py makes it, to the bit
-                    for x in pipeline.denoise(plan._replace(x=noise[i : i + 1])):
-                        mx.eval(x)
-                        bar.update()
-                    latents[cell].append(x)
-    del plan, pipeline.flow
+            latents[cell] = generation.denoise(pipeline, requests, texts[cell], lambda *_: bar.update())
+    del pipeline.flow
     mx.clear_cache()
-    return {c: [images.to_uint8(pipeline.decode(x, size))[0] for x in own] for c, own in latents.items()}
+    return {c: [generation.decode(pipeline, settings, [x])[0] for x in own] for c, own in latents.items()}
 
 
 def encode(
     pipeline: FluxPipeline,
     adapters: Sequence[Named],
     parts: Sequence[Sequence[str]],
-    prompts: Sequence[str],
+    requests: Sequence[ResolvedRequest],
     strengths: Sequence[float],
-) -> Texts:
-    """The prompts' conditioning in every cell, evaluated; only adapters of the text encoders change it."""
+) -> dict[Cell, Texts]:
+    """The requests' texts in every cell, evaluated; only adapters of the text encoders change them."""
     encoders = {"clip": pipeline.clip, "t5": pipeline.t5}
     cells = list(dict.fromkeys(_cell(i, s) for i in range(len(adapters)) for s in strengths))
     changing = [(i, s) for i, s in cells if i is not None and set(parts[i]) & set(TEXT_ENCODERS)]
-    texts: Texts = {}
-    for cell in _put_on(encoders, adapters, parts, [BASE, *changing]):
-        texts[cell] = [pipeline.encode(prompt, None, pipeline.spec.cfg_scale) for prompt in prompts]
-        mx.eval(texts[cell])
-    return {cell: texts.get(cell, texts[BASE]) for cell in cells}
+    cell_texts = {
+        cell: generation.encode(pipeline, requests)
+        for cell in _put_on(encoders, adapters, parts, [BASE, *changing])
+    }
+    return {cell: cell_texts.get(cell, cell_texts[BASE]) for cell in cells}
 
 
 def _put_on(

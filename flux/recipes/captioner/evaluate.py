@@ -19,11 +19,12 @@ from tqdm import tqdm
 from flux.captioning.captioner import Captioner
 from flux.captioning.tasks import TASKS
 from flux.errors import FluxError
+from flux.evaluation.proportion import Proportion
 from flux.pipeline import FluxPipeline
 from flux.recipes.captioner import recipe
 from flux.recipes.captioner.pictures import augment
 from flux.recipes.emoji import COLOURS, PAIR, Composition, Renderer, compositions, parse, subjects
-from flux.recipes.tiny.evaluate import Share, draw, held_out_prompts
+from flux.recipes.tiny.evaluate import draw, held_out_prompts
 from flux.weights import checkpoints
 
 ASPECTS = ("subject", "background", "place", "size")
@@ -32,7 +33,7 @@ BATCH = 50
 Say = Callable[[list[Image.Image]], list[str]]  # pictures -> captions
 
 
-def agreement(captions: Sequence[str], shown: Sequence[Composition]) -> dict[str, Share]:
+def agreement(captions: Sequence[str], shown: Sequence[Composition]) -> dict[str, Proportion]:
     """How many captions say what their compositions do: in each aspect, in subject and background, in all.
 
     The size is that of the caption's words: a subject is large unless it is said to be small.
@@ -52,7 +53,7 @@ def agreement(captions: Sequence[str], shown: Sequence[Composition]) -> dict[str
         verdicts["all"] = said == asked
         for name, verdict in verdicts.items():
             right[name] += verdict
-    return {name: Share(count, len(shown)) for name, count in right.items()}
+    return {name: Proportion(count, len(shown)) for name, count in right.items()}
 
 
 def speaker(captioner: Captioner, task: str = "caption") -> Say:
@@ -90,7 +91,7 @@ def renderings(shown: Sequence[Composition], damaged: bool = False) -> list[Imag
     return [Image.fromarray(picture) for picture in pictures]
 
 
-def evaluate(say: Say, count: int) -> dict[str, dict[str, Share]]:
+def evaluate(say: Say, count: int) -> dict[str, dict[str, Proportion]]:
     """The agreement of captions with `count` true renderings of one subject, as they are and damaged, and
     with half as many of two."""
     singles, pairs = held_out_singles(count), held_out_pairs(max(1, count // 2))
@@ -101,7 +102,9 @@ def evaluate(say: Say, count: int) -> dict[str, dict[str, Share]]:
     }
 
 
-def read_back(say: Say, generator: FluxPipeline, count: int) -> tuple[dict[str, Share], list[dict[str, str]]]:
+def read_back(
+    say: Say, generator: FluxPipeline, count: int
+) -> tuple[dict[str, Proportion], list[dict[str, str]]]:
     """The agreement of captions of generated pictures with the first `count` held-out prompts, and both."""
     shown, prompts = zip(*held_out_prompts(count), strict=True)
     pictures, _ = draw(generator, prompts)

@@ -16,6 +16,7 @@ import numpy as np
 from mlx.utils import tree_map
 from PIL import Image
 
+from flux import images
 from flux.distributed.gradients import average_gradients
 from flux.models.autoencoder import AutoEncoder
 from flux.pipeline import FluxPipeline
@@ -72,7 +73,7 @@ def autoencoder_loss(
     model: AutoEncoder, pictures: mx.array, key: mx.array, mse_weight: float, kl_weight: float
 ):
     """L1 + MSE + KL of pictures (B, H, W, 3) uint8, decoded from a sample of the raw latent."""
-    x = pictures.astype(mx.float32) / 127.5 - 1
+    x = images.normalize(pictures)
     mean, logvar = model.moments(x)
     z = mean + mx.exp(0.5 * logvar) * mx.random.normal(mean.shape, key=key)
     error, mse = losses.reconstruction(model.decoder(z), x, mse_weight)
@@ -92,9 +93,8 @@ def reconstruct(model: AutoEncoder, pictures: np.ndarray, batch: int = 32) -> np
     """(B, H, W, 3) uint8 through encoder and decoder, rounded to uint8 again."""
     decoded = []
     for start in range(0, len(pictures), batch):
-        x = mx.array(pictures[start : start + batch]).astype(mx.float32) / 127.5 - 1
-        y = model.decoder(model.moments(x)[0])
-        decoded.append(np.array(mx.clip(mx.round((y + 1) * 127.5), 0, 255).astype(mx.uint8)))
+        x = images.normalize(pictures[start : start + batch])
+        decoded.append(images.to_uint8(images.denormalize(model.decoder(model.moments(x)[0]))))
     return np.concatenate(decoded)
 
 

@@ -12,16 +12,15 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from flux.errors import FluxError
+from flux.evaluation.proportion import Proportion, Z
+from flux.generation import Request, generate
 from flux.pipeline import FluxPipeline
 from flux.recipes.emoji import (
     COLOURS,
@@ -35,26 +34,6 @@ from flux.recipes.emoji import (
 )
 from flux.recipes.tiny import recipe
 from flux.recipes.tiny.autoencoder import psnr, reconstruct
-
-
-@dataclass(frozen=True)
-class Share:
-    """`right` of `total`, with Wilson's 95 % interval."""
-
-    right: int
-    total: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        z, n, p = 1.96, self.total, self.right / self.total
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        reach = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return max(0.0, middle - reach), min(1.0, middle + reach)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        share = f"{self.right / self.total:.1%} ({self.right} of {self.total}"
-        return f"{share}; 95 % interval {low:.1%} to {high:.1%})"
 
 
 class Judge:
@@ -91,7 +70,7 @@ def held_out_prompts(count: int, seed: int = 0) -> list[tuple[Composition, str]]
     return [(c, str(rng.choice(captions(c)))) for c in chosen]
 
 
-def judge(pictures: np.ndarray, shown: Sequence[Composition]) -> dict[str, Share]:
+def judge(pictures: np.ndarray, shown: Sequence[Composition]) -> dict[str, Proportion]:
     """How many pictures (B, 64, 64, 3) uint8 show what their compositions say."""
     judge, right = Judge(), {"subject": 0, "background": 0, "place": 0, "all three": 0}
     groups: dict[tuple[str, str], list[int]] = {}  # of one size and background, to compare at once
@@ -104,17 +83,14 @@ def judge(pictures: np.ndarray, shown: Sequence[Composition]) -> dict[str, Share
             verdicts = [subject == asked.subjects[0], colour == asked.colour, place == asked.place]
             for name, verdict in zip(right, (*verdicts, all(verdicts)), strict=True):
                 right[name] += verdict
-    return {name: Share(count, len(shown)) for name, count in right.items()}
+    return {name: Proportion(count, len(shown)) for name, count in right.items()}
 
 
 def draw(pipeline: FluxPipeline, prompts: Sequence[str]) -> tuple[np.ndarray, float]:
     """A picture of each prompt, (B, 64, 64, 3) uint8, and the seconds that one took."""
-    size = pipeline.latent_size((SIDE, SIDE))
-    start, pictures = time.perf_counter(), []
-    for seed, prompt in enumerate(tqdm(prompts, disable=None)):
-        *_, x = pipeline.generate_latents(prompt, latent_size=size, seed=seed)
-        picture = mx.round(255 * pipeline.decode(x, size)[0])  # (64, 64, 3)
-        pictures.append(np.array(picture.astype(mx.uint8)))
+    requests = [Request(prompt, seeds=(i,), image_size=(SIDE, SIDE)) for i, prompt in enumerate(prompts)]
+    start = time.perf_counter()
+    pictures = list(generate(pipeline, requests, stream=True, keep_models=True, progress=True))
     return np.stack(pictures), (time.perf_counter() - start) / len(prompts)
 
 
@@ -126,7 +102,7 @@ def evaluate(pipeline: FluxPipeline, count: int) -> tuple[dict[str, Any], np.nda
     true = np.stack([render(composition) for composition in shown])
     decoded = reconstruct(pipeline.ae, true)
     values = psnr(true, decoded)
-    reach = 1.96 * values.std() / math.sqrt(count)
+    reach = Z * values.std() / math.sqrt(count)
     figures = {f"{name} right": str(share) for name, share in judge(pictures, shown).items()}
     low = 10 * math.log10(255**2 / np.square(true.astype(np.float32) - decoded).mean())
     figures["autoencoder PSNR"] = (

@@ -15,6 +15,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from flux import images
 from flux.models.autoencoder import AutoEncoder
 from flux.recipes.emoji import (
     PAIR,
@@ -70,7 +71,7 @@ def encode(model: AutoEncoder, chosen: list[Composition], batch: int = 64) -> tu
     render, means, logvars = Renderer(), [], []
     for start in range(0, len(chosen), batch):
         pictures = np.stack([render(c) for c in chosen[start : start + batch]])
-        mean, logvar = model.moments(mx.array(pictures).astype(mx.float32) / 127.5 - 1)
+        mean, logvar = model.moments(images.normalize(pictures))
         means.append(np.array(mean))
         logvars.append(np.array(logvar))
     return np.concatenate(means), np.concatenate(logvars)

@@ -4,10 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 
-from flux import images
-from flux.pipeline import FluxPipeline
+from flux import generation, images
+from flux.generation import Request
 from flux.training.finetune.features import Features, sample_key
 from flux.training.finetune.model import Base, Network
 from flux.training.flow_matching import FlowLoss
@@ -36,17 +35,15 @@ class Pictures:
         self, base: Base, features: Features, prompts: tuple[str, ...], size: tuple[int, int], seed: int
     ):
         """size: (height, width) in pixels."""
-        self.prompts = prompts
         self._base = base
         self._features = features
-        self._latent_size = base.pipeline.latent_size(size)
-        self._seed = seed
-        spec = base.pipeline.spec
-        self.negative = "" if spec.cfg_scale != 1 else None
+        self._requests = [
+            Request(prompt, seeds=(seed,), image_size=size).resolved(base.pipeline) for prompt in prompts
+        ]
 
     def texts(self) -> list[str]:
         """What must be encoded for them."""
-        return [*self.prompts, *([self.negative] if self.negative is not None and self.prompts else [])]
+        return [text for request in self._requests for text in request.texts if text is not None]
 
     def draw(self, network: Network, path: Path | None) -> None:
         """Writes the pictures side by side. The autoencoder is in memory only while it decodes them.
@@ -55,26 +52,25 @@ class Pictures:
         """
         pipeline = self._base.pipeline
         network.eval()
-        latents = [self._latent(pipeline, network, i) for i in range(len(self.prompts))]
+        texts = {
+            request.texts: self._features.conditioning(*request.texts, self._pooled(network))
+            for request in self._requests
+        }
+        latents = generation.denoise(pipeline, self._requests, texts)
         network.train()
         if path is None:
             return
         self._base.load_ae()
-        pictures = [images.to_uint8(pipeline.decode(x, self._latent_size))[0] for x in latents]
+        drawn = zip(self._requests, latents, strict=True)
+        pictures = [generation.decode(pipeline, request, [x])[0] for request, x in drawn]
         del pipeline.ae
         mx.clear_cache()
-        text = {"prompt": "\n".join(self.prompts), "seed": str(self._seed)}
+        text = {
+            "prompt": "\n".join(request.prompt for request in self._requests),
+            "seed": str(self._requests[0].seeds[0]),
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
-        images.save(path, images.grid([np.array(picture) for picture in pictures]), text)
-
-    def _latent(self, pipeline: FluxPipeline, network: Network, i: int) -> mx.array:
-        spec = pipeline.spec
-        conditioning = self._features.conditioning(self.prompts[i], self.negative, self._pooled(network))
-        noise = pipeline.noise([self._seed], self._latent_size)
-        settings = (noise, self._latent_size, spec.steps, spec.guidance, spec.cfg_scale)
-        for x in pipeline.denoise(pipeline.prepare(conditioning, *settings)):
-            mx.eval(x)
-        return x
+        images.save(path, images.grid(pictures), text)
 
     def _pooled(self, network: Network) -> Callable[[mx.array], mx.array]:
         return lambda ids: network.clip(ids, self._base.end_token).pooled_output

@@ -1,11 +1,12 @@
 """Pictures during a training, and the trained model as files. Neither touches the training's random state."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
-from flux import images, sampler
+from flux import generation, images, sampler
+from flux.generation import Request
 from flux.pipeline import FluxPipeline, Parts
 from flux.training.pretrain.batches import Batches
 from flux.training.pretrain.config import Config, Step
@@ -38,10 +39,7 @@ def write_samples(
             images.save(folder / f"{name}_vae_{width}x{height}.png", images.grid(list(pair), 2))
         if step.train_diff:
             texts = list(config.output.sample_captions) or list(batches.captions(count))
-            drawn = [
-                draw(config, networks, tokenizers, text, (height, width), SEED + i)
-                for i, text in enumerate(texts[:count])
-            ]
+            drawn = draw(config, networks, tokenizers, texts[:count], (height, width))
             images.save(folder / f"{name}_flow_{width}x{height}.png", images.grid(drawn))
 
 
@@ -53,14 +51,18 @@ def sample_sizes(config: Config) -> list[tuple[int, int]]:
 
 def reconstruct(networks: Networks, pictures: np.ndarray) -> np.ndarray:
     """(B, H, W, 3) uint8 through encoder and decoder."""
-    mean, _ = networks.ae.moments(mx.array(pictures).astype(mx.float32) / 127.5 - 1)
-    return images.to_uint8(networks.ae.decoder(mean) * 0.5 + 0.5)
+    mean, _ = networks.ae.moments(images.normalize(pictures))
+    return images.to_uint8(images.denormalize(networks.ae.decoder(mean)))
 
 
 def draw(
-    config: Config, networks: Networks, tokenizers: Tokenizers, text: str, size: tuple[int, int], seed: int
-) -> np.ndarray:
-    """A picture (H, W, 3) uint8 of a text, with classifier-free guidance."""
+    config: Config,
+    networks: Networks,
+    tokenizers: Tokenizers,
+    texts: Sequence[str],
+    size: tuple[int, int],
+) -> list[np.ndarray]:
+    """A picture (H, W, 3) uint8 of each text, with classifier-free guidance."""
     pipeline = FluxPipeline.from_parts(
         Parts(
             spec(config),
@@ -72,10 +74,17 @@ def draw(
             tokenizers.t5,
         )
     )
-    latent_size, params = pipeline.latent_size(size), networks.ae.params
-    *_, latent = pipeline.generate_latents(text, latent_size=latent_size, seed=seed)
-    z = sampler.unpack(latent, latent_size) / params.scale_factor + params.shift_factor
-    return images.to_uint8(networks.ae.decoder(z) * 0.5 + 0.5)[0]  # whole: a SPADE decoder is never cut
+    requests = [
+        Request(text, seeds=(SEED + i,), image_size=size).resolved(pipeline) for i, text in enumerate(texts)
+    ]
+    latents = generation.denoise(pipeline, requests, generation.encode(pipeline, requests))
+    params = networks.ae.params
+    drawn = []
+    for request, x in zip(requests, latents, strict=True):
+        z = sampler.unpack(x, request.latent_size) / params.scale_factor + params.shift_factor
+        picture = networks.ae.decoder(z)  # whole: a SPADE decoder is never cut
+        drawn.append(images.to_uint8(images.denormalize(picture))[0])
+    return drawn
 
 
 def spec(config: Config) -> ModelSpec:

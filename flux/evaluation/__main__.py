@@ -1,0 +1,100 @@
+"""`python -m flux.evaluation`: see what adapters and models do."""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import flux  # before mlx.core, so that OpenBLAS is there first
+from flux import images
+from flux.arguments import finite, size
+from flux.errors import FluxError
+from flux.evaluation import clip_similarity
+from flux.evaluation.grid import STRENGTHS, grid
+from flux.evaluation.grid import read as read_adapters
+from flux.generation import Request
+from flux.pipeline import FluxPipeline
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(prog="python -m flux.evaluation", description=__doc__.split(": ", 1)[1])
+    add_grid(main.add_subparsers(dest="command", required=True, metavar="COMMAND"))
+    return main
+
+
+def add_grid(commands: argparse._SubParsersAction) -> None:
+    show = commands.add_parser(
+        "grid",
+        help="what adapters do, as one labelled picture",
+        description="Draws every prompt with every adapter at every strength, from the same noise. "
+        "The class prompt names the class but not the trigger: if it shows the subject, that has leaked.",
+    )
+    add = show.add_argument
+    add("--model", required=True, help="schnell, dev, krea, tiny, a folder, or a repository of the Hub")
+    add(
+        "--adapter",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="adapters; of a folder all its checkpoints, in order",
+    )
+    add(
+        "--strengths", nargs="+", type=finite, default=STRENGTHS, metavar="X", help="default: 0 0.4 0.8 1 1.2"
+    )
+    add("--prompt", nargs="+", default=[], metavar="TEXT", help="what to show, with the trigger")
+    add("--class-prompt", metavar="TEXT", help="what to show without it")
+    add(
+        "--compare",
+        type=Path,
+        metavar="DIR",
+        help="the subject's pictures: adds how like them each cell is (CLIP-I; fetches CLIP ViT-B/32)",
+    )
+    add("--seed", nargs="+", type=int, default=[0], metavar="N", help="a row for each (default 0)")
+    add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's own")
+    add("--steps", type=int, metavar="N", help="denoising steps; default: the model's own")
+    add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="the model to 4 or 8 bits a weight")
+    add("--output", type=Path, default=Path("grid.png"), metavar="FILE", help="*.png (default grid.png)")
+    show.set_defaults(run=run_grid)
+
+
+def run_grid(options: argparse.Namespace) -> int:
+    if options.output.suffix.lower() != ".png":
+        raise FluxError(f"{options.output}: the grid's name should end with .png")
+    images.check_output(options.output)
+    if not all(text.strip() for text in (*options.prompt, options.class_prompt or "-")):
+        raise FluxError("a prompt is empty; say what the pictures should show")
+    adapters = read_adapters(options.adapter)
+    strengths = list(dict.fromkeys(options.strengths))
+    seeds = list(dict.fromkeys(options.seed))
+    likeness = None if options.compare is None else clip_similarity.to_folder(options.compare)
+    pipeline = FluxPipeline(options.model, bits=options.quantize)
+    sampling = Request("", seeds=tuple(seeds), image_size=options.image_size, steps=options.steps)
+    picture = grid(pipeline, adapters, options.prompt, options.class_prompt, strengths, sampling, likeness)
+    facts = {
+        "model": options.model,
+        "adapters": "\n".join(map(str, options.adapter)),
+        "strengths": " ".join(f"{strength:g}" for strength in strengths),
+        "prompts": "\n".join(options.prompt),
+        "class_prompt": options.class_prompt or "",
+        "seeds": " ".join(map(str, seeds)),
+        "made_with": f"flux-mlx {flux.__version__}: python -m flux.adapters grid",
+    }
+    images.save(options.output, picture, facts)
+    print(options.output)
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; its exit status: 0, or 2 for bad input."""
+    options = parser().parse_args(arguments)
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        return options.run(options)
+    except FluxError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

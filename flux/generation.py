@@ -1,0 +1,306 @@
+"""Requests -> pictures: the one loop, for the scripts, grids, progress pictures and evaluation.
+
+A picture depends on its own request and seed only: it comes out the same alone, among others, or on another
+rank. So pictures are denoised one by one: in a batch, sums would be in another order.
+"""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+from tqdm import tqdm
+
+from flux import images, sampler
+from flux.distributed.ranks import PATIENCE, Ranks
+from flux.errors import FluxError
+
+if TYPE_CHECKING:
+    from flux.pipeline import Conditioning, FluxPipeline, Plan
+
+# Up to so many plans, their modulation takes less memory than the weights that it is made with.
+MAX_PLANS = 16
+
+Texts = dict[tuple[str, str | None], "Conditioning"]  # by `ResolvedRequest.texts`
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture for each seed, all of the same prompt and settings; the model's own settings where None.
+
+    image_size: (height, width) in pixels. guidance: FLUX's own, an input of the network. cfg_scale: true
+    classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect.
+    """
+
+    prompt: str
+    seeds: tuple[int, ...] = (0,)
+    negative_prompt: str | None = None
+    image_size: tuple[int, int] | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    cfg_scale: float | None = None
+
+    def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
+        """The request with every setting filled in, of a size that the model can make.
+
+        Warns of a size that is rounded, and of guidance that has no effect. FluxError, naming the value, for
+        settings that make no picture.
+        """
+        spec = pipeline.spec
+        size = pipeline.latent_size(self.image_size or spec.image_size)
+        request = ResolvedRequest(
+            prompt=self.prompt,
+            seeds=self.seeds,
+            negative_prompt=self.negative_prompt,
+            image_size=(pipeline.downscale * size[0], pipeline.downscale * size[1]),
+            steps=spec.steps if self.steps is None else self.steps,
+            guidance=spec.guidance if self.guidance is None else self.guidance,
+            cfg_scale=spec.cfg_scale if self.cfg_scale is None else self.cfg_scale,
+            latent_size=size,
+        )
+        request.check()
+        if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
+            text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
+            warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
+        return request
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRequest(Request):
+    """A request with every setting filled in for a model; made by `Request.resolved`."""
+
+    image_size: tuple[int, int]
+    steps: int
+    guidance: float
+    cfg_scale: float
+    latent_size: tuple[int, int]
+
+    @property
+    def texts(self) -> tuple[str, str | None]:
+        """What is encoded: the prompt, and with true guidance the negative prompt."""
+        return self.prompt, None if self.cfg_scale == 1 else self.negative_prompt or ""
+
+    def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
+        """The request itself."""
+        return self
+
+    def check(self) -> None:
+        """FluxError, naming the value, where no picture can be made."""
+        if self.steps < 1:
+            raise FluxError(f"steps must be at least 1, not {self.steps}")
+        if not self.seeds:
+            raise FluxError("the number of pictures must be at least 1, not 0")
+        if self.cfg_scale < 1:
+            raise FluxError(f"the cfg scale must be at least 1 (no effect), not {self.cfg_scale}")
+        if self.negative_prompt and self.cfg_scale == 1:
+            raise FluxError(
+                f"the negative prompt {self.negative_prompt!r} needs a cfg scale above 1 to have an effect"
+            )
+        sampler.check_seeds(self.seeds)
+
+
+# What is called after each step with the request of one picture, the step (from 0) and its latent (1, L, C).
+OnStep = Callable[[ResolvedRequest, int, mx.array], None]
+Denoise = Callable[[ResolvedRequest], mx.array]  # from a request of one picture to its latent
+
+
+def split(requests: Iterable[ResolvedRequest], size: int) -> list[ResolvedRequest]:
+    """The same pictures in the same order, at most `size` of them in a request."""
+    return [
+        replace(request, seeds=request.seeds[start : start + size])
+        for request in requests
+        for start in range(0, len(request.seeds), size)
+    ]
+
+
+class Stages:
+    """Times and peak memory of the stages: `with stages("decode"): ...`."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[str, float, float]] = []  # name, seconds, GB
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        mx.reset_peak_memory()
+        start = time.perf_counter()
+        yield
+        self.rows.append((name, time.perf_counter() - start, mx.get_peak_memory() / 1e9))
+
+    def __str__(self) -> str:
+        rows = [f"{name:8} {seconds:9.2f} {memory:9.3f}" for name, seconds, memory in self.rows]
+        return "\n".join([f"{'stage':8} {'seconds':>9} {'peak GB':>9}", *rows])
+
+
+# --- Stages ---
+
+
+def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Texts:
+    """The conditioning, evaluated, of resolved requests' texts; each is encoded once."""
+    texts = {
+        request.texts: pipeline.encode(request.prompt, request.negative_prompt, request.cfg_scale)
+        for request in {request.texts: request for request in requests}.values()
+    }
+    mx.eval(texts)
+    return texts
+
+
+def denoiser(
+    pipeline: "FluxPipeline",
+    requests: Sequence[ResolvedRequest],
+    texts: Texts,
+    on_step: OnStep | None = None,
+    keep_modulation: bool = True,
+) -> Denoise:
+    """A function from a request of one picture, one of these, to its finished latent (1, L, channels).
+
+    keep_modulation: False takes a quarter of the transformer's weights out of memory, where the requests
+    are so few that their modulation takes less.
+    """
+    plans = dict.fromkeys(replace(request, seeds=()) for request in requests)  # in an order that ranks share
+    ahead = not keep_modulation and len(plans) <= MAX_PLANS
+
+    @lru_cache(maxsize=max(1, len(plans)) if ahead else 1)
+    def plan(request: ResolvedRequest) -> "Plan":
+        return pipeline.prepare(request, texts[request.texts])
+
+    if ahead:
+        mx.eval([plan(request) for request in plans])
+        pipeline.flow.drop_modulation()
+
+    def denoise(request: ResolvedRequest) -> mx.array:
+        noise = pipeline.noise(request.seeds, request.latent_size)
+        for step, x in enumerate(pipeline.denoise(plan(replace(request, seeds=())), noise)):
+            mx.eval(x)
+            if on_step is not None:
+                on_step(request, step, x)
+        return x
+
+    return denoise
+
+
+def denoise(
+    pipeline: "FluxPipeline", requests: Sequence[ResolvedRequest], texts: Texts, on_step: OnStep | None = None
+) -> list[mx.array]:
+    """The finished latents (1, L, channels) of resolved requests, by request and seed."""
+    return list(map(denoiser(pipeline, requests, texts, on_step), split(requests, 1)))
+
+
+def decode(pipeline: "FluxPipeline", request: ResolvedRequest, latents: Sequence[mx.array]) -> np.ndarray:
+    """Latents (1, L, channels) of a resolved request, decoded at once -> (B, H, W, 3), uint8."""
+    return images.to_uint8(pipeline.decode(mx.concatenate(list(latents)), request.latent_size))
+
+
+# --- All of them ---
+
+
+def generate(
+    pipeline: "FluxPipeline",
+    requests: Iterable[Request],
+    ranks: Ranks | None = None,
+    on_step: OnStep | None = None,
+    *,
+    decoding_batch_size: int = 1,
+    stream: bool = False,
+    keep_models: bool = False,
+    progress: bool = False,
+    stages: Stages | None = None,
+) -> Iterator[np.ndarray]:
+    """Yield the pictures (H, W, 3), uint8, of each request's seeds in turn.
+
+    ranks: share out the pictures or, with `model_parallel`, the networks, which are then split already. Rank
+    0 alone yields pictures; all others must take part and yield none.
+    on_step: called on the rank that makes the picture, after each of its steps.
+    decoding_batch_size: how many pictures of a request are decoded at once.
+    stream: yield pictures as soon as they are made, with transformer and autoencoder in memory together.
+    Otherwise all are denoised, and then all decoded, so that one stage is in memory at a time.
+    keep_models: leave everything in memory. Otherwise the text encoders, the transformer's modulation and,
+    unless streaming, the transformer are taken out of the pipeline, which can then make no other picture.
+    progress: show a bar of rank 0's steps. stages: collects times and peak memory.
+    FluxError, before any work, for settings that make no picture.
+    """
+    resolved = [request.resolved(pipeline) for request in requests]
+    run = _Run(pipeline, ranks or Ranks.alone(), on_step, keep_models, progress, stages or Stages())
+    batches = split(resolved, decoding_batch_size)
+    return run.streamed(batches) if stream else run.by_stages(batches)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What `generate` is given besides requests."""
+
+    pipeline: "FluxPipeline"
+    ranks: Ranks
+    on_step: OnStep | None
+    keep_models: bool
+    progress: bool
+    stages: Stages
+
+    def by_stages(self, batches: list[ResolvedRequest]) -> Iterator[np.ndarray]:
+        """Denoise all, one by one; then decode all, batch by batch."""
+        ranks, singles = self.ranks, split(batches, 1)
+        texts = self._encode(singles)
+        with self.stages("denoise"), self._denoiser(singles, texts) as denoise:
+            latents = iter(list(ranks.map(denoise, singles)))
+        if not self.keep_models:
+            del self.pipeline.flow
+            mx.clear_cache()
+        if ranks.model_parallel and not ranks.is_rank_zero:
+            return
+        work = [(batch, list(islice(latents, len(batch.seeds)))) for batch in batches]
+        with self.stages("decode"):
+            # Where the model is split, this rank is here alone.
+            decoded = map(self._decode, work) if ranks.model_parallel else ranks.map(self._decode, work)
+            for pictures in decoded:
+                if ranks.is_rank_zero:
+                    yield from np.array(pictures)
+
+    def streamed(self, batches: list[ResolvedRequest]) -> Iterator[np.ndarray]:
+        """Denoise and decode batch by batch."""
+        ranks = self.ranks
+        texts = self._encode(batches)
+        with self.stages("pictures"), self._denoiser(batches, texts) as denoise:
+
+            def work(batch: ResolvedRequest) -> mx.array:
+                latents = [denoise(single) for single in split([batch], 1)]
+                decodes = ranks.is_rank_zero or not ranks.model_parallel
+                return self._decode((batch, latents)) if decodes else mx.zeros((0,))
+
+            for pictures in ranks.map(work, batches):
+                if ranks.is_rank_zero:
+                    yield from np.array(pictures)
+
+    def _encode(self, items: list[ResolvedRequest]) -> Texts:
+        """The conditioning of the items that this rank works on."""
+        with self.ranks.waiting(len(items) * PATIENCE), self.stages("text"):
+            texts = encode(self.pipeline, self.ranks.local_items(items))
+        if not self.keep_models:
+            del self.pipeline.t5, self.pipeline.clip
+            mx.clear_cache()
+        return texts
+
+    @contextmanager
+    def _denoiser(
+        self, items: list[ResolvedRequest], texts: Texts
+    ) -> Iterator[Callable[[ResolvedRequest], mx.array]]:
+        """`denoiser`, while a bar shows the steps of the items that this rank works on."""
+        local = self.ranks.local_items(items)
+        total = sum(item.steps * len(item.seeds) for item in local)
+        shown = self.progress and self.ranks.is_rank_zero
+        with tqdm(total=total, unit="step", disable=None if shown else True) as bar:
+
+            def on_step(request: ResolvedRequest, step: int, x: mx.array) -> None:
+                bar.update()
+                if self.on_step is not None:
+                    self.on_step(request, step, x)
+
+            yield denoiser(self.pipeline, local, texts, on_step, self.keep_models)
+
+    def _decode(self, work: tuple[ResolvedRequest, list[mx.array]]) -> mx.array:
+        """The pictures (B, H, W, 3), uint8, of a batch and its latents."""
+        return mx.array(decode(self.pipeline, *work))

@@ -1,0 +1,128 @@
+"""What a picture remembers of how it was made: text chunks of its PNG, written and read again."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from flux import images
+from flux.errors import FluxError
+from flux.version import __version__
+
+PROGRAM = "flux-mlx"
+PARTS = ("transformer", "ae", "clip", "t5")
+# The options that make pictures what they are, in the order in which they are written.
+OPTIONS = (
+    *("model", *PARTS, "dtype", "quantize", "adapter", "fuse_adapter", "no_t5_padding", "negative_prompt"),
+    *("cfg_scale", "guidance", "steps", "image_size", "seed", "n_images", "n_rows", "decoding_batch_size"),
+)
+FLAGS = ("fuse_adapter", "no_t5_padding")
+
+File = tuple[Path, dict[str, str]]  # a picture's path and the text that is written into it
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How pictures are made: `n_images` of each prompt, the i-th of them from `seed + i`.
+
+    options: the others of OPTIONS; None and False are not written. image_size: (height, width); adapter:
+    (file, strength) of each. picture: of the pictures of one prompt the only one that is kept.
+    """
+
+    prompts: tuple[str, ...]
+    seed: int
+    n_images: int
+    n_rows: int
+    options: Mapping[str, object]
+    adapter: Sequence[tuple[str, float]] = ()
+    image_size: tuple[int, int] = (512, 512)
+    picture: int | None = None
+
+    def files(self, output: str | Path, raw: bool) -> list[File]:
+        """The files that the pictures become: a grid or, with `raw`, one for each picture.
+
+        Each of several files names its prompt alone but all of that prompt's pictures: they may have been
+        decoded together, and then sums are in another order.
+        """
+        path = Path(output)
+        kept = range(self.n_images) if self.picture is None else [self.picture]
+        if not raw:
+            seeds = [self.seed + k for _ in self.prompts for k in kept]
+            return [(path, self.text(self.prompts, seeds, self.picture))]
+        texts = [self.text([prompt], [self.seed + k], k) for prompt in self.prompts for k in kept]
+        return [(path.with_name(f"{path.stem}.{i}{path.suffix}"), text) for i, text in enumerate(texts)]
+
+    def text(self, prompts: Sequence[str], seeds: Sequence[int], picture: int | None) -> dict[str, str]:
+        """What is written into a file of these prompts and seeds; `read` reads it."""
+        values = dict(self.options)
+        values["adapter"] = "\n".join(f"{file}:{strength}" for file, strength in self.adapter) or None
+        values["image_size"] = "x".join(map(str, self.image_size))
+        values |= {"seed": self.seed, "n_images": self.n_images}
+        values["n_rows"] = min(self.n_rows, len(prompts) * self.n_images)
+        values = {name: values.get(name) for name in OPTIONS} | {"picture": picture}
+        return {
+            "prompt": "\n".join(prompts),
+            **{name: str(value) for name, value in values.items() if value not in (None, False)},
+            "seeds": " ".join(map(str, seeds)),
+            "version": f"{PROGRAM} {__version__}",
+        }
+
+    def sources(self) -> list[str]:
+        """What the pictures are made with: the names of the model, of its parts and of the adapters."""
+        names = [self.options.get(name) for name in ("model", *PARTS)]
+        return [*(str(name) for name in names if name), *(file for file, _ in self.adapter)]
+
+    def save(self, output: str | Path, raw: bool, pictures: Sequence[np.ndarray]) -> list[Path]:
+        """Write the pictures (H, W, 3), uint8, prompt by prompt, with this recipe; the files' paths."""
+        files = self.files(output, raw)
+        if self.picture is not None:
+            pictures = [pictures[self.picture]]
+        if not raw:
+            pictures = [images.grid(pictures, 1 if self.picture is not None else self.n_rows)]
+        for (path, text), picture in zip(files, pictures, strict=True):
+            images.save(path, picture, text)
+        return [path for path, _ in files]
+
+
+def read(path: str | Path) -> tuple[dict[str, object], list[str]]:
+    """A picture's options, as text by the names of OPTIONS, FLAGS as bool, and its prompts.
+
+    With "picture", a number, where it is one of a prompt's pictures. FluxError for a picture that this
+    program has not made.
+    """
+    text = images.read_metadata(path)
+    if not text.get("version", "").startswith(PROGRAM):
+        raise FluxError(f"{path} does not say how it was made: only PNGs of this program can be made again")
+    options: dict[str, object] = {name: text[name] for name in OPTIONS if name in text}
+    options |= {name: name in text for name in FLAGS}
+    if "picture" in text:
+        options["picture"] = int(text["picture"])
+    return options, text["prompt"].split("\n")
+
+
+def unmade(recipes: Sequence[Recipe], outputs: Sequence[str], raw: bool) -> list[int]:
+    """Which recipes' files must be made: they are not there, were made otherwise, or are older than a source.
+
+    outputs, raw: as for `Recipe.files`, an output for each recipe.
+    """
+    changed = _last_change({name for recipe in recipes for name in recipe.sources()})
+    return [
+        i
+        for i, (recipe, output) in enumerate(zip(recipes, outputs, strict=True))
+        if not all(_is_made(path, text, changed) for path, text in recipe.files(output, raw))
+    ]
+
+
+def _is_made(path: Path, text: dict[str, str], changed: float) -> bool:
+    """Whether a file is there, made in the same way, and newer than the time of the last change."""
+    try:
+        return path.is_file() and path.stat().st_mtime > changed and images.read_metadata(path) == text
+    except FluxError:  # a damaged file
+        return False
+
+
+def _last_change(names: Iterable[str]) -> float:
+    """When any of these files, or of those in these folders, was last written; 0 where none is there."""
+    given = [Path(name) for name in names if Path(name).exists()]
+    return max((file.stat().st_mtime for path in given for file in (path, *path.rglob("*"))), default=0.0)
