@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from flux import generation, images, machine, sampler
-from flux.adapters import Weighted, attach, evaluate, read_weighted
+from flux.adapters import Weighted, attach, evaluate, fingerprint, read_weighted
 from flux.conditioning import TextConditioning, encode_texts
 from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard
@@ -27,7 +27,7 @@ from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux, Modulation
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
-from flux.weights import checkpoints, tensors
+from flux.weights import checkpoints
 from flux.weights.quantize import quantize
 from flux.weights.registry import ModelSpec
 
@@ -138,7 +138,7 @@ class FluxPipeline:
 
     def fingerprints(self) -> dict[str, str]:
         """A digest of each file of weights, by what it is: the same on ranks that have the same files."""
-        adapters = {f"adapter {file}": tensors.fingerprint(file) for file in self._adapters}
+        adapters = {f"adapter {file}": fingerprint(file) for file in self._adapters}
         return self.checkpoint.fingerprints() | adapters
 
     def ensure_models_are_loaded(self) -> None:

@@ -4,7 +4,7 @@ from flux.adapters.adapter import Adapter
 from flux.adapters.attach import Weighted, attach, evaluate, fitting_parts, read_weighted
 from flux.adapters.beside import draw_dropout
 from flux.adapters.changes import Delta, Dense, Kronecker, LowRank
-from flux.adapters.formats import load
+from flux.adapters.formats import fingerprint, load
 from flux.adapters.lora import Adapters, mismatches
 from flux.adapters.training import TARGETS, new_adapter, targets
 from flux.adapters.writers import read_facts, save
@@ -21,6 +21,7 @@ __all__ = [
     "attach",
     "draw_dropout",
     "evaluate",
+    "fingerprint",
     "fitting_parts",
     "load",
     "mismatches",

@@ -4,7 +4,7 @@ import argparse
 import runpy
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +168,14 @@ def run_check(options: argparse.Namespace) -> int:
 
 def run_convert(options: argparse.Namespace) -> int:
     check_out(options.out)
-    save(options.out, load_whole(options.file, options.strict), options.to)
-    print(options.out)
+    return write(options.out, load_whole(options.file, options.strict), options.to)
+
+
+def write(out: Path, adapter: Adapter, format: str = "native", facts: Mapping[str, str] | None = None) -> int:
+    """Writes an adapter, and says what other programs leave out of it."""
+    if lost := save(out, adapter, format, facts):
+        print(f"note: of {format} files {'; '.join(lost)}")
+    print(out)
     return 0
 
 
@@ -192,20 +198,16 @@ def run_merge(options: argparse.Namespace) -> int:
     merged = arithmetic.merge(adapters, options.rank)
     facts = [read_facts(own.metadata) for _, own, _ in adapters]
     common = {name: value for name, value in facts[0].items() if all(f.get(name) == value for f in facts)}
-    save(options.out, merged, "native", common)
     print(f"{len(merged.modules)} layers, of rank {max(merged.ranks().values(), default=0)} at most")
-    print(options.out)
-    return 0
+    return write(options.out, merged, facts=common)
 
 
 def run_extract(options: argparse.Namespace) -> int:
     check_out(options.out)
     networks = [load_transformer(name) for name in (options.base, options.tuned)]
     adapter, energies = arithmetic.extract(*networks, options.rank)
-    save(options.out, adapter, "native", {"base_model": Path(options.base).stem})
     say_kept(energies)
-    print(options.out)
-    return 0
+    return write(options.out, adapter, facts={"base_model": Path(options.base).stem})
 
 
 def load_transformer(model: str) -> nn.Module:
@@ -219,10 +221,8 @@ def load_transformer(model: str) -> nn.Module:
 def run_resize(options: argparse.Namespace) -> int:
     check_out(options.out)
     adapter, energies = arithmetic.resize(load_whole(options.file), options.rank)
-    save(options.out, adapter, "native")
     say_kept(energies)
-    print(options.out)
-    return 0
+    return write(options.out, adapter)
 
 
 def say_kept(energies: dict[str, tuple[float, float]]) -> None:

@@ -33,7 +33,7 @@ def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
     out: list[Weighted] = []
     for file, strength in files:
         if any(own.file == str(file) for own in out):
-            raise FluxError(f"{file}: given twice; give it once, with the sum of the strengths")
+            raise FluxError(f"already given: {file}; give it once, with the sum of the strengths")
         if not math.isfinite(strength):
             raise FluxError(f"{file}: the adapter's strength must be a finite number, not {strength}")
         out.append(Weighted(str(file), load(file), strength))

@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from flux.adapters.adapter import Adapter, part_of
 from flux.adapters.changes import Delta, LowRank, Stack, folded
-from flux.adapters.formats import some
+from flux.adapters.formats import MLP_RATIO, some
 from flux.adapters.fused import split, swap_halves
 from flux.adapters.peft_config import DIFFUSERS_PARTS, PEFT_METADATA
 from flux.errors import FluxError
@@ -18,7 +18,7 @@ from flux.weights.keymaps import TRANSFORMER, find_theirs
 
 Tensors = dict[str, mx.array]
 Metadata = Callable[[Mapping[str, str]], dict[str, str]]  # from our own entries, the format's own
-NOT_LOW_RANK = "changes that are not of low rank"
+NOT_LOW_RANK = "changes that are not of low rank, or DoRA along the columns"
 
 
 def refuse(format: str, what: str, modules: list[str]) -> None:
@@ -62,8 +62,6 @@ def _refuse_for_peft(format: str, adapter: Adapter) -> None:
     refuse(format, NOT_LOW_RANK, other)
     refuse(format, "T5 layers", [name for name in adapter.modules if part_of(name) == "t5"])
     refuse(format, "added norms", list(adapter.added))
-    columns = [n for n, d in adapter.modules.items() if d.magnitude is not None and d.magnitude.ndim == 2]
-    refuse(format, "DoRA along the columns", columns)
     biases = [n for n, d in adapter.modules.items() if d.bias_factor is not None or d.new_bias is not None]
     refuse(format, "scaled biases and layers that were trained whole", biases)
 
@@ -73,7 +71,7 @@ def _peft_parts(format: str, adapter: Adapter) -> dict[str, Delta]:
     out, wrong = {}, []
     for module, delta in adapter.modules.items():
         for name, own in split_names(module, delta):
-            if isinstance(own.change, LowRank):
+            if isinstance(own.change, LowRank) and (own.magnitude is None or own.magnitude.ndim == 1):
                 out[name] = replace(own, change=folded(own.change))
             elif own.shape != (None, None):
                 wrong.append(module)
@@ -89,8 +87,10 @@ def split_names(module: str, delta: Delta) -> list[tuple[str, Delta]]:
     row, theirs = found
     if row.swapped:
         delta = swap_halves(delta)
-    hidden = delta.shape[1] or (delta.change.parts[0][1] if isinstance(delta.change, Stack) else 0)
-    cuts = [hidden * i for i in range(1, len(theirs))]  # q, k and v have as many rows as columns
+    rows, columns = delta.shape
+    # q, k and v have as many rows as columns; what else linear1 has is the MLP.
+    hidden = columns or (rows or 0) // (3 + MLP_RATIO if len(theirs) == 4 else len(theirs))
+    cuts = [hidden * i for i in range(1, len(theirs))]
     return list(zip(theirs, split(delta, cuts) if cuts else [delta], strict=True))
 
 

@@ -1,11 +1,10 @@
 """An Adapter -> a file that other programs load: ours, kohya's, diffusers', ai-toolkit's.
 
 What a format has no place for is refused by name, never left out; what the programs that read the format
-leave out is said in a warning.
+leave out is told to the caller.
 """
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -51,13 +50,15 @@ STALE = {
 }
 
 
-def save(path: str | Path, adapter: Adapter, format: str, facts: Mapping[str, str] | None = None) -> None:
+def save(
+    path: str | Path, adapter: Adapter, format: str, facts: Mapping[str, str] | None = None
+) -> list[str]:
     """Writes the adapter whole or not at all. format: "native", "kohya", "diffusers" or "ai-toolkit".
 
     native: BFL's names as ComfyUI writes them, every kind of change; ComfyUI reads it, and diffusers its
     low-rank parts. facts: base_model, trigger, steps, dataset_hash; they are kept in a conversion.
-    FluxError where the format cannot hold a part of the adapter; a warning for what other programs that read
-    the format leave out of it.
+    Returns what other programs that read the format leave out of it, a line each. FluxError where the format
+    cannot hold a part of the adapter.
     """
     if format not in WRITERS:
         raise FluxError(f"no adapter format {format!r}: one of {', '.join(WRITERS)}")
@@ -73,8 +74,7 @@ def save(path: str | Path, adapter: Adapter, format: str, facts: Mapping[str, st
     if any(delta.magnitude is not None and delta.rule == PEFT for delta in adapter.modules.values()):
         own[DORA_RULE] = PEFT
     files.save(Path(path), tensors, {**kept, **metadata(own), **own})
-    if lost := losses(adapter, format):
-        warnings.warn(f"{format} files: {'; '.join(lost)}", stacklevel=2)
+    return losses(adapter, format)
 
 
 def read_facts(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -274,7 +274,7 @@ def pipeline(reference: "torch.nn.Module", clip: "torch.nn.Module | None" = None
     return diffusers.FluxPipeline(transformer=reference, text_encoder=clip, **none)
 
 
-@pytest.mark.parametrize("format", ["native", "kohya", "diffusers"])
+@pytest.mark.parametrize("format", ["native", "kohya", "diffusers", "ai-toolkit"])
 def test_diffusers_pipeline_loads_every_format(format: str, tmp_path: Path):
     """Blocks without `linear1`: diffusers' reader knows that layer at FLUX.1's full width alone."""
     reference = reference_model()

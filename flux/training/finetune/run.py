@@ -37,7 +37,6 @@ from flux.training.gradient_checkpointing import checkpoint_blocks
 from flux.training.report import Events, draw_loss
 from flux.training.states import STATE, States
 from flux.training.trainer import Metrics, Trainer
-from flux.weights import tensors
 
 DROPOUT_SEED = 0x44524F50  # apart from the samples' own
 
@@ -137,7 +136,7 @@ class FineTuning:
 
     def _facts(self) -> dict[str, str]:
         """What must be the same on all ranks."""
-        files = {f"adapter {file}": tensors.fingerprint(Path(file)) for file, _ in self.options.adapters}
+        files = {f"adapter {file}": adapters.fingerprint(file) for file, _ in self.options.adapters}
         return {**self._base.checkpoint.fingerprints(), **files, "data set": self._digest[:12]}
 
     def _make_optimizer(self) -> Optimizer:
@@ -370,7 +369,9 @@ class FineTuning:
         }
         with averaged(self.network, self.trainer.ema):
             given = {name: value for name, value in facts.items() if value}
-            adapters.save(path, extract(self._adapters), options.format, given)
+            lost = adapters.save(path, extract(self._adapters), options.format, given)
+        if lost:  # Python shows a warning that it has shown once no more
+            warnings.warn(f"of {options.format} files {'; '.join(lost)}", stacklevel=2)
 
     def _save_state(self) -> None:
         if self.first:
