@@ -204,8 +204,8 @@ def run_merge(options: argparse.Namespace) -> int:
 
 def run_extract(options: argparse.Namespace) -> int:
     check_out(options.out)
-    networks = [load_transformer(name) for name in (options.base, options.tuned)]
-    adapter, energies = arithmetic.extract(*networks, options.rank)
+    base, tuned = load_transformer(options.base), load_transformer(options.tuned)
+    adapter, energies = arithmetic.extract(base, tuned, options.rank)
     say_kept(energies)
     return write(options.out, adapter, facts={"base_model": Path(options.base).stem})
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from tqdm import tqdm
 
@@ -66,11 +67,19 @@ def _sum(module: str, deltas: Sequence[tuple[Delta, float]]) -> Delta:
 
 
 def _sum_changes(changes: Sequence[tuple[Change, float]]) -> Change:
-    if not all(isinstance(change, LowRank) for change, _ in changes):
-        return Dense(sum(strength * change.dense() for change, strength in changes))
-    own = [folded(replace(change, alpha=strength * change.alpha)) for change, strength in changes]
+    ranks = [(change, strength) for change, strength in changes if isinstance(change, LowRank)]
+    if len(ranks) < len(changes):
+        first, *others = (strength * _dense(change) for change, strength in changes)
+        return Dense(sum(others, first))
+    own = [folded(replace(change, alpha=strength * change.alpha)) for change, strength in ranks]
     down, up = mx.concatenate([c.down for c in own]), mx.concatenate([c.up for c in own], axis=1)
     return LowRank(down, up, down.shape[0])  # (sum of r, in), (out, sum of r)
+
+
+def _dense(change: Change) -> mx.array:
+    """dW (out, in) of a change that `_adds`."""
+    assert isinstance(change, Additive | Stack)
+    return change.dense()
 
 
 # --- Ranks ---
@@ -91,10 +100,10 @@ def resize(adapter: Adapter, rank: int) -> tuple[Adapter, dict[str, tuple[float,
     energies: dict[str, tuple[float, float]] = {}
     for name, delta in tqdm(adapter.modules.items(), unit="layer", leave=False):
         if delta.change is not None:
-            change, *energies[name] = nearest(delta.change, rank)
-            delta = replace(delta, change=change)
+            change, kept, total = nearest(delta.change, rank)
+            delta, energies[name] = replace(delta, change=change), (kept, total)
         modules[name] = delta
-    return replace(adapter, modules=modules), {name: tuple(own) for name, own in energies.items()}
+    return replace(adapter, modules=modules), energies
 
 
 def nearest(change: Change, rank: int) -> tuple[LowRank, float, float]:
@@ -105,7 +114,7 @@ def nearest(change: Change, rank: int) -> tuple[LowRank, float, float]:
         u, s, vt = mx.linalg.svd(core, stream=mx.cpu)
         u, vt, dtype = left[0] @ u, vt @ right[0].T, change.down.dtype
     else:
-        u, s, vt = _svd(change.dense(), rank)
+        u, s, vt = _svd(_dense(change), rank)
         dtype = mx.float32
     return _low_rank(u, s, vt, rank, dtype)
 
@@ -117,8 +126,12 @@ def _low_rank(
     root = mx.sqrt(s[:rank])
     down, up = (root[:, None] * vt[:rank]).astype(dtype), (u[:, :rank] * root).astype(dtype)
     mx.eval(down, up)  # now: the matrices behind them are large
-    kept = mx.sum(s[:rank] ** 2).item()
-    return LowRank(down, up, rank), kept, mx.sum(s**2).item() if total is None else total
+    return LowRank(down, up, rank), _energy(s[:rank]), _energy(s) if total is None else total
+
+
+def _energy(values: mx.array) -> float:
+    """The sum of squares."""
+    return float(np.array(mx.sum(values**2)))
 
 
 def _qr(matrix: mx.array) -> tuple[mx.array, mx.array]:
@@ -156,7 +169,7 @@ def extract(base: nn.Module, tuned: nn.Module, rank: int) -> tuple[Adapter, dict
     for name in tqdm(list(weights[0]), unit="layer", leave=False):
         first, second = weights[0].pop(name), others[0].pop(name)
         difference = dense_weight(second) - dense_weight(first)
-        total = mx.sum(difference**2).item()
+        total = _energy(difference)
         change = None
         if total > 0:
             change, kept, _ = _low_rank(*_svd(difference, rank), rank, mx.float32, total)
@@ -175,8 +188,8 @@ def extract(base: nn.Module, tuned: nn.Module, rank: int) -> tuple[Adapter, dict
 def _taken_apart(network: nn.Module) -> tuple[dict[str, nn.Module], dict[str, mx.array]]:
     """A network's linear layers and its other parameters, by name."""
     layers = linears(network)
-    parameters = tree_flatten(network.parameters())
-    own = {name: value for name, value in parameters if name.rpartition(".")[0] not in layers}
+    parameters: dict[str, mx.array] = dict(tree_flatten(network.parameters()))
+    own = {name: value for name, value in parameters.items() if name.rpartition(".")[0] not in layers}
     return layers, own
 
 

@@ -6,6 +6,7 @@ with W itself. It gives (W' - W) x (..., out) at that strength.
 
 from copy import copy
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,6 +24,8 @@ from flux.adapters.changes import (
     Scaling,
     Stack,
 )
+
+Kind = TypeVar("Kind", bound=Change)
 
 
 class Base:
@@ -98,25 +101,25 @@ class DenseChange(nn.Module):
         return Dense(self.weight)
 
 
-class ChangeLayer(nn.Module):
+class ChangeLayer(nn.Module, Generic[Kind]):
     """A change that is not trained here: its arrays are kept as they are."""
 
-    def __init__(self, change: Change):
+    def __init__(self, change: Kind):
         super().__init__()
         self._change = change
 
-    def change(self) -> Change:
+    def change(self) -> Kind:
         return self._change
 
 
-class LoHa(ChangeLayer):
+class LoHa(ChangeLayer[Hadamard]):
     """dW x, where dW is made at every call: it is as large as W, its factors are small."""
 
     def __call__(self, x: mx.array, plain: mx.array, base: Base, strength: float) -> mx.array:
         return strength * (x @ self._change.dense().astype(x.dtype).T)
 
 
-class GLoRALayer(ChangeLayer):
+class GLoRALayer(ChangeLayer[GLoRA]):
     """scale (W a1 a2 x + b1 b2 x)."""
 
     def __call__(self, x: mx.array, plain: mx.array, base: Base, strength: float) -> mx.array:
@@ -126,7 +129,7 @@ class GLoRALayer(ChangeLayer):
         return base((scale * (x @ a2.T)) @ a1.T) + (scale * (x @ b2.T)) @ b1.T
 
 
-class ScalingLayer(ChangeLayer):
+class ScalingLayer(ChangeLayer[Scaling]):
     """factor W x, or W (factor x)."""
 
     def __call__(self, x: mx.array, plain: mx.array, base: Base, strength: float) -> mx.array:
@@ -134,7 +137,7 @@ class ScalingLayer(ChangeLayer):
         return plain * factor[:, 0] if factor.shape[1] == 1 else base(x * factor[0])
 
 
-class RotationLayer(ChangeLayer):
+class RotationLayer(ChangeLayer[Rotation]):
     """rescale B (W x), or W (B x), less W x."""
 
     def __call__(self, x: mx.array, plain: mx.array, base: Base, strength: float) -> mx.array:
@@ -143,14 +146,14 @@ class RotationLayer(ChangeLayer):
         return own.scaled(strength).reshape(-1).astype(x.dtype) * turned - plain
 
 
-class ReplacementLayer(ChangeLayer):
+class ReplacementLayer(ChangeLayer[Replacement]):
     """weight x - W x."""
 
     def __call__(self, x: mx.array, plain: mx.array, base: Base, strength: float) -> mx.array:
         return strength * (x @ self._change.weight.astype(x.dtype).T - plain)
 
 
-class StackLayer(ChangeLayer):
+class StackLayer(ChangeLayer[Stack]):
     """The changes of a fused layer's parts, one under another; zeros where no part is."""
 
     def __init__(self, change: Stack):
@@ -246,21 +249,27 @@ class Share(nn.Module):
         """x (..., in), plain (..., out): what the base layer makes of x, without its bias."""
         if self.strength == 0:
             return mx.zeros_like(plain)
-        out = mx.zeros_like(plain) if self.layer is None else self._changed(self.dropout(x), plain, base)
+        out = (
+            mx.zeros_like(plain)
+            if self.layer is None
+            else self._changed(self.layer, self.dropout(x), plain, base)
+        )
         return out if self.bias is None else out + (self.strength * self.bias).astype(x.dtype)
 
-    def _changed(self, x: mx.array, plain: mx.array, base: Base) -> mx.array:
+    def _changed(self, layer: nn.Module, x: mx.array, plain: mx.array, base: Base) -> mx.array:
         if self.magnitude is None:
-            return self.layer(x, plain, base, self.strength)
+            return layer(x, plain, base, self.strength)
         delta = self.delta()
-        norms = mx.stop_gradient(delta.norms(base.weight(), self.strength)) if self.learns else self._norms
+        norms = self._norms  # None while they follow what is trained
+        if norms is None:
+            norms = mx.stop_gradient(delta.norms(base.weight(), self.strength))
         ratio = delta.ratio(norms, self.strength)  # float32, so that ratio - 1 keeps its digits
         more, ratio = (ratio - 1).astype(x.dtype), ratio.astype(x.dtype)
         inner = delta.inner_strength(self.strength)
-        if self.magnitude.ndim == 1:  # of the rows: of what comes out
-            return more * plain + ratio * self.layer(x, plain, base, inner)
-        added = base(more[0] * x)  # of the columns: of what goes in
-        return added + self.layer(ratio[0] * x, plain + added, base, inner)
+        if not delta.is_of_columns:  # of what comes out
+            return more * plain + ratio * layer(x, plain, base, inner)
+        added = base(more[0] * x)  # of what goes in
+        return added + layer(ratio[0] * x, plain + added, base, inner)
 
     def delta(self) -> Delta:
         """The share as data, with the weights as they are now."""

@@ -99,7 +99,8 @@ class Dense(Additive):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.weight.shape
+        rows, columns = self.weight.shape
+        return rows, columns
 
     def dense(self) -> mx.array:
         """dW (out, in) in float32."""
@@ -202,7 +203,8 @@ class Replacement:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.weight.shape
+        rows, columns = self.weight.shape
+        return rows, columns
 
     def delta(self, weight: mx.array, strength: float = 1.0) -> mx.array:
         """W' - W (out, in) in float32 for W (out, in)."""
@@ -228,9 +230,10 @@ class Stack:
 
     def dense(self) -> mx.array:
         """dW (out, in) in float32. ValueError where the parts are not additive."""
-        if not self.is_additive:
+        rows, columns = self.shape
+        if not self.is_additive or columns is None:
             raise ValueError("a part of the change depends on the base weights")
-        return self.delta(mx.zeros(self.shape))
+        return self.delta(mx.zeros((rows, columns)))
 
     def delta(self, weight: mx.array, strength: float = 1.0) -> mx.array:
         """W' - W (out, in) in float32 for W (out, in)."""
@@ -279,9 +282,23 @@ class Delta:
             return mx.zeros_like(weight)
         if self.magnitude is None:
             return self.change.delta(weight, strength)
-        new = weight + self.change.delta(weight, self.inner_strength(strength))
+        new = self._undirected(weight, strength)
         ratio = self.ratio(self.norms(weight, strength), strength)
         return (ratio if ratio.ndim == 2 else ratio[:, None]) * new - weight
+
+    def _undirected(self, weight: mx.array, strength: float) -> mx.array:
+        """A DoRA's W + dW in float32, before it gets its magnitude."""
+        weight = weight.astype(mx.float32)
+        return (
+            weight
+            if self.change is None
+            else weight + self.change.delta(weight, self.inner_strength(strength))
+        )
+
+    @property
+    def is_of_columns(self) -> bool:
+        """Whether it is a DoRA along the columns."""
+        return self.magnitude is not None and self.magnitude.ndim == 2
 
     def inner_strength(self, strength: float) -> float:
         """How strongly dW itself counts in a DoRA of this strength."""
@@ -289,12 +306,12 @@ class Delta:
 
     def norms(self, weight: mx.array, strength: float) -> mx.array:
         """A DoRA's norms, float32 in the magnitude's shape; weight (out, in)."""
-        new = weight.astype(mx.float32) + self.change.delta(weight, self.inner_strength(strength))
-        return row_norms(new) if self.magnitude.ndim == 1 else mx.linalg.norm(new, axis=0, keepdims=True)
+        new = self._undirected(weight, strength)
+        return mx.linalg.norm(new, axis=0, keepdims=True) if self.is_of_columns else row_norms(new)
 
     def ratio(self, norms: mx.array, strength: float) -> mx.array:
         """What a DoRA multiplies W + dW with at a strength, float32 in the magnitude's shape."""
-        magnitude = self.magnitude.astype(mx.float32)
+        magnitude = mx.array(1.0) if self.magnitude is None else self.magnitude.astype(mx.float32)
         ratio = mx.where(mx.isnan(magnitude), 1.0, magnitude / norms)
         return ratio if self.rule == PEFT else 1 + strength * (ratio - 1)
 

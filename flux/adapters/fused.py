@@ -4,9 +4,10 @@ A fused layer's rows are its parts' rows one under another. A part may cover sev
 q, k and v of `linear1` as one), may be missing (it changes nothing), and has a rank of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -26,8 +27,10 @@ from flux.adapters.changes import (
     folded,
 )
 from flux.errors import FluxError
+from flux.weights.keymaps import swap_halves as swapped
 
 NAN = float("nan")  # in a magnitude: this row is no DoRA; in a new bias: this one stays
+Data = TypeVar("Data", bound="Delta | Change")
 GAPS = {
     "bias": 0.0,
     "bias_factor": 0.0,
@@ -59,34 +62,36 @@ def fuse(pieces: Sequence[Piece], rows: int) -> Delta:
         if piece.end > after or piece.rows not in (None, piece.end - piece.start):
             raise ValueError("the parts of a fused layer do not fit together")
     changes = [piece for piece in pieces if piece.delta.change is not None]
-    vectors = {name: _fuse_vectors(pieces, name, rows) for name in GAPS if name != "magnitude"}
+    vectors: dict[str, Any] = {
+        name: _fuse_vectors(pieces, name, rows) for name in GAPS if name != "magnitude"
+    }
     rule = next((piece.delta.rule for piece in changes if piece.delta.magnitude is not None), Delta().rule)
     if not changes:
         return Delta(**vectors)
-    if not _is_low_rank(changes):
+    low_rank = [(p.start, p.delta.change) for p in changes if isinstance(p.delta.change, LowRank)]
+    if len(low_rank) < len(changes) or not _agree(changes):
         own = tuple(
             (p.start, p.end, Delta(p.delta.change, magnitude=p.delta.magnitude, rule=p.delta.rule))
             for p in changes
         )
         return Delta(Stack(own, rows), **vectors)
     magnitude = _fuse_vectors(pieces, "magnitude", rows)
-    return Delta(_fuse_low_rank(changes, rows), magnitude=magnitude, rule=rule, **vectors)
+    return Delta(_fuse_low_rank(low_rank, rows), magnitude=magnitude, rule=rule, **vectors)
 
 
-def _is_low_rank(pieces: Sequence[Piece]) -> bool:
-    """Whether one change of low rank says all of it. By LyCORIS' rule a DoRA must be one in every part."""
-    magnitudes = [piece.delta.magnitude for piece in pieces]
-    rules = {piece.delta.rule for piece in pieces if piece.delta.magnitude is not None}
-    mixed = any(m is None for m in magnitudes) and LYCORIS in rules
-    rows = all(m is None or m.ndim == 1 for m in magnitudes)
-    return rows and not mixed and len(rules) < 2 and all(isinstance(p.delta.change, LowRank) for p in pieces)
+def _agree(pieces: Sequence[Piece]) -> bool:
+    """Whether one DoRA along the rows, or none, serves all parts. By LyCORIS' rule each must then be one."""
+    scaled = [piece.delta for piece in pieces if piece.delta.magnitude is not None]
+    rules = {delta.rule for delta in scaled}
+    mixed = len(scaled) < len(pieces) and LYCORIS in rules
+    return len(rules) < 2 and not mixed and not any(delta.is_of_columns for delta in scaled)
 
 
-def _fuse_low_rank(pieces: Sequence[Piece], rows: int) -> LowRank:
-    changes = [(piece.start, piece.delta.change) for piece in pieces]
+def _fuse_low_rank(changes: Sequence[tuple[int, LowRank]], rows: int) -> LowRank:
     first = changes[0][1]
     if all(_same_down(first, change) for _, change in changes):
-        return LowRank(first.down, sum(_pad(c.up, start, rows) for start, c in changes), first.alpha)
+        ups = [_pad(change.up, start, rows) for start, change in changes]
+        return LowRank(first.down, sum(ups[1:], ups[0]), first.alpha)
     own = [(start, folded(change)) for start, change in changes]
     down = mx.concatenate([change.down for _, change in own])  # (sum of r, in)
     up = mx.concatenate([_pad(change.up, start, rows) for start, change in own], axis=1)  # (rows, sum of r)
@@ -95,7 +100,7 @@ def _fuse_low_rank(pieces: Sequence[Piece], rows: int) -> LowRank:
 
 def _same_down(a: LowRank, b: LowRank) -> bool:
     """Whether two parts share their down, as after a split: one copy then serves the fused layer."""
-    return a.alpha == b.alpha and a.down.shape == b.down.shape and mx.array_equal(a.down, b.down).item()
+    return a.alpha == b.alpha and a.down.shape == b.down.shape and bool(mx.array_equal(a.down, b.down).item())
 
 
 def _pad(block: mx.array, start: int, rows: int) -> mx.array:
@@ -123,7 +128,7 @@ def split(delta: Delta, cuts: Sequence[int]) -> list[Delta]:
         vector = getattr(delta, name)
         if vector is not None and vector.ndim == 1:
             vectors = mx.split(vector, list(cuts))
-            parts = [replace(part, **{name: own}) for part, own in zip(parts, vectors, strict=True)]
+            parts = [_with(part, {name: own}) for part, own in zip(parts, vectors, strict=True)]
         elif vector is not None:  # a DoRA's columns, whose norms are those of the whole layer
             raise FluxError("a DoRA along the columns of a fused layer is no DoRA of its parts")
     return [replace(part, rule=delta.rule) if delta.magnitude is not None else part for part in parts]
@@ -168,14 +173,15 @@ def swap_halves(delta: Delta) -> Delta:
     FluxError for a rotation of the rows whose blocks do not swap with them.
     """
     magnitude = delta.magnitude
-    own = {name: _swap(value) for name in GAPS if (value := getattr(delta, name)) is not None}
+    own = {name: swapped(value) for name in GAPS if (value := getattr(delta, name)) is not None}
     if magnitude is not None and magnitude.ndim == 2:
         own["magnitude"] = magnitude
-    return replace(delta, change=_swap_change(delta.change), **own)
+    return _with(replace(delta, change=_swap_change(delta.change)), own)
 
 
-def _swap(tensor: mx.array) -> mx.array:
-    return mx.concatenate(mx.split(tensor, 2)[::-1])
+def _with(data: Data, values: Mapping[str, Any]) -> Data:
+    """The same with other values of some fields."""
+    return replace(data, **values)
 
 
 # The fields of each kind that have the weight's rows.
@@ -192,19 +198,21 @@ def _swap_change(change: Change | None) -> Change | None:
     if change is None:
         return None
     if isinstance(change, Scaling):
-        return change if change.shape[0] is None else Scaling(_swap(change.factor))
+        return change if change.shape[0] is None else Scaling(swapped(change.factor))
     if isinstance(change, Rotation):
         return _swap_rotation(change)
     if type(change) in ROWS:
-        return replace(change, **{name: _swap(getattr(change, name)) for name in ROWS[type(change)]})
-    return Dense(_swap(change.dense()))
+        return _with(change, {name: swapped(getattr(change, name)) for name in ROWS[type(change)]})
+    if isinstance(change, Additive):
+        return Dense(swapped(change.dense()))
+    raise FluxError(f"a change of the kind {type(change).__name__} cannot be read for norm_out")
 
 
 def _swap_rotation(change: Rotation) -> Rotation:
     if change.rescale is not None:
-        change = replace(change, rescale=_swap(change.rescale))
+        change = replace(change, rescale=swapped(change.rescale))
     if change.inner:
         return change
     if change.butterfly or change.blocks.shape[1] % 2:
         raise FluxError("a rotation of norm_out's rows mixes its two halves: it cannot be read here")
-    return replace(change, blocks=mx.concatenate(mx.split(change.blocks, 2, axis=1)[::-1], axis=1))
+    return replace(change, blocks=swapped(change.blocks.swapaxes(0, 1)).swapaxes(0, 1))

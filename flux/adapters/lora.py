@@ -5,6 +5,7 @@ several change the same layer at once. The network knows nothing of it.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -182,7 +183,7 @@ class Adapters:
         for path in paths:
             _set_module(self.model, path, layers[path].base)
 
-    def _widen(self, base: nn.Linear, columns: int) -> None:
+    def _widen(self, base: nn.Module, columns: int) -> None:
         """New columns of zeros: the network's answer does not change until the adapter fills them."""
         self._narrow = base.weight
         base.weight = mx.pad(base.weight, [(0, 0), (0, columns - base.weight.shape[1])])
@@ -190,7 +191,9 @@ class Adapters:
     def _apply_norms(self) -> None:
         """Norms have no wrapper: their parameters are set anew from the originals."""
         for path in {p for a in self._norms.values() for p in (*a.replaced, *a.added)}:
-            self._originals.setdefault(path, _parameter(self.model, path))
+            value = _parameter(self.model, path)
+            if value is not None:
+                self._originals.setdefault(path, value)
         for path, original in self._originals.items():
             value = original.astype(mx.float32)
             for name, adapter in self._norms.items():
@@ -204,17 +207,18 @@ class Adapters:
 # --- Paths such as `double_blocks.0.img_mlp.2` ---
 
 
-def _child(parent: nn.Module | list, key: str) -> object:
+def _child(parent: Any, key: str) -> Any:
     if isinstance(parent, list):
         return parent[int(key)] if key.isdigit() and int(key) < len(parent) else None
     return getattr(parent, key, None)
 
 
-def _parent(model: nn.Module, path: str) -> tuple[object, str]:
+def _parent(model: nn.Module, path: str) -> tuple[Any, str]:
     *parents, last = path.split(".")
+    parent: Any = model
     for key in parents:
-        model = _child(model, key)
-    return model, last
+        parent = _child(parent, key)
+    return parent, last
 
 
 def _parameter(model: nn.Module, path: str) -> mx.array | None:

@@ -185,10 +185,10 @@ def find_module(name: str) -> Home | None:
         name = name[match.end() :]
     name = name.rstrip("_.")  # some trainers' names end so
     home = _homes().get(_flat(name))
-    if home is None or "{}" not in home.module:
+    number = re.search(r"[._](\d+)[._]", name)
+    if home is None or number is None or "{}" not in home.module:
         return home
-    number = re.search(r"[._](\d+)[._]", name)[1]
-    return replace(home, module=home.module.format(number), theirs=home.theirs.format(number))
+    return replace(home, module=home.module.format(number[1]), theirs=home.theirs.format(number[1]))
 
 
 def template(module: str) -> str:

@@ -23,25 +23,12 @@ class Configs:
 
     def __init__(self, metadata: Mapping[str, str], beside: Json | None = None):
         """metadata: of the file's header; beside: the config in a file of its own, for all networks."""
-        self._configs: dict[str, Json] = {}
+        self._configs = _unpack(metadata.get(PEFT_METADATA, "{}"))
         if beside is not None:
             self._configs = dict.fromkeys(DIFFUSERS_PARTS.values(), beside)
-        else:
-            self._unpack(metadata.get(PEFT_METADATA, "{}"))
         self._patterns: dict[tuple[str, str], checks.Patterns] = {}
         for config in self._configs.values():
             _check(config)
-
-    def _unpack(self, text: str) -> None:
-        try:
-            packed = jsonfiles.parse(text)
-        except ValueError as error:
-            raise FluxError(f"{PEFT_METADATA}: {error}") from None
-        if not isinstance(packed, dict):
-            raise FluxError(f"{PEFT_METADATA}: should be a JSON object, not {type(packed).__name__}")
-        for name, value in packed.items():
-            network, _, field = name.partition(".")
-            self._configs.setdefault(network, {})[field] = value
 
     def of(self, home: Home) -> Json:
         """The config of a module's network; empty where there is none."""
@@ -78,6 +65,21 @@ class Configs:
     def promises_biases(self) -> bool:
         """Whether the base's own biases were trained as well."""
         return any(config.get("bias") in ("all", "lora_only") for config in self._configs.values())
+
+
+def _unpack(text: str) -> dict[str, Json]:
+    """`network.field` -> value, as diffusers writes it, by networks."""
+    try:
+        packed = jsonfiles.parse(text)
+    except ValueError as error:
+        raise FluxError(f"{PEFT_METADATA}: {error}") from None
+    if not isinstance(packed, dict):
+        raise FluxError(f"{PEFT_METADATA}: should be a JSON object, not {type(packed).__name__}")
+    configs: dict[str, dict[str, Any]] = {}
+    for name, value in packed.items():
+        network, _, field = name.partition(".")
+        configs.setdefault(network, {})[field] = value
+    return dict(configs)
 
 
 def _check(config: Json) -> None:

@@ -3,8 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -18,6 +17,16 @@ from flux.weights.keymaps import TRANSFORMER, find_theirs
 
 Tensors = dict[str, mx.array]
 Metadata = Callable[[Mapping[str, str]], dict[str, str]]  # from our own entries, the format's own
+
+
+class Part(NamedTuple):
+    """A layer's LoRA, with alpha equal to the rank, and what else PEFT knows of it."""
+
+    lora: LowRank
+    bias: mx.array | None
+    magnitude: mx.array | None
+
+
 NOT_LOW_RANK = "changes that are not of low rank, or DoRA along the columns"
 
 
@@ -40,7 +49,8 @@ def to_diffusers(adapter: Adapter) -> tuple[Tensors, Metadata]:
             config |= {f"{prefix}.{name}": value for name, value in _peft_config(own).items()}
     for name, value in adapter.replaced.items():
         found = find_theirs(TRANSFORMER, name.removesuffix(".scale"))
-        refuse("diffusers", "norms of the text encoders", [] if found else [name])
+        if found is None:
+            raise FluxError(f"diffusers files have no place for norms of the text encoders: {name}")
         tensors[f"transformer.{found[1][0]}.weight"] = value
     packed = json.dumps(config, indent=2, sort_keys=True)
     return tensors, lambda own: {"format": "pt", PEFT_METADATA: packed}
@@ -66,13 +76,14 @@ def _refuse_for_peft(format: str, adapter: Adapter) -> None:
     refuse(format, "scaled biases and layers that were trained whole", biases)
 
 
-def _peft_parts(format: str, adapter: Adapter) -> dict[str, Delta]:
+def _peft_parts(format: str, adapter: Adapter) -> dict[str, Part]:
     """Changes under diffusers' names, with alpha equal to the rank. FluxError for what is not of low rank."""
-    out, wrong = {}, []
+    out: dict[str, Part] = {}
+    wrong: list[str] = []
     for module, delta in adapter.modules.items():
         for name, own in split_names(module, delta):
-            if isinstance(own.change, LowRank) and (own.magnitude is None or own.magnitude.ndim == 1):
-                out[name] = replace(own, change=folded(own.change))
+            if isinstance(own.change, LowRank) and not own.is_of_columns:
+                out[name] = Part(folded(own.change), own.bias, own.magnitude)
             elif own.shape != (None, None):
                 wrong.append(module)
     refuse(format, NOT_LOW_RANK, list(dict.fromkeys(wrong)))
@@ -94,35 +105,35 @@ def split_names(module: str, delta: Delta) -> list[tuple[str, Delta]]:
     return list(zip(theirs, split(delta, cuts) if cuts else [delta], strict=True))
 
 
-def _peft_tensors(prefix: str, deltas: Mapping[str, Delta]) -> Tensors:
+def _peft_tensors(prefix: str, parts: Mapping[str, Part]) -> Tensors:
     out: Tensors = {}
-    biased = any(delta.bias is not None for delta in deltas.values())
+    biased = any(part.bias is not None for part in parts.values())
     whole = [
         name
-        for name, delta in deltas.items()
-        if delta.magnitude is None or mx.any(mx.isnan(delta.magnitude)).item()
+        for name, part in parts.items()
+        if part.magnitude is None or mx.any(mx.isnan(part.magnitude)).item()
     ]
-    if len(whole) < len(deltas):
+    if len(whole) < len(parts):
         refuse("diffusers", "layers without DoRA beside layers with it", whole)
-    for name, delta in deltas.items():
+    for name, part in parts.items():
         stem = f"{prefix}.{name}"
-        out[f"{stem}.lora_A.weight"], out[f"{stem}.lora_B.weight"] = delta.change.down, delta.change.up
+        out[f"{stem}.lora_A.weight"], out[f"{stem}.lora_B.weight"] = part.lora.down, part.lora.up
         if biased:  # PEFT knows biases for all layers or for none
-            zeros = mx.zeros((delta.shape[0],), dtype=delta.change.up.dtype)
-            out[f"{stem}.lora_B.bias"] = zeros if delta.bias is None else delta.bias
-        if delta.magnitude is not None:
-            out[f"{stem}.lora_magnitude_vector"] = delta.magnitude
+            zeros = mx.zeros((part.lora.shape[0],), dtype=part.lora.up.dtype)
+            out[f"{stem}.lora_B.bias"] = zeros if part.bias is None else part.bias
+        if part.magnitude is not None:
+            out[f"{stem}.lora_magnitude_vector"] = part.magnitude
     return out
 
 
-def _peft_config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
+def _peft_config(parts: Mapping[str, Part]) -> dict[str, Any]:
     """PEFT's LoraConfig for these layers, with alpha equal to the rank everywhere.
 
     PEFT matches names from their end. CLIP's layers go without `text_model.`, which newer versions of
     transformers do not have; the transformer's `proj_out` is told from the blocks' by its start.
     """
-    names = {name: name.removeprefix("text_model.") for name in deltas}
-    ranks = {names[name]: delta.change.rank for name, delta in deltas.items()}
+    names = {name: name.removeprefix("text_model.") for name in parts}
+    ranks = {names[name]: part.lora.rank for name, part in parts.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     start = "" if names.keys() != set(names.values()) else "^"
     odd = {start + name: rank for name, rank in ranks.items() if rank != usual}
@@ -132,6 +143,6 @@ def _peft_config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
         "rank_pattern": odd,
         "alpha_pattern": odd,
         "target_modules": sorted(ranks),
-        "use_dora": any(delta.magnitude is not None for delta in deltas.values()),
-        "lora_bias": any(delta.bias is not None for delta in deltas.values()),
+        "use_dora": any(part.magnitude is not None for part in parts.values()),
+        "lora_bias": any(part.bias is not None for part in parts.values()),
     }
