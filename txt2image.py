@@ -89,6 +89,7 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
 
 
 def build_parser() -> Parser:
+    """The program's arguments."""
     parser = Parser(description="Make pictures of what a prompt says, with a FLUX.1 model.", epilog=SEVERAL)
     parser.set_defaults(picture=None)  # of a prompt's pictures the one to keep: only a recipe says so
 
@@ -232,9 +233,9 @@ def make_folder(
         return
     pictures = draw([requests[i] for i in todo], stream=True)
     for i in todo if ranks.is_rank_zero else ():
-        own = list(islice(pictures, args.n_images))
+        made = list(islice(pictures, args.n_images))
         images.make_folder(args.output)
-        for path in recipes[i].save(outputs[i], args.save_raw, own):
+        for path in recipes[i].save(outputs[i], args.save_raw, made):
             tqdm.write(str(path))
     list(pictures)  # on the other ranks all the work
 

@@ -35,6 +35,7 @@ class Parser(argparse.ArgumentParser):
     """Wrong arguments are bad input like any other: one line."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise FluxError instead of ending the process."""
         raise FluxError(f"{message} (see {self.prog} --help)")
 
 

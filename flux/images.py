@@ -123,7 +123,7 @@ def _format(path: Path) -> str:
 def save(path: str | Path, picture: np.ndarray, metadata: dict[str, str] | None = None) -> None:
     """Write a picture (H, W, 3), uint8, in the format of the path's suffix; never a part of one.
 
-    The file is written beside its place and renamed into it. `metadata` becomes text chunks of a PNG; other
+    The file is written under another name and then renamed. `metadata` becomes text chunks of a PNG; other
     formats do not carry it.
     """
     path = Path(path)

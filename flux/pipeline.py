@@ -327,8 +327,8 @@ def load(
     flow, clip, t5 = checkpoint.load_flux(dtype), checkpoint.load_clip(dtype), checkpoint.load_t5(dtype)
     networks = {"flux": flow, "clip": clip, "t5": t5}
     fused = attach(networks, adapters) if fuse_adapters else {}
-    for own in fused.values():
-        own.fuse()
+    for attached in fused.values():
+        attached.fuse()
     if bits is not None:
         quantize(flow, bits, mode=mode)
         quantize(t5, bits, mode=mode)

@@ -95,7 +95,7 @@ def image_positions(latent_size: tuple[int, int], index: int = 0) -> mx.array:
 
 
 def text_positions(length: int) -> mx.array:
-    """Positions (1, length, 3) of text tokens, int32: all zero, FLUX gives text no place."""
+    """Positions (1, length, 3) of text tokens, int32: all zero, FLUX gives text no position."""
     return mx.zeros((1, length, 3), dtype=mx.int32)
 
 

@@ -17,7 +17,7 @@ ALIGNED = 16  # bytes: every array in a message begins at a multiple of it
 
 
 def fully_shard(network: Flux, ranks: Ranks) -> None:
-    """Leaves each rank an equal part of the frozen linear layers of a transformer's blocks, in place.
+    """Leave each rank an equal part of the frozen linear layers of a transformer's blocks, in place.
 
     For weights that do not fit one machine (FSDP; Rajbhandari et al. 2020, arXiv:1910.02054, stage 3). Each
     call of a layer gathers its bytes on every rank, so all must make the same calls; the answers stay the
@@ -25,7 +25,7 @@ def fully_shard(network: Flux, ranks: Ranks) -> None:
 
     MLX's own `nn.fully_shard` does this for arrays of floats whose first axis the ranks divide; quantized
     layers it cannot gather, and over the ring it has no gradient for what is trained.
-    FluxError for a DoRA that learns: it needs the whole weights beside the layer.
+    FluxError for a trainable DoRA: it needs the whole weights beside the layer.
     """
     if ranks.size == 1:
         return

@@ -18,10 +18,10 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -92,12 +92,12 @@ class Ranks:
         number = next(_NUMBERS)
         head = struct.pack("<QQQQ", number, self.rank, len(words), content.size)
         head += struct.pack("<II", zlib.crc32(head), zlib.crc32(body))
-        own = mx.array(np.frombuffer(head + body, np.uint8))
+        message = mx.array(np.frombuffer(head + body, np.uint8))
         with self.waiting(patience):
-            rows = self._all_gather(own[:SHORT], SHORT)
+            rows = self._all_gather(message[:SHORT], SHORT)
             lengths = [self._length(row, number, rank) for rank, row in enumerate(rows)]
             if max(lengths) > SHORT:
-                rows = self._all_gather(own, max(lengths))
+                rows = self._all_gather(message, max(lengths))
         return [self._read(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
     def _length(self, row: bytes, number: int, rank: int) -> int:
@@ -124,7 +124,7 @@ class Ranks:
         """
         value, outcome = self._try(work)
         self._check(self.gather(outcome, patience))
-        return value
+        return cast(Value, value)  # no rank has raised
 
     def _try(self, work: Callable[[], Value]) -> tuple[Value | None, tuple]:
         """What work gives, and how it ended: (fault, exit status, host)."""
@@ -155,10 +155,10 @@ class Ranks:
         """FluxError on every rank, with what differs, unless the facts are the same everywhere."""
         theirs = self.gather((platform.node(), dict(facts)))
         _, expected = theirs[0]
-        for rank, (host, own) in enumerate(theirs):
-            other = [name for name in {**expected, **own} if own.get(name) != expected.get(name)]
+        for rank, (host, found) in enumerate(theirs):
+            other = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
             if other:
-                words = "; ".join(f"{name}: {own.get(name)}, not {expected.get(name)}" for name in other)
+                words = "; ".join(f"{name}: {found.get(name)}, not {expected.get(name)}" for name in other)
                 raise RanksError(f"rank {rank} ({host}) differs from rank 0 in its {words}")
 
     def silence_other_ranks(self) -> None:
@@ -185,14 +185,17 @@ class Ranks:
             return
         for start in range(0, len(items), self.size):
             turn = items[start : start + self.size]
-            own = turn[self.rank : self.rank + 1]
-            result, outcome = self._try(lambda own=own: work(*own) if own else mx.zeros((0,)))
-            result = mx.zeros((0,)) if result is None else result
+            made, outcome = self._try(partial(self._local_result, work, turn))
+            result = mx.zeros((0,)) if made is None else made
             form = (result.shape, str(result.dtype).rpartition(".")[2])
             parts = self._exchange((outcome, form), result.flatten().view(mx.uint8), PATIENCE)
             self._check([outcome for (outcome, _), _ in parts])
             for (_, (shape, dtype)), content in parts[: len(turn)]:
                 yield content.view(getattr(mx, dtype)).reshape(shape)
+
+    def _local_result(self, work: Callable[[Item], mx.array], turn: Sequence[Item]) -> mx.array:
+        """What work gives of this rank's item; nothing where there are fewer items than ranks."""
+        return work(turn[self.rank]) if self.rank < len(turn) else mx.zeros((0,))
 
     def broadcast(self, x: mx.array) -> mx.array:
         """Rank 0's array, on every rank; the others give one of the same shape and type."""
@@ -281,9 +284,9 @@ def print_error(error: FluxError, ranks: Ranks | None) -> None:
 
     Because mlx.launch ends all ranks when one fails. ranks: None where they have not met.
     """
-    everywhere = ranks is not None and isinstance(error, RanksError)
-    if not everywhere or ranks.is_rank_zero:
+    everywhere = ranks if isinstance(error, RanksError) else None
+    if everywhere is None or everywhere.is_rank_zero:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    if everywhere:
+    if everywhere is not None:
         with suppress(FluxError):
-            ranks.barrier()
+            everywhere.barrier()

@@ -81,7 +81,7 @@ class Shape(NamedTuple):
         groups = shard_range(-(-self.mlp // self.unit), rank, size)
         mlp = (groups.start * self.unit, min(groups.stop * self.unit, self.mlp))
         anything = shard_range(width, rank, size)
-        own = {
+        local = {
             "heads": (heads.start * self.head_dim, heads.stop * self.head_dim),
             "head": (heads.start, heads.stop),
             "mlp": mlp,
@@ -90,13 +90,13 @@ class Shape(NamedTuple):
         widths = {"heads": self.heads * self.head_dim, "head": self.heads, "mlp": self.mlp, "any": width}
         starts = accumulate((widths[part] for part in rule.parts), initial=0)
         return [
-            (start + own[part][0], start + own[part][1])
+            (start + local[part][0], start + local[part][1])
             for start, part in zip(starts, rule.parts, strict=False)
         ]
 
 
 def check_heads(network: Flux, ranks: Ranks) -> None:
-    """FluxError where a transformer cannot be split over so many ranks: each needs a head of its own."""
+    """FluxError where a transformer cannot be split over so many ranks: each needs a head."""
     if network.params.num_heads < ranks.size:
         raise FluxError(
             f"the model's {network.params.num_heads} heads cannot be split over {ranks.size} ranks: start "
@@ -119,15 +119,17 @@ def shard(network: Flux | T5Encoder, ranks: Ranks) -> None:
     unit = max(
         (m.group_size for _, m in network.named_modules() if isinstance(m, nn.QuantizedLinear)), default=1
     )
-    params = network.params
+    rules: tuple[Rule, ...]
     if isinstance(network, T5Encoder):
-        if params.num_heads < ranks.size:
+        t5 = network.params
+        if t5.num_heads < ranks.size:
             return
-        rules, shape = T5_RULES, Shape(params.num_heads, params.d_kv, params.d_ff, unit)
+        rules, shape = T5_RULES, Shape(t5.num_heads, t5.d_kv, t5.d_ff, unit)
     else:
         check_heads(network, ranks)
-        mlp = int(params.hidden_size * params.mlp_ratio)
-        rules, shape = FLUX_RULES, Shape(params.num_heads, params.hidden_size // params.num_heads, mlp, unit)
+        flow = network.params
+        mlp = int(flow.hidden_size * flow.mlp_ratio)
+        rules, shape = FLUX_RULES, Shape(flow.num_heads, flow.hidden_size // flow.num_heads, mlp, unit)
     split = []
     for name, module in network.named_modules():
         rule = next((rule for rule in rules if re.fullmatch(rule.names, name)), None)
@@ -136,7 +138,7 @@ def shard(network: Flux | T5Encoder, ranks: Ranks) -> None:
     network.update_modules(tree_unflatten(split))
     for block in network.modules():
         if isinstance(block, DoubleStreamBlock):
-            block.last_layers = partial(_last_layers, ranks.group)
+            block.last_layers = partial(_last_layers, ranks.group)  # type: ignore[method-assign]
         if isinstance(block, SingleStreamBlock):
             qkv, _ = linear_shape(block.linear1)
             block.qkv_share = (
@@ -184,6 +186,7 @@ class RowParallel(nn.Module):
         return clip_float16(self.part(x))  # infinities of two signs would add up to NaN
 
     def finish(self, total: mx.array) -> mx.array:
+        """The sum of all ranks' summands, (..., outputs), with the bias."""
         return total + self.bias if "bias" in self else total
 
 
@@ -196,10 +199,10 @@ class Gathered(nn.Module):
         self._sizes, self._group = sizes, group
 
     def __call__(self, x: mx.array) -> mx.array:
-        own = self.part(x)  # (..., own)
-        missing = max(self._sizes) - own.shape[-1]
-        own = mx.pad(own, [(0, 0)] * (own.ndim - 1) + [(0, missing)])[None]
-        parts = mx.distributed.all_gather(own, group=self._group)  # (ranks, ..., the most)
+        y = self.part(x)  # (..., this rank's)
+        missing = max(self._sizes) - y.shape[-1]
+        y = mx.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, missing)])[None]
+        parts = mx.distributed.all_gather(y, group=self._group)  # (ranks, ..., the most)
         return mx.concatenate([p[..., :n] for p, n in zip(parts, self._sizes, strict=True)], axis=-1)
 
 
@@ -207,8 +210,8 @@ def _last_layers(
     group: mx.distributed.Group, txt_layer: RowParallel, img_layer: RowParallel, txt: mx.array, img: mx.array
 ) -> tuple[mx.array, mx.array]:
     """`DoubleStreamBlock.last_layers` with one message for both streams."""
-    own = mx.concatenate([txt_layer.partial(txt), img_layer.partial(img)], axis=1)  # (B, Lt+Li, C)
-    total = mx.distributed.all_sum(own, group=group)
+    partial_sums = mx.concatenate([txt_layer.partial(txt), img_layer.partial(img)], axis=1)  # (B, Lt+Li, C)
+    total = mx.distributed.all_sum(partial_sums, group=group)
     txt, img = mx.split(total, [txt.shape[1]], axis=1)
     return txt_layer.finish(txt), img_layer.finish(img)
 
@@ -217,7 +220,7 @@ def _last_layers(
 
 
 def _cut(x: mx.array, pieces: Pieces, axis: int) -> mx.array:
-    """The pieces of an axis, in memory of their own: a view would keep all of x."""
+    """A copy of the pieces of an axis: a view would keep all of x in memory."""
     at = (slice(None),) * axis
     return mx.contiguous(mx.concatenate([x[(*at, slice(*piece))] for piece in pieces], axis))
 
@@ -229,7 +232,7 @@ def _cut_linear(layer: nn.Module, pieces: Pieces, axis: int) -> nn.Module:
         part.base = _cut_linear(layer.base, pieces, axis)
         part.shares = [_cut_share(share, layer.base, pieces, axis) for share in layer.shares]
         return part
-    of_inputs = ("weight",)
+    of_inputs: tuple[str, ...] = ("weight",)
     if isinstance(layer, nn.QuantizedLinear):
         of_inputs = ("weight", "scales", "biases")
         size = layer.group_size

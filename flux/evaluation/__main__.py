@@ -17,12 +17,14 @@ from flux.pipeline import FluxPipeline
 
 
 def parser() -> argparse.ArgumentParser:
+    """The program's arguments."""
     main = argparse.ArgumentParser(prog="python -m flux.evaluation", description=__doc__.split(": ", 1)[1])
     add_grid(main.add_subparsers(dest="command", required=True, metavar="COMMAND"))
     return main
 
 
 def add_grid(commands: argparse._SubParsersAction) -> None:
+    """Add the command `grid`."""
     show = commands.add_parser(
         "grid",
         help="what adapters do, as one labelled picture",
@@ -59,6 +61,7 @@ def add_grid(commands: argparse._SubParsersAction) -> None:
 
 
 def run_grid(options: argparse.Namespace) -> int:
+    """Draw the grid and write it; the exit status."""
     if options.output.suffix.lower() != ".png":
         raise FluxError(f"{options.output}: the grid's name should end with .png")
     images.check_output(options.output)

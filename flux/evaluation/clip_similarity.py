@@ -45,8 +45,8 @@ def load() -> CLIPVision:
 def build(config: dict, file: Path) -> CLIPVision:
     """The vision part of transformers' CLIPModel. config: of its config.json."""
     known = {field.name for field in fields(CLIPVisionParams)}
-    own = {**config.get("vision_config", {}), "projection_dim": config.get("projection_dim", 512)}
-    model = CLIPVision(CLIPVisionParams(**{name: own[name] for name in known & own.keys()}))
+    vision = {**config.get("vision_config", {}), "projection_dim": config.get("projection_dim", 512)}
+    model = CLIPVision(CLIPVisionParams(**{name: vision[name] for name in known & vision.keys()}))
     found = {name: a.astype(mx.float32) for name, a in tensors.load([file]).items() if name.startswith(PARTS)}
     found.pop("vision_model.embeddings.position_ids", None)  # 0, 1, 2 ...: older files hold them
     patch = "vision_model.embeddings.patch_embedding.weight"

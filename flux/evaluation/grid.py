@@ -53,15 +53,15 @@ def read(paths: Sequence[Path]) -> list[Named]:
         if not path.is_dir() or any((path / name).is_file() for name in FOLDER_FILES):
             found.append(Named(path.stem, load(path)))
             continue
-        own = []
+        checkpoints = []
         for file in sorted(path.glob("*.safetensors"), key=_order):
             try:
-                own.append(Named(file.stem, load(file)))
+                checkpoints.append(Named(file.stem, load(file)))
             except FluxError as error:
                 warnings.warn(f"left out: {error}", stacklevel=2)
-        if not own:
+        if not checkpoints:
             raise FluxError(f"{path}: no adapter in this folder (*.safetensors)")
-        found += own
+        found += checkpoints
     return found
 
 
@@ -100,8 +100,8 @@ def grid(
     rows = list(_rows(pictures, adapters, titles, strengths, sampling.seeds))
     if likeness is not None:
         asked = len(prompts) * len(sampling.seeds)  # pictures of a cell before those of the class prompt
-        parts = {"the prompts": slice(0, asked), "the class prompt": slice(asked, None)}
-        rows += _likenesses(pictures, adapters, strengths, parts, likeness)
+        groups = {"the prompts": slice(0, asked), "the class prompt": slice(asked, None)}
+        rows += _likenesses(pictures, adapters, strengths, groups, likeness)
     return sheets.table(rows)
 
 
@@ -127,8 +127,8 @@ def _rows(
         yield ["", *columns]
         for k, seed in enumerate(seeds):
             for i, each in enumerate(adapters):
-                place = number * len(seeds) + k
-                row = [pictures[_cell(i, strength)][place] for strength in strengths]
+                index = number * len(seeds) + k
+                row = [pictures[_cell(i, strength)][index] for strength in strengths]
                 yield [f"{each.name}\nseed {seed}", *(Image.fromarray(picture) for picture in row)]
 
 
@@ -136,21 +136,21 @@ def _likenesses(
     pictures: dict[Cell, list[np.ndarray]],
     adapters: Sequence[Named],
     strengths: Sequence[float],
-    parts: dict[str, slice],
+    groups: dict[str, slice],
     likeness: Callable[[Sequence[np.ndarray]], float],
 ) -> Iterator[sheets.Row]:
     found = {
-        (cell, part): likeness(own[which])
-        for cell, own in pictures.items()
-        for part, which in parts.items()
-        if own[which]
+        (cell, group): likeness(drawn[which])
+        for cell, drawn in pictures.items()
+        for group, which in groups.items()
+        if drawn[which]
     }
     yield "CLIP-I, likeness to the subject's pictures (mean of all pairs)"
     for i, each in enumerate(adapters):
-        for part in parts:
-            row = [found.get((_cell(i, strength), part)) for strength in strengths]
+        for group in groups:
+            row = [found.get((_cell(i, strength), group)) for strength in strengths]
             if None not in row:
-                yield [f"{each.name}\n{part}", *(f"{value:.3f}" for value in row)]
+                yield [f"{each.name}\n{group}", *(f"{value:.3f}" for value in row)]
 
 
 def _cell(adapter: int, strength: float) -> Cell:
@@ -182,7 +182,7 @@ def draw(
             latents[cell] = generation.denoise(pipeline, requests, texts[cell], lambda *_: bar.update())
     del pipeline.flow
     mx.clear_cache()
-    return {c: [generation.decode(pipeline, settings, [x])[0] for x in own] for c, own in latents.items()}
+    return {c: [generation.decode(pipeline, settings, [x])[0] for x in xs] for c, xs in latents.items()}
 
 
 def encode(
@@ -207,21 +207,21 @@ def _put_on(
     networks: dict, adapters: Sequence[Named], parts: Sequence[Sequence[str]], cells: Sequence[Cell]
 ) -> Iterator[Cell]:
     """Each cell, while the networks have its adapter at its strength, and in the end none."""
-    own: list[Adapters] = []
-    on: int | None = None
+    attached: list[Adapters] = []
+    current: int | None = None
     for number, strength in sorted(cells, key=lambda cell: -1 if cell[0] is None else cell[0]):
-        if number != on:
-            _take_off(own)
-            own, on = [], number
+        if number is not None and number != current:
+            _take_off(attached)
+            attached, current = [], number
             for part in set(parts[number]) & networks.keys():
-                own.append(Adapters(networks[part]))
-                own[-1].add(adapters[number].adapter.part(part), strength, "shown")
-        for each in own:
+                attached.append(Adapters(networks[part]))
+                attached[-1].add(adapters[number].adapter.part(part), strength, "shown")
+        for each in attached:
             each.set_strength("shown", strength)
         yield number, strength
-    _take_off(own)
+    _take_off(attached)
 
 
-def _take_off(own: list[Adapters]) -> None:
-    for each in own:
+def _take_off(attached: list[Adapters]) -> None:
+    for each in attached:
         each.remove("shown")

@@ -4,7 +4,7 @@
 
 Renderings of held-out compositions are captioned; with --read-back, also what a generator draws from held-out
 prompts: prompt -> picture -> caption. A caption is right in what it has in common with the composition; one
-that is none of `emoji.captions` is wrong in everything. Intervals are Wilson's, 95 %.
+that is not one of `emoji.captions` is wrong in everything. Intervals are Wilson's, 95 %.
 """
 
 import argparse
@@ -57,9 +57,11 @@ def agreement(captions: Sequence[str], shown: Sequence[Composition]) -> dict[str
 
 
 def speaker(captioner: Captioner, task: str = "caption") -> Say:
+    """A function that captions pictures with a captioner."""
+
     def say(images: list[Image.Image]) -> list[str]:
         starts = tqdm(range(0, len(images), BATCH), disable=None, desc=task)
-        return [text for i in starts for text in captioner.answers(images[i : i + BATCH], TASKS[task])]
+        return [str(text) for i in starts for text in captioner.answers(images[i : i + BATCH], TASKS[task])]
 
     return say
 
@@ -114,6 +116,7 @@ def read_back(
 
 
 def main() -> None:
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

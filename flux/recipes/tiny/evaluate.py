@@ -113,6 +113,7 @@ def evaluate(pipeline: FluxPipeline, count: int) -> tuple[dict[str, Any], np.nda
 
 
 def main() -> None:
+    """Run the program."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -38,6 +38,7 @@ def write_samples(
             pair = np.concatenate([pictures, reconstruct(networks, pictures)])
             images.save(folder / f"{name}_vae_{width}x{height}.png", images.grid(list(pair), 2))
         if step.train_diff:
+            assert tokenizers is not None  # whoever trains a flow has read them
             texts = list(config.output.sample_captions) or list(batches.captions(count))
             drawn = draw(config, networks, tokenizers, texts[:count], (height, width))
             images.save(folder / f"{name}_flow_{width}x{height}.png", images.grid(drawn))
@@ -106,7 +107,7 @@ def spec(config: Config) -> ModelSpec:
 def export(config: Config, networks: Networks, tokenizers: Tokenizers | None) -> Path:
     """The trained model for `txt2image.py --model`; without a flow its autoencoder; the path written.
 
-    A SPADE decoder has no place in FLUX's layout: all networks are then one file of our names.
+    FLUX's layout cannot hold a SPADE decoder: all networks are then one file of our names.
     """
     folder = Path(config.output.output_path)
     if isinstance(networks.ae.decoder, SpadeDecoder):
