@@ -106,7 +106,7 @@ def read_prompts(name: str) -> list[str]:
 def prompt_files(folder: str) -> list[Path]:
     """The .txt files of a folder, by name, without those of its sub-folders.
 
-    FluxError where two of them would name the same picture.
+    FluxError where two of them would name the same picture, or one is a link out of the folder.
     """
     try:
         paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() == ".txt")
@@ -115,6 +115,9 @@ def prompt_files(folder: str) -> list[Path]:
     paths = [path for path in paths if path.is_file() and not path.name.startswith(".")]
     if not paths:
         raise FluxError(f"the prompts' folder {folder} holds no .txt file; it should hold one a prompt")
+    for path in paths:  # a folder from a stranger: what a link leads to would be in the picture's metadata
+        if path.resolve().parent != Path(folder).resolve():
+            raise FluxError(f"{path} is a link to a file elsewhere: put a copy into the folder")
     names: dict[str, Path] = {}
     for path in paths:
         other = names.setdefault(path.stem.casefold(), path)  # some file systems take A.png for a.png

@@ -177,6 +177,7 @@ def denoiser(
         noise = pipeline.noise(request.seeds, request.latent_size)
         for step, x in enumerate(pipeline.denoise(plan(replace(request, seeds=())), noise)):
             mx.eval(x)
+            check_finite(x, f"step {step + 1} of the transformer")
             if on_step is not None:
                 on_step(request, step, x)
         return x
@@ -193,7 +194,18 @@ def denoise(
 
 def decode(pipeline: "FluxPipeline", request: ResolvedRequest, latents: Sequence[mx.array]) -> np.ndarray:
     """Latents (1, L, channels) of a resolved request, decoded at once -> (B, H, W, 3), uint8."""
-    return images.to_uint8(pipeline.decode(mx.concatenate(list(latents)), request.latent_size))
+    pictures = pipeline.decode(mx.concatenate(list(latents)), request.latent_size)
+    check_finite(pictures, "the autoencoder")
+    return images.to_uint8(pictures)
+
+
+def check_finite(array: mx.array, where: str) -> None:
+    """FluxError for NaN or infinity, which would be a black picture. where: what has computed the array."""
+    if not mx.isfinite(array).all().item():
+        raise FluxError(
+            f"{where} gives NaN or infinity: weights or an adapter hold such numbers, "
+            "a strength is too high, or float16 is too narrow for them"
+        )
 
 
 # --- All of them ---

@@ -6,8 +6,10 @@
 import json
 import math
 import stat
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -16,6 +18,9 @@ from flux.errors import FluxError
 MAX_BYTES = 64 * 2**20  # the largest tokenizer.json that is in use has 33 MB
 MAX_DEPTH = 32  # a tokenizer.json has 7
 MAX_VALUES = 1_000_000  # of about 100 bytes each; CLIP's tokenizer has 200,000
+MAX_NUMBER = 3e38  # of float32
+MAX_COUNT = 2**24  # rows, pixels, tokens: no config comes near
+MAX_LIST = 64
 OPENING, CLOSING = (np.frombuffer(signs, np.uint8) for signs in (b"[{", b"]}"))
 
 
@@ -40,6 +45,16 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         raise ValueError(f"cannot be read: {error.strerror}") from None
 
 
+def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    """A file's text, in UTF-8. FluxError, one line that names the file, where it cannot be read as that."""
+    try:
+        return read_bytes(path, max_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise FluxError(f"{path}: its text is not UTF-8") from None
+    except ValueError as error:
+        raise FluxError(f"{path}: {error}") from None
+
+
 def parse_object(text: bytes | str) -> dict[str, Any]:
     """As `parse`, and ValueError too for what is no object."""
     value = parse(text)
@@ -60,8 +75,8 @@ def parse(text: bytes | str) -> Any:
         value = json.loads(
             data.decode("utf-8-sig"),
             object_pairs_hook=_object,
-            parse_constant=_number,
-            parse_float=_number,
+            parse_constant=_float,
+            parse_float=_float,
         )
         if rb"\ud" in data.lower():
             json.dumps(value, ensure_ascii=False).encode()
@@ -94,11 +109,73 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _number(text: str) -> float:
-    value = float(text)
+def _float(digits: str) -> float:
+    value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no number that JSON has")
+        raise ValueError(f"{digits[:20]} is no number that JSON has")
     return value
+
+
+# --- What a value should be ---
+
+
+def number(value: Any, what: str) -> float:
+    """A JSON number as a float. FluxError, naming what it is, for what is no finite number of float32."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
+        raise FluxError(f"{what} is {shown(value)}; it should be a finite number")
+    return float(value)
+
+
+def positive(value: Any, what: str) -> float:
+    """As `number`, and above 0."""
+    if (found := number(value, what)) <= 0:
+        raise FluxError(f"{what} is {found:g}; it should be above 0")
+    return found
+
+
+def count(value: Any, what: str, least: int = 1, most: int = MAX_COUNT) -> int:
+    """A whole number within bounds. FluxError, naming what it is, for others."""
+    if type(value) is not int or not least <= value <= most:
+        raise FluxError(f"{what} is {shown(value)}; it should be a whole number from {least} to {most}")
+    return value
+
+
+def counts(value: Any, what: str) -> tuple[int, ...]:
+    """A list of whole numbers above 0."""
+    if not isinstance(value, list) or not 0 < len(value) <= MAX_LIST:
+        raise FluxError(f"{what} is {shown(value)}; it should be a list of whole numbers")
+    return tuple(count(item, what) for item in value)
+
+
+def text(value: Any, what: str) -> str:
+    """A text, which is not very long."""
+    if not isinstance(value, str) or len(value) > 1000:
+        raise FluxError(f"{what} is {shown(value)}; it should be a text")
+    return value
+
+
+def fields(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Values for the fields of a dataclass, lists as tuples.
+
+    FluxError for one that is not of its field's type, or no whole number from 0, which may still be too
+    little for those who use it. where: the file, for errors.
+    """
+    hints = get_type_hints(kind)
+    return {name: _field(hints[name], value, f"{where}: {name}") for name, value in values.items()}
+
+
+def _field(hint: Any, value: Any, what: str) -> Any:
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list) or not 0 < len(value) <= MAX_LIST:
+            raise FluxError(f"{what} is {shown(value)}; it should be a list")
+        return tuple(_field(get_args(hint)[0], item, what) for item in value)
+    if hint is bool:
+        if not isinstance(value, bool):
+            raise FluxError(f"{what} is {shown(value)}; it should be true or false")
+        return value
+    if type(None) in get_args(hint):
+        return None if value is None else _field(get_args(hint)[0], value, what)
+    return {int: partial(count, least=0), float: number, str: text}[hint](value, what)
 
 
 def shown(value: object) -> str:

@@ -6,32 +6,24 @@ special token that is written out in a text ("<|endoftext|>", "</s>") becomes th
 
 import base64
 import gzip
-import json
 import math
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import regex
 import sentencepiece
 
+from flux import jsonfiles, vocabularies
 from flux.errors import FluxError
 
 
 def well_formed(text: str) -> str:
     """Text that UTF-8 can hold: halves of surrogate pairs, as in JSON, are joined or become U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FluxError(f"{file}: not a JSON file ({error})") from error
 
 
 def byte_letters() -> list[str]:
@@ -67,6 +59,7 @@ class CLIPTokenizer:
         self.max_length = max_length
         self.bos_token_id = vocab[self.BOS]
         self.eos_token_id = vocab[self.EOS]
+        self.size = 1 + max(vocab.values())  # so many rows a text encoder's embedding must have
         self._vocab = vocab
         self._ranks = {merge: rank for rank, merge in enumerate(merges)}
         self._letters = byte_letters()
@@ -82,18 +75,16 @@ class CLIPTokenizer:
             text = gzip.decompress((folder / "merges.txt.gz").read_bytes()).decode("utf-8")
             return cls(clip_vocabulary(read_merges(text)), read_merges(text))
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            merges = read_merges((folder / "merges.txt").read_text(encoding="utf-8"))
-            return cls(read_json(folder / "vocab.json"), merges)
+            vocab = vocabularies.ids(jsonfiles.read(folder / "vocab.json"), str(folder / "vocab.json"))
+            return cls(vocab, read_merges(jsonfiles.read_text(folder / "merges.txt")))
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise FluxError(f"{folder}: no CLIP tokenizer; expected vocab.json, merges.txt or tokenizer.json")
-        tokenizer = read_json(file)
-        model = tokenizer.get("model", {})
-        if model.get("type") != "BPE":
-            raise FluxError(f"{file}: not a CLIP tokenizer; its model is {model.get('type')}, expected BPE")
-        added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        return cls({**model["vocab"], **added}, merges)
+        tokenizer = jsonfiles.read(file)
+        model = vocabularies.model(tokenizer, "BPE", f"{file}: not a CLIP tokenizer")
+        added = {token["content"]: token["id"] for token in vocabularies.added(tokenizer, str(file))}
+        vocab = vocabularies.ids(model.get("vocab"), f"{file}: vocab")
+        return cls({**vocab, **added}, vocabularies.merges(model.get("merges"), f"{file}: merges"))
 
     def encode(self, text: str) -> list[int]:
         """max_length ids: the start token, the text, the end token, and more end tokens as padding."""
@@ -197,12 +188,14 @@ class T5Tokenizer:
         self.pad_token_id = self._ids["<pad>"]
         self.eos_token_id = self._ids["</s>"]
         self._unk_token_id = self._ids["<unk>"]
+        # So many rows an embedding must have; the extra ids stand in no prompt, and small models lack them.
+        self.size = 1 + max(i for piece, i in self._ids.items() if not piece.startswith("<extra_id_"))
         self._scores = dict(model.pieces)
         self._unknown_score = min(self._scores.values()) - 10.0  # SentencePiece's penalty
         self._longest = max(map(len, self._scores))
         self._mapped = lru_cache(maxsize=10_000)(model.normalizer.normalize)
         self._special = model.special
-        self._special_pattern = f"({'|'.join(map(regex.escape, model.special))})"
+        self._special_pattern = f"({'|'.join(map(regex.escape, model.special)) or '(?!)'})"
 
     @classmethod
     def from_folder(cls, path: str | Path, max_length: int) -> "T5Tokenizer":
@@ -296,29 +289,36 @@ class UnigramModel:
 def read_spiece(file: Path) -> UnigramModel:
     """Reads a SentencePiece model. T5 adds <extra_id_99> ... <extra_id_0> to what is in it."""
     try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    except (OSError, RuntimeError) as error:
+        content = jsonfiles.read_bytes(file, jsonfiles.MAX_BYTES)
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        ids = list(range(model.vocab_size()))
+        pieces = list(zip(model.id_to_piece(ids), model.get_score(ids), strict=True))
+        normalizer = character_map(content)
+    except (OSError, RuntimeError, ValueError) as error:
         raise FluxError(f"{file}: not a SentencePiece model ({error})") from error
-    ids = list(range(model.vocab_size()))
-    pieces = list(zip(model.id_to_piece(ids), model.get_score(ids), strict=True))
+    for piece, score in pieces:
+        jsonfiles.number(score, f"{file}: the score of {piece!r}")
     extra = [f"<extra_id_{i}>" for i in reversed(range(100))]
     special = {piece: i for i, (piece, _) in enumerate(pieces) if piece in ("<pad>", "</s>", "<unk>")}
     special |= {piece: i for i, piece in enumerate(extra, start=len(pieces))}
-    return UnigramModel(pieces + [(piece, 0.0) for piece in extra], special, character_map(file.read_bytes()))
+    return UnigramModel(pieces + [(piece, 0.0) for piece in extra], special, normalizer)
 
 
 def read_unigram_json(file: Path) -> UnigramModel:
     """Reads a tokenizer.json that the `tokenizers` library made of a SentencePiece model."""
-    tokenizer = read_json(file)
-    model, normalizer = tokenizer.get("model", {}), tokenizer.get("normalizer") or {}
-    if model.get("type") != "Unigram":
-        raise FluxError(f"{file}: not a T5 tokenizer; its model is {model.get('type')}, expected Unigram")
-    steps = normalizer.get("normalizers", [normalizer])
-    table = b"".join(base64.b64decode(step.get("precompiled_charsmap", "")) for step in steps)
-    special = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
-    pieces = [(piece, score) for piece, score in model["vocab"]]
-    # A SentencePiece model that holds nothing but normalizer_spec (3) with its precompiled_charsmap (2).
-    return UnigramModel(pieces, special, character_map(protobuf_field(3, protobuf_field(2, table))))
+    tokenizer = jsonfiles.read(file)
+    model = vocabularies.model(tokenizer, "Unigram", f"{file}: not a T5 tokenizer")
+    special = {token["content"]: token["id"] for token in vocabularies.added(tokenizer, str(file))}
+    pieces = vocabularies.pieces(model.get("vocab"), f"{file}: vocab")
+    try:
+        normalizer = tokenizer.get("normalizer") or {}
+        steps = normalizer.get("normalizers", [normalizer])
+        table = b"".join(base64.b64decode(step.get("precompiled_charsmap", "")) for step in steps)
+        # A SentencePiece model that holds nothing but normalizer_spec (3) with its precompiled_charsmap (2).
+        characters = character_map(protobuf_field(3, protobuf_field(2, table)))
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise FluxError(f"{file}: its normalizer makes no sense ({error})") from None
+    return UnigramModel(pieces, special, characters)
 
 
 def character_map(model: bytes) -> sentencepiece.SentencePieceNormalizer:

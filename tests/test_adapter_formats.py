@@ -241,7 +241,7 @@ def test_patterns_for_clip_of_old_and_new_transformers(pattern: str):
     assert alphas == {"img_in": RANK, "text_model.encoder.layers.0.mlp.fc1": 4}
 
 
-@pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("[1]", "JSON object, not list")])
+@pytest.mark.parametrize(("text", "words"), [("{", "not JSON"), ("[1]", "JSON object, not a list")])
 def test_damaged_metadata(text: str, words: str):
     with pytest.raises(FluxError, match=words):
         read_numpy(lora("img_in"), {"lora_adapter_metadata": text})

@@ -170,3 +170,19 @@ def test_the_encoders_leave_before_the_first_step(tokenizers):
     pipeline, seen = make_pipeline(tokenizers), []
     list(generate(pipeline, [BIRDS], on_step=lambda *_: seen.append(hasattr(pipeline, "t5"))))
     assert seen == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "words"),
+    [
+        ("flow", float("nan"), "step 1 of the transformer gives NaN or infinity"),
+        ("ae", float("nan"), "the autoencoder gives NaN or infinity"),
+    ],
+)
+def test_numbers_that_make_a_black_picture_end_the_run_at_its_first_step(tokenizers, part, value, words):
+    """A single weight in the middle of a file, which no look at its beginning finds."""
+    pipeline = make_pipeline(tokenizers)
+    layer = pipeline.flow.img_in if part == "flow" else pipeline.ae.decoder.conv_out
+    layer.weight[0, 0] = value
+    with pytest.raises(FluxError, match=words):
+        list(generate(pipeline, [BIRDS], keep_models=True))

@@ -21,6 +21,7 @@ LEVELS = {
     "flux.images": 1,
     "flux.sheets": 1,
     "flux.tokenizers": 1,
+    "flux.vocabularies": 1,
     "flux.sampler": 1,
     "flux.distributed.ranks": 1,
     "flux.distributed.gradients": 1,

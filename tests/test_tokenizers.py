@@ -122,12 +122,12 @@ def test_folders_without_a_tokenizer(tmp_path):
 def test_files_that_are_something_else(tmp_path, t5_folder):
     file = tmp_path / "tokenizer.json"
     file.write_text("{")
-    with pytest.raises(FluxError, match=r"tokenizer\.json: not a JSON file"):
+    with pytest.raises(FluxError, match=r"tokenizer\.json: not JSON"):
         CLIPTokenizer.from_folder(tmp_path)
     file.write_text(json.dumps({"model": {"type": "WordPiece"}}))
-    with pytest.raises(FluxError, match="its model is WordPiece, expected BPE"):
+    with pytest.raises(FluxError, match=r"its model is .WordPiece., expected BPE"):
         CLIPTokenizer.from_folder(tmp_path)
-    with pytest.raises(FluxError, match="its model is WordPiece, expected Unigram"):
+    with pytest.raises(FluxError, match=r"its model is .WordPiece., expected Unigram"):
         T5Tokenizer.from_folder(tmp_path, 8)
     file.write_text(json.dumps({"model": {"type": "Unigram", "vocab": [["▁", -1.0]]}}))
     with pytest.raises(FluxError, match="lacks <pad>, </s>, <unk>"):

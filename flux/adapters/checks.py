@@ -13,9 +13,10 @@ from typing import Any
 import mlx.core as mx
 
 from flux.errors import FluxError
+from flux.jsonfiles import number as number
+from flux.jsonfiles import positive as positive
 from flux.jsonfiles import shown
 
-LARGEST = 3e38  # of float32
 MAX_SIDE = 2**17  # rows or columns of a layer's change; FLUX.1's widest layer has 21,504
 MAX_ELEMENTS = 2**28  # of a layer's change when it is multiplied out; FLUX.1's largest has 6.6e7
 MAX_NAMES, MAX_PATTERNS = 10_000, 200  # of a table: patterns that are names, and others
@@ -29,20 +30,6 @@ _GROUP = rf"\((?:\?:)?{_ATOM}+(?:\|{_ATOM}+)*\)\??"
 _SEQUENCE = rf"\^?(?:{_GROUP}|{_ATOM}[*+?]?)*\$?"
 SAFE = re.compile(rf"{_SEQUENCE}(?:\|{_SEQUENCE})*")
 PLAIN = re.compile(r"[\w.-]+")
-
-
-def number(value: Any, what: str) -> float:
-    """A number of a config as a float. FluxError, naming what it is, for what is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
-        raise FluxError(f"{what} is {shown(value)}; it should be a finite number")
-    return float(value)
-
-
-def positive(value: Any, what: str) -> float:
-    """As `number`, and above 0: a rank."""
-    if (found := number(value, what)) <= 0:
-        raise FluxError(f"{what} is {found:g}; it should be above 0")
-    return found
 
 
 def scalar(tensor: mx.array, what: str) -> float:
@@ -71,7 +58,7 @@ def size(shape: Sequence[int], what: str) -> None:
     """FluxError for the (out, in) of a change that no layer of FLUX.1 comes near to: small factors of an
     enormous product would take all of the memory.
     """
-    if any(not 0 < side <= MAX_SIDE for side in shape) or math.prod(shape) > MAX_ELEMENTS:
+    if len(shape) != 2 or any(not 0 < side <= MAX_SIDE for side in shape) or math.prod(shape) > MAX_ELEMENTS:
         raise FluxError(f"{what}: a change of shape {tuple(shape)} fits no layer")
 
 

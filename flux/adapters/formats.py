@@ -23,7 +23,7 @@ from flux.adapters.names import Home
 from flux.adapters.peft_config import Configs, Json
 from flux.errors import FluxError
 from flux.weights import tensors as files
-from flux.weights import torchfile
+from flux.weights import torchfile, values
 
 DORA_RULE = "flux_mlx.dora"  # our header's entry: how a DoRA is weighed, where its name does not tell
 MLP_RATIO = 4  # of every FLUX.1: the rows of linear1's last part, where a file leaves that part out
@@ -61,10 +61,13 @@ def load(path: str | Path, strict: bool = False) -> Adapter:
     if path.suffix.lower() in TORCH:
         tensors, metadata = torchfile.load([path]), {}
     else:
-        tensors, metadata = files.load([path]), files.read_header(path).metadata
+        tensors, header = files.load([path]), files.read_header(path)
+        metadata = header.metadata
+        # NaN is sound in our own files' DoRA scales: a row that is no DoRA.
+        values.check(path, header.tensors, [n for n in header.tensors if not n.endswith(names.MAGNITUDES)])
     try:
         adapter = read(tensors, metadata, config)
-    except FluxError as error:
+    except ValueError as error:  # FluxError, and MLX's where matrices do not fit together
         raise FluxError(f"{path}: {error}") from None
     if strict and adapter.homeless:
         raise FluxError(f"{path}: {len(adapter.homeless)} keys found no home: {some(adapter.homeless)}")

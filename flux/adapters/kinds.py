@@ -36,9 +36,11 @@ def read_delta(home: Home, roles: Roles, configs: Configs, dora_rule: str) -> De
 
     dora_rule: how a `dora_scale` is weighed. FluxError for tensors that do not fit each other.
     """
-    checks.floats({f"{home.theirs} {role}": tensor for role, tensor in roles.items() if role in MATRICES})
+    checks.floats({f"{home.theirs} {role}": t for role, t in roles.items() if role not in NUMBERS})
     scales_all = "ia3_l" in roles  # PEFT scales all that comes out of a layer, its bias too
     change = next((read(home, roles, configs) for needs, read in KINDS if needs <= roles.keys()), None)
+    if change is not None and None not in change.shape:
+        checks.size(change.shape, home.theirs)
     bias, factor = roles.pop("bias", None), None
     if isinstance(change, LowRank) and "up bias" in roles:
         scaled = change.scale * roles.pop("up bias").astype(mx.float32)
@@ -339,7 +341,4 @@ KINDS: tuple[tuple[frozenset[str], Reader], ...] = (
     (frozenset({"diff"}), _dense),
     (frozenset({"whole weight"}), _replacement),
 )
-MATRICES = frozenset().union(*(needs for needs, _ in KINDS)) - {"on_input"} | {
-    *("mid", "hada_t1", "hada_t2", "lokr_t2", "glora bm", "rescale", "boft_s"),
-    *("magnitude", "dora_scale", "bias", "new bias", "up bias", *(f"oft_blocks.{i}" for i in range(4))),
-}
+NUMBERS = ("alpha", "on_input")  # what may be of any type

@@ -73,6 +73,8 @@ SUFFIXES: tuple[tuple[str, str], ...] = (
 # What may be said of a norm -> which of its parameters that is about.
 NORM_ROLES = {"replacement": "scale", "diff": "scale", "norm bias": "bias"}
 
+MAGNITUDES = tuple(suffix for suffix, role in SUFFIXES if role in ("magnitude", "dora_scale"))
+
 # Stems beside BFL's and diffusers' own, and our module.
 XLABS: tuple[tuple[str, str], ...] = (
     ("double_blocks.{}.processor.qkv_lora1", "double_blocks.{}.img_attn.qkv"),

@@ -70,11 +70,9 @@ class Configs:
 def _unpack(text: str) -> dict[str, Json]:
     """`network.field` -> value, as diffusers writes it, by networks."""
     try:
-        packed = jsonfiles.parse(text)
+        packed = jsonfiles.parse_object(text)
     except ValueError as error:
         raise FluxError(f"{PEFT_METADATA}: {error}") from None
-    if not isinstance(packed, dict):
-        raise FluxError(f"{PEFT_METADATA}: should be a JSON object, not {type(packed).__name__}")
     configs: dict[str, dict[str, Any]] = {}
     for name, value in packed.items():
         network, _, field = name.partition(".")

@@ -6,12 +6,15 @@ from pathlib import Path
 import mlx.core as mx
 from PIL import Image
 
+from flux import jsonfiles
 from flux.captioning.pictures import PictureParams, prepare
 from flux.captioning.tasks import Answer, Task
 from flux.captioning.tokenizer import BartTokenizer
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2, GenerationParams, generate
 from flux.weights import florence2
+
+MAX_SIDE = 4096  # of the pictures that a captioner may ask for; Florence-2 asks for 768
 
 
 @dataclass
@@ -27,12 +30,10 @@ class Captioner:
     def from_folder(cls, folder: str | Path, dtype: mx.Dtype) -> "Captioner":
         """Reads a checkpoint's folder, transformers' or Microsoft's. Raises FluxError for a faulty one."""
         folder = Path(folder)
-        return cls(
-            model=florence2.load(folder, dtype),
-            tokenizer=BartTokenizer.from_folder(folder),
-            pictures=picture_params(folder),
-            generation=florence2.generation_params(folder),
-        )
+        model, tokenizer = florence2.load(folder, dtype), BartTokenizer.from_folder(folder)
+        generation = florence2.generation_params(folder)
+        _check_ids(folder, model, tokenizer, generation)
+        return cls(model, tokenizer, picture_params(folder), generation)
 
     def search(self, beams: int | None = None, max_tokens: int | None = None) -> None:
         """Changes how answers are searched: with so many beams, for so many tokens at most.
@@ -60,15 +61,39 @@ class Captioner:
         return [task.answer(text, image.size) for text, image in zip(decoded, images, strict=True)]
 
 
+def _check_ids(
+    folder: Path, model: Florence2, tokenizer: BartTokenizer, generation: GenerationParams
+) -> None:
+    """FluxError where the tokenizer or the search has a token that the network's embedding has no row for."""
+    rows = model.language_model.shared.weight.shape[0]
+    if tokenizer.size > rows:
+        raise FluxError(f"{folder}: its tokenizer has {tokenizer.size} tokens, the network {rows}")
+    for name, token in vars(generation).items():
+        if name.endswith("token_id") and token is not None and token >= rows:
+            raise FluxError(
+                f"{folder / 'generation_config.json'}: {name} is {token}; there are {rows} tokens"
+            )
+
+
 def picture_params(folder: Path) -> PictureParams:
     """What preprocessor_config.json, or the newer processor_config.json, says; else Florence-2's own."""
     combined = florence2.read_json(folder, "processor_config.json").get("image_processor", {})
     config = florence2.read_json(folder, "preprocessor_config.json") or combined
     known = PictureParams()
-    size = config.get("size", {})
-    return PictureParams(
-        height=size.get("height", known.height),
-        width=size.get("width", known.width),
-        mean=tuple(config.get("image_mean", known.mean)),
-        deviation=tuple(config.get("image_std", known.deviation)),
-    )
+    try:
+        size = dict(config.get("size", {}))
+        height, width = (
+            jsonfiles.count(size.get(side, getattr(known, side)), side, most=MAX_SIDE)
+            for side in ("height", "width")
+        )
+        mean, deviation = (
+            tuple(jsonfiles.number(value, name) for value in config.get(name, own))
+            for name, own in (("image_mean", known.mean), ("image_std", known.deviation))
+        )
+    except (AttributeError, TypeError, ValueError) as error:
+        raise FluxError(f"{folder}: the settings for pictures make no sense: {error}") from None
+    if len(mean) != 3 or len(deviation) != 3 or not min(deviation) > 0:
+        raise FluxError(
+            f"{folder}: image_mean and image_std should be three numbers each, the latter above 0"
+        )
+    return PictureParams(height, width, mean, deviation)

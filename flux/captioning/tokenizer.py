@@ -6,8 +6,9 @@ from pathlib import Path
 import mlx.core as mx
 import regex
 
+from flux import jsonfiles, vocabularies
 from flux.errors import FluxError
-from flux.tokenizers import byte_letters, merge, read_json, well_formed
+from flux.tokenizers import byte_letters, merge, read_merges, well_formed
 
 # What Florence-2 knows beyond BART's 50,265 tokens, in the order of its embedding's rows. Microsoft's
 # checkpoints hold BART's own tokenizer, and the code beside them adds these; "desciption" is the name that
@@ -49,6 +50,7 @@ class BartTokenizer:
         self._letters = byte_letters()
         self._bytes = {letter: byte for byte, letter in enumerate(self._letters)}
         self._pieces = {id: piece for piece, id in (vocab | special).items()}
+        self.size = 1 + max(self._pieces)  # so many rows an embedding must have
         swallows_space = set(swallows_space)
         tokens = sorted(special, key=len, reverse=True)  # of two that fit, the longer one
         patterns = [r"\s*" * (token in swallows_space) + regex.escape(token) for token in tokens]
@@ -63,20 +65,25 @@ class BartTokenizer:
         """
         folder = Path(path)
         if (folder / "tokenizer.json").is_file():
-            file = read_json(folder / "tokenizer.json")
-            vocab = file["model"]["vocab"]
-            pairs = file["model"]["merges"]  # "left right", or the two in a list
-            merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
-            added = {token["content"]: token["id"] for token in file["added_tokens"]}
-            swallows_space = [token["content"] for token in file["added_tokens"] if token["lstrip"]]
+            what = str(folder / "tokenizer.json")
+            file = jsonfiles.read(folder / "tokenizer.json")
+            model = vocabularies.model(file, "BPE", f"{what}: not a captioner's tokenizer")
+            vocab = vocabularies.ids(model.get("vocab"), f"{what}: vocab")
+            merges = vocabularies.merges(model.get("merges"), f"{what}: merges")
+            tokens = vocabularies.added(file, what)
+            added = {token["content"]: token["id"] for token in tokens}
+            swallows_space = [token["content"] for token in tokens if token.get("lstrip")]
         elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocab = read_json(folder / "vocab.json")
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = [line for line in lines if line and not line.startswith("#version")]
-            added = {token: vocab[token] for token in ("<s>", "<pad>", "</s>", "<unk>", "<mask>")}
+            what = str(folder / "vocab.json")
+            vocab = vocabularies.ids(jsonfiles.read(folder / "vocab.json"), what)
+            merges = read_merges(jsonfiles.read_text(folder / "merges.txt"))
+            names = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+            added = {token: vocab[token] for token in names if token in vocab}
             swallows_space = ["<mask>"]
         else:
             raise FluxError(f"{folder}: no captioner's tokenizer here; expected tokenizer.json")
+        if missing := [token for token in (cls.BOS, cls.PAD, cls.EOS) if token not in added]:
+            raise FluxError(f"{what}: the vocabulary lacks {', '.join(missing)}")
         return cls(vocab, merges, with_florence_tokens(vocab, added), swallows_space)
 
     def encode(self, text: str) -> list[int]:
@@ -95,7 +102,7 @@ class BartTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text with special tokens written out; U+FFFD for what is no UTF-8, nothing for unknown ids."""
         letters = "".join(self._pieces.get(id, "") for id in ids)
-        return bytes(self._bytes[letter] for letter in letters).decode("utf-8", errors="replace")
+        return bytes(self._bytes[c] for c in letters if c in self._bytes).decode("utf-8", errors="replace")
 
     def _ids(self, piece: str) -> list[int]:
         token = self.special.get(piece.lstrip())

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,13 +22,14 @@ from huggingface_hub.errors import (
 )
 from mlx.utils import tree_flatten
 
+from flux import jsonfiles
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
-from flux.weights import florence2, keymaps, layouts, quantize, registry, shapes, tensors
+from flux.weights import florence2, keymaps, layouts, quantize, registry, shapes, tensors, values
 from flux.weights.layouts import FOLDERS, NAMES, PARTS, TOKENIZERS, Part
 from flux.weights.registry import ModelSpec
 
@@ -97,14 +98,13 @@ class Checkpoint:
 
 
 def load_part(part: Part, dtype: mx.Dtype | None = None) -> nn.Module:
-    """A part's network with its weights in dtype, lazily: nothing is read but the headers."""
+    """A part's network with its weights in dtype, lazily: read are the headers, and a page of each tensor."""
     dtype = dtype or default_dtype()
     found = tensors.load(part.files)
     names = keymaps.own_names(part.kind, found)
     own = {bare: found[name] for name, bare in names.items()}
-    weights = keymaps.to_ours(part.kind, own)
-    metadata = tensors.read_header(part.files[0]).metadata
-    network = _build(part, weights, metadata)
+    metadata = _look(part, names)
+    network, weights = _build(part, own, metadata)
     diffusers = keymaps.is_diffusers(own)
     expected = keymaps.to_file(part.kind, dict(tree_flatten(network.parameters())), diffusers)
     found = own if diffusers or part.kind != "ae" else keymaps.unsqueeze_pointwise(own)
@@ -114,15 +114,26 @@ def load_part(part: Part, dtype: mx.Dtype | None = None) -> nn.Module:
     return network
 
 
-def _build(part: Part, weights: Mapping[str, mx.array], metadata: Mapping[str, str]) -> nn.Module:
-    """The network that these weights are of, with quantized layers where the file has them."""
+def _look(part: Part, names: Collection[str]) -> dict[str, str]:
+    """The first file's metadata; FluxError where tensors of these names hold no numbers to work with."""
+    headers = {file: tensors.read_header(file) for file in part.files}
+    for file, header in headers.items():
+        values.check(file, header.tensors, names & header.tensors.keys())
+    return headers[part.files[0]].metadata
+
+
+def _build(
+    part: Part, own: Mapping[str, mx.array], metadata: Mapping[str, str]
+) -> tuple[nn.Module, dict[str, mx.array]]:
+    """The network that a file's tensors are of, with quantized layers where it has them, and its weights."""
     try:
-        config = part.config or json.loads(metadata.get("config", "{}"))
+        weights = keymaps.to_ours(part.kind, own)
+        config = part.config or jsonfiles.parse_object(metadata.get("config", "{}"))
         network = NETWORKS[part.kind](shapes.params(part.kind, weights, config))
         quantize.prepare(network, metadata, weights)
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise FluxError(f"{part.label}: no network fits its tensors and its config: {error}") from None
-    return network
+    return network, weights
 
 
 def _cast(weight: mx.array, dtype: mx.Dtype) -> mx.array:

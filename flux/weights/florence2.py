@@ -5,19 +5,21 @@ checkpoints, and multimodalart/Florence-2-large-no-flash-attn, have the names of
 paper.
 """
 
-import json
 import re
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from flux import jsonfiles
 from flux.errors import FluxError
+from flux.jsonfiles import shown
 from flux.models.florence2 import Florence2, Florence2Params, GenerationParams, LanguageParams, VisionParams
 from flux.weights import tensors, torchfile
+from flux.weights.headers import MAX_BLOCKS
 
 Rows = tuple[tuple[str, str], ...]
 
@@ -59,6 +61,7 @@ COPIES = (  # of the embedding, in our names: files hold all of them, some, or o
     "lm_head.weight",
 )
 WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # whole or in shards; the first that is there
+MAX_BEAMS = 100  # which a checkpoint may ask for; Florence-2's ask for 3
 UNUSED = ("language_model.final_logits_bias",)  # zeros; transformers drops it as well
 
 # config.json -> Florence2Params. Where a file lacks a field, transformers' own default is meant.
@@ -124,47 +127,80 @@ def params(config: Mapping[str, Any]) -> Florence2Params:
     """The network's shape from config.json, in either form. FluxError for what we do not have."""
     for part, values in FIXED.items():
         for key, value in values.items():
-            if config.get(part, {}).get(key, value) != value:
-                raise FluxError(f"{part}: {key} is {config[part][key]!r}; only {value!r} is known")
-    vision, text = config.get("vision_config", {}), config.get("text_config", {})
-    positions = vision.get("image_pos_embed", {}).get("max_pos_embeddings", 50)  # Microsoft's nest these two
-    frames = vision.get("visual_temporal_embedding", {}).get("max_temporal_embeddings", 100)
-    return Florence2Params(
-        vision=VisionParams(**_shape(VISION_DEFAULTS, vision)),
-        language=LanguageParams(**_shape(LANGUAGE_DEFAULTS, text)),
-        max_position_embeddings=vision.get("max_position_embeddings", positions),
-        max_temporal_embeddings=vision.get("max_temporal_embeddings", frames),
+            if _table(config, part).get(key, value) != value:
+                raise FluxError(f"{part}: {key} is {shown(config[part][key])}; only {value!r} is known")
+    vision, text = _table(config, "vision_config"), _table(config, "text_config")
+    nested = {  # Microsoft's nest these two
+        "max_position_embeddings": _table(vision, "image_pos_embed").get("max_pos_embeddings", 50),
+        "max_temporal_embeddings": _table(vision, "visual_temporal_embedding").get(
+            "max_temporal_embeddings", 100
+        ),
+    }
+    lengths = {name: jsonfiles.count(vision.get(name, own), name) for name, own in nested.items()}
+    shape = Florence2Params(
+        vision=VisionParams(**_shape(VISION_DEFAULTS, vision, "vision_config")),
+        language=LanguageParams(**_shape(LANGUAGE_DEFAULTS, text, "text_config")),
+        **lengths,
     )
+    _check_shape(shape)
+    return shape
 
 
-def _shape(defaults: VisionParams | LanguageParams, config: Mapping[str, Any]) -> dict[str, Any]:
+def _check_shape(shape: Florence2Params) -> None:
+    """FluxError for numbers that make no network, or one of more layers than any has."""
+    stages = {len(value) for value in vars(shape.vision).values() if isinstance(value, tuple)}
+    if len(stages) > 1:
+        raise FluxError("vision_config: its lists should have the same number of stages")
+    language, vision = shape.language, shape.vision
+    for layers in (language.encoder_layers, language.decoder_layers, *vision.depths):
+        jsonfiles.count(layers, "the number of layers", least=0, most=MAX_BLOCKS)
+    heads = (language.encoder_attention_heads, language.decoder_attention_heads)
+    pairs = [(language.d_model, h) for h in heads] + list(
+        zip(vision.embed_dim, vision.num_heads, strict=True)
+    )
+    pairs += zip(vision.embed_dim, vision.num_groups, strict=True)
+    if any(parts < 1 or width < 1 or width % parts for width, parts in pairs):
+        raise FluxError("a width is not a multiple of its number of heads or groups")
+    language_sizes = (value for name, value in vars(language).items() if not name.endswith("layers"))
+    if min(language_sizes) < 1:
+        raise FluxError("text_config: widths and numbers of tokens should be above 0")
+    if min(vision.window_size, *vision.patch_size, *vision.patch_stride) < 1 or vision.mlp_ratio <= 0:
+        raise FluxError("vision_config: sizes of windows, patches, strides and ratios should be above 0")
+
+
+def _table(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """An object within a config, {} where it has none."""
+    found = config.get(name, {})
+    if not isinstance(found, dict):
+        raise FluxError(f"{name} is {shown(found)}; it should be an object")
+    return found
+
+
+def _shape(defaults: VisionParams | LanguageParams, config: Mapping[str, Any], where: str) -> dict[str, Any]:
     shape = {}
     for field in fields(defaults):
         name = field.name if field.name in config else VISION_NAMES.get(field.name, field.name)
-        value = config.get(name, getattr(defaults, field.name))
-        shape[field.name] = tuple(value) if isinstance(value, list) else value
+        if name in config:
+            shape |= jsonfiles.fields(type(defaults), {field.name: config[name]}, where)
+        else:
+            shape[field.name] = getattr(defaults, field.name)
     return shape
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object in the folder; {} where there is no such file. FluxError where it is something else."""
     path = folder / name
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise FluxError(f"{path}: should hold a JSON object")
-    return content
+    return jsonfiles.read(path) if path.is_file() else {}
 
 
 def generation_params(folder: Path) -> GenerationParams:
     """How the checkpoint wants answers searched: generation_config.json over Florence-2's own settings."""
     config = read_json(folder, "generation_config.json")
     known = {field.name: config[field.name] for field in fields(GenerationParams) if field.name in config}
-    return GenerationParams(**known)
+    where = folder / "generation_config.json"
+    found = replace(GenerationParams(), **jsonfiles.fields(GenerationParams, known, str(where)))
+    jsonfiles.count(found.num_beams, f"{where}: num_beams", most=MAX_BEAMS)
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
+from flux.errors import FluxError
 from flux.weights.headers import block_count
 
 Tensors = dict[str, mx.array]
@@ -190,6 +191,8 @@ def from_diffusers(rows: tuple[Row, ...], tensors: Mapping[str, mx.array]) -> Te
             out.update({name: tensors[name] for name in names.values()})
             continue
         pieces = [tensors[names[i]] for i in range(len(names))]
+        if len({piece.shape[1:] for piece in pieces}) > 1 or pieces[0].ndim == 0:
+            raise FluxError(f"{', '.join(names.values())}: tensors of these shapes are no parts of one layer")
         fused = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
         out[target] = swap_halves(fused) if row.swapped else fused
     return out

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping
 
 import mlx.nn as nn
 
+from flux import jsonfiles
 from flux.errors import FluxError
+from flux.jsonfiles import shown
 
 # Linear layers under these names: the blocks of the transformer, of T5, and of the captioner's two networks.
 # The embedders, the final layer and the norms stay as they are: small, and first and last in line.
@@ -18,6 +20,7 @@ QUANTIZED = (
     *("vision_tower.blocks.", "language_model.encoder.layers.", "language_model.decoder.layers."),
 )
 BITS = (4, 8)
+READ_BITS = (2, 3, 4, 5, 6, 8)  # of MLX
 GROUP_SIZES = {"affine": (64, 32, 128), "mxfp4": (32,)}  # by mode, the default first
 METADATA = "quantization"  # the key in a safetensors header
 
@@ -69,5 +72,8 @@ def prepare(network: nn.Module, metadata: Mapping[str, str], names: Iterable[str
     if METADATA not in metadata:
         return
     layers = {name.removesuffix(".scales") for name in names if name.endswith(".scales")}
-    how = json.loads(metadata[METADATA])
+    how = jsonfiles.parse_object(metadata[METADATA])
+    wrong = how.keys() != {"bits", "group_size", "mode"} or not isinstance(how["mode"], str)
+    if wrong or how["bits"] not in READ_BITS or how["group_size"] not in GROUP_SIZES.get(how["mode"], ()):
+        raise FluxError(f"its {METADATA} is {shown(metadata[METADATA])}, which is not known")
     nn.quantize(network, **how, class_predicate=lambda path, _: path in layers)

@@ -6,12 +6,13 @@ axis: sizes come from first axes, biases and norms.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import mode
 from typing import Any
 
 import mlx.core as mx
 
+from flux import jsonfiles
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoderParams
 from flux.models.clip import CLIPTextParams
@@ -22,30 +23,35 @@ from flux.weights.headers import block_count
 Tensors = Mapping[str, mx.array]
 Params = FluxParams | AutoEncoderParams | CLIPTextParams | T5Params
 
-# What is taken from config.json (diffusers' and transformers' words) under which of our names.
-FROM_CONFIG: dict[str, dict[str, str]] = {
-    "transformer": {"axes_dims_rope": "axes_dim"},
+# What is taken from config.json (diffusers' and transformers' words): our name, and how it is checked.
+FROM_CONFIG: dict[str, dict[str, tuple[str, Callable[[Any, str], Any]]]] = {
+    "transformer": {"axes_dims_rope": ("axes_dim", jsonfiles.counts)},
     "ae": {
-        "norm_num_groups": "norm_groups",
-        "scaling_factor": "scale_factor",
-        "shift_factor": "shift_factor",
+        "norm_num_groups": ("norm_groups", jsonfiles.count),
+        "scaling_factor": ("scale_factor", jsonfiles.positive),
+        "shift_factor": ("shift_factor", jsonfiles.number),
     },
     "clip": {
-        "num_attention_heads": "num_attention_heads",
-        "hidden_act": "hidden_act",
-        "layer_norm_eps": "layer_norm_eps",
+        "num_attention_heads": ("num_attention_heads", jsonfiles.count),
+        "hidden_act": ("hidden_act", jsonfiles.text),
+        "layer_norm_eps": ("layer_norm_eps", jsonfiles.positive),
     },
     "t5": {
-        "relative_attention_max_distance": "relative_attention_max_distance",
-        "layer_norm_epsilon": "layer_norm_epsilon",
+        "relative_attention_max_distance": ("relative_attention_max_distance", jsonfiles.count),
+        "layer_norm_epsilon": ("layer_norm_epsilon", jsonfiles.positive),
     },
 }
 
 
 def params(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Params:
-    """The shape of a part ("transformer", "ae", "clip", "t5") with these tensors (our names and axes)."""
+    """The shape of a part ("transformer", "ae", "clip", "t5") with these tensors (our names and axes).
+
+    FluxError for a config whose values make no network.
+    """
     known = {
-        ours: config[theirs] for theirs, ours in FROM_CONFIG[part].items() if config.get(theirs) is not None
+        ours: checked(config[theirs], f"config: {theirs}")
+        for theirs, (ours, checked) in FROM_CONFIG[part].items()
+        if config.get(theirs) is not None
     }
     read = {"transformer": flux_params, "ae": autoencoder_params, "clip": clip_params, "t5": t5_params}[part]
     return read(tensors, known)
@@ -56,7 +62,19 @@ def _size(tensors: Tensors, default: int, *places: tuple[str, int]) -> int:
     sizes = [
         tensors[name].shape[axis] for name, axis in places if name in tensors and axis < tensors[name].ndim
     ]
-    return mode(sizes) if sizes else default
+    size = mode(sizes) if sizes else default
+    if size == 0:
+        raise FluxError(
+            f"{', '.join(name for name, _ in places if name in tensors)}: tensors without content"
+        )
+    return size
+
+
+def _divided(size: int, parts: int, what: str) -> int:
+    """parts, where they divide a size evenly."""
+    if size % parts:
+        raise FluxError(f"{what} {parts} does not divide the width {size}")
+    return parts
 
 
 def _count(tensors: Tensors, prefix: str) -> int:
@@ -95,7 +113,7 @@ def flux_params(tensors: Tensors, known: Mapping[str, Any]) -> FluxParams:
         context_in_dim=_size(tensors, usual.context_in_dim, ("txt_in.weight", 1)),
         hidden_size=hidden,
         mlp_ratio=mlp / hidden,
-        num_heads=hidden // head,
+        num_heads=hidden // _divided(hidden, head, "the head size"),
         depth=_count(tensors, "double_blocks"),
         depth_single_blocks=_count(tensors, "single_blocks"),
         axes_dim=axes,
@@ -119,6 +137,8 @@ def autoencoder_params(tensors: Tensors, known: Mapping[str, Any]) -> AutoEncode
     ]
     if any(width % ch for width in widths):
         raise FluxError(f"the autoencoder's widths {widths} are not multiples of the first, {ch}")
+    for width in widths:
+        _divided(width, known.get("norm_groups", usual.norm_groups), "norm_num_groups")
     return AutoEncoderParams(
         in_channels=_size(tensors, usual.in_channels, ("encoder.conv_in.weight", 3)),
         ch=ch,
@@ -152,6 +172,7 @@ def clip_params(tensors: Tensors, known: Mapping[str, Any]) -> CLIPTextParams:
         ),
         "vocab_size": _size(tensors, usual.vocab_size, (f"{model}.embeddings.token_embedding.weight", 0)),
     }
+    _divided(hidden, (sizes | known)["num_attention_heads"], "num_attention_heads")
     return CLIPTextParams(**(sizes | known))
 
 
@@ -161,6 +182,10 @@ def t5_params(tensors: Tensors, known: Mapping[str, Any]) -> T5Params:
     attention, feed = "encoder.block.0.layer.0", "encoder.block.0.layer.1"
     bias = f"{attention}.SelfAttention.relative_attention_bias.weight"
     heads = _size(tensors, usual.num_heads, (bias, 1))
+    buckets = _size(tensors, usual.relative_attention_num_buckets, (bias, 0))
+    distance = known.get("relative_attention_max_distance", usual.relative_attention_max_distance)
+    if not 1 <= buckets // 4 < distance:  # a quarter of them are for exact distances, the others grow
+        raise FluxError(f"{buckets} buckets of distances up to {distance} are no relative attention")
     inner = _size(tensors, 64 * heads, *((f"{attention}.SelfAttention.{name}.weight", 0) for name in "qkv"))
     return T5Params(
         vocab_size=_size(tensors, usual.vocab_size, ("shared.weight", 0)),
@@ -171,10 +196,10 @@ def t5_params(tensors: Tensors, known: Mapping[str, Any]) -> T5Params:
             (f"{attention}.layer_norm.weight", 0),
             (f"{feed}.layer_norm.weight", 0),
         ),
-        d_kv=inner // heads,
+        d_kv=inner // _divided(inner, heads, "the number of heads"),
         d_ff=_size(tensors, usual.d_ff, *((f"{feed}.DenseReluDense.wi_{i}.weight", 0) for i in (0, 1))),
         num_layers=_count(tensors, "encoder.block"),
         num_heads=heads,
-        relative_attention_num_buckets=_size(tensors, usual.relative_attention_num_buckets, (bias, 0)),
+        relative_attention_num_buckets=buckets,
         **known,
     )

@@ -46,8 +46,8 @@ def load(files: Iterable[Path]) -> dict[str, mx.array]:
 
 def _load_one(path: Path, header: Header) -> dict[str, mx.array]:
     entries = header.tensors
-    if any(entry.dtype == "F8_E5M2" for entry in entries.values()):
-        # mx.load refuses the whole file for it; such files are read through numpy instead.
+    if any(entry.dtype in ("F8_E5M2", "F64") for entry in entries.values()):
+        # mx.load refuses the whole file for them; such files are read through numpy instead.
         return {name: _load_by_numpy(path, entry) for name, entry in entries.items()}
     tensors = mx.load(str(path), format="safetensors")
     return {
@@ -63,9 +63,13 @@ def _load_by_numpy(path: Path, entry: Entry) -> mx.array:
         return (data.astype(mx.uint16) << 8).view(mx.float16).reshape(entry.shape)
     if entry.dtype == "F8_E4M3":
         return mx.from_fp8(data, mx.bfloat16).reshape(entry.shape)
+    if entry.dtype == "F64":  # no GPU has it
+        return mx.array(np.fromfile(path, "<f8", size // 8, offset=entry.start).astype("<f4")).reshape(
+            entry.shape
+        )
     types = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
     if entry.dtype not in types:
-        raise FluxError(f"{path}: {entry.dtype} beside F8_E5M2 is a mixture this program cannot read")
+        raise FluxError(f"{path}: {entry.dtype} beside F8_E5M2 or F64 is a mixture this program cannot read")
     return data.view(types[entry.dtype]).reshape(entry.shape)
 
 
@@ -96,7 +100,7 @@ def save(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str
 
 
 def check(label: str, found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:
-    """FluxError in one line with every missing, unexpected and misshapen tensor, unless found is expected.
+    """FluxError in one line with every missing, unexpected, misshapen and mistyped tensor.
 
     label: the file's name. Of very many names the first dozen and the count are shown.
     """
@@ -107,10 +111,26 @@ def check(label: str, found: Mapping[str, mx.array], expected: Mapping[str, mx.a
         for name, tensor in expected.items()
         if name in found and found[name].shape != tensor.shape
     ]
-    kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": misshapen}
+    mistyped = [
+        f"{name} is {_kind(found[name])} and should be {_kind(tensor)}"
+        for name, tensor in expected.items()
+        if name in found and _kind(found[name]) != _kind(tensor)
+    ]
+    kinds = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "wrong shape": misshapen,
+        "wrong type": mistyped,
+    }
     faults = [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
     if faults:
         raise FluxError(f"{label}: {'; '.join(faults)}")
+
+
+def _kind(tensor: mx.array) -> str:
+    """Floats of any size are one kind: they are cast to the type that is asked for."""
+    is_float = mx.issubdtype(tensor.dtype, mx.floating)
+    return "a float" if is_float else str(tensor.dtype).removeprefix("mlx.core.")
 
 
 def _some(names: Iterable[str]) -> str:
