@@ -204,6 +204,34 @@ def test_oft_of_old_lycoris():
     assert error(changed(adapter.modules[PROJ], weight), block_diagonal(blocks).T @ weight) <= 2e-6
 
 
+@pytest.mark.parametrize(
+    ("stem", "module"),
+    [
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1", "text_model.encoder.layers.0.mlp.fc1"),
+        ("lora_te3_encoder_block_1_layer_0_SelfAttention_q", "encoder.block.1.layer.0.SelfAttention.q"),
+        ("lora_te2_encoder_block_1_layer_0_SelfAttention_q", "encoder.block.1.layer.0.SelfAttention.q"),
+    ],
+    ids=["CLIP", "T5", "T5 of OneTrainer"],
+)
+def test_text_encoders(stem: str, module: str):
+    weight, (down, up) = normal(6, 4), pair(6, 4)
+    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+    loha = {f"{stem}.{name}": t for name, t in zip(names, (up, down, up, down), strict=True)}
+    delta = read_numpy(loha).modules[module]
+    assert error(changed(delta, weight), weight + (up @ down) ** 2) <= 2e-6
+    dora = {
+        f"{stem}.lora_down.weight": down,
+        f"{stem}.lora_up.weight": up,
+        f"{stem}.dora_scale": normal(1, 4),
+    }
+    new = weight + up @ down
+    expected = dora[f"{stem}.dora_scale"] * new / np.linalg.norm(new, axis=0)
+    assert error(changed(read_numpy(dora).modules[module], weight), expected) <= 2e-6
+    blocks = normal(2, 3, 3) / 3
+    oft = read_numpy({f"{stem}.oft_blocks": blocks}).modules[module]
+    assert error(changed(oft, weight), block_diagonal(rotations(blocks)).T @ weight) <= 2e-6
+
+
 # --- DoRA ---
 
 
@@ -259,6 +287,13 @@ def test_a_dora_of_strength_zero_is_off():
     for name in ("dora_scale", "lora_magnitude_vector"):
         tensors = lora(PROJ) | {f"{PROJ}.{name}": normal(HIDDEN, 1)}
         assert np.array_equal(changed(read_numpy(tensors).modules[PROJ], weight, 0.0), weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_dora_scales(value: float):
+    tensors = lora(PROJ) | {f"{PROJ}.dora_scale": np.full((HIDDEN, 1), value, np.float32)}
+    with pytest.raises(FluxError, match=r"attn\.proj: a DoRA scale that is NaN or infinite"):
+        read_numpy(tensors)
 
 
 def test_lycoris_dora_on_some_parts():

@@ -312,7 +312,7 @@ class Delta:
     def ratio(self, norms: mx.array, strength: float) -> mx.array:
         """What a DoRA multiplies W + dW with at a strength, float32 in the magnitude's shape."""
         magnitude = mx.array(1.0) if self.magnitude is None else self.magnitude.astype(mx.float32)
-        ratio = mx.where(mx.isnan(magnitude), 1.0, magnitude / norms)
+        ratio = mx.where(mx.isnan(magnitude) | (norms == 0), 1.0, magnitude / norms)  # of zeros: zeros
         return ratio if self.rule == PEFT else 1 + strength * (ratio - 1)
 
     def settled(self, bias: mx.array | None) -> "Delta":

@@ -26,7 +26,7 @@ KEYS: tuple[tuple[str, str], ...] = (
     ("Z-Image or Lumina", r"(^|\.)layers\.\d+\.(attention|feed\.forward)\.|(noise|context)\.refiner\."),
     (
         "Stable Diffusion XL",
-        r"\.te2\.|^text\.encoder\.2\.text\.model\.|\.label\.emb\.|add\.embedding\.linear",
+        r"\.te2\.text\.model|^text\.encoder\.2\.text\.model\.|\.label\.emb\.|add\.embedding\.linear",
     ),
     ("Stable Diffusion XL", r"(input|middle|output|down|up|mid)\.blocks?\..*transformer\.blocks\.[2-9]"),
     ("Stable Diffusion 1 or 2", r"(^|\.)(input|output|down|up|middle|mid)\.blocks?\.(\d+\.)?"),

@@ -25,7 +25,8 @@ from flux.errors import FluxError
 from flux.weights import tensors as files
 from flux.weights import torchfile, values
 
-DORA_RULE = "flux_mlx.dora"  # our header's entry: how a DoRA is weighed, where its name does not tell
+OWN = "flux_mlx."  # what the entries of our own headers begin with
+DORA_RULE = OWN + "dora"  # our header's entry: how a DoRA is weighed, where its name does not tell
 MLP_RATIO = 4  # of every FLUX.1: the rows of linear1's last part, where a file leaves that part out
 TORCH = (".bin", ".pt", ".pth", ".ckpt")  # PyTorch's own files
 SHOWN = 20  # how many keys an error line shows
@@ -89,6 +90,7 @@ def read(tensors: Mapping[str, mx.array], metadata: Mapping[str, str], config: J
     found, keys, homeless = _sort(tensors)
     configs = Configs(metadata, config)
     rule = PEFT if metadata.get(DORA_RULE) == PEFT else LYCORIS
+    ours = any(name.startswith(OWN) for name in metadata)
     modules: dict[str, dict[Home, Delta]] = {}
     norms: dict[str, Roles] = {role: {} for role in names.NORM_ROLES}
     for home, roles in found.items():
@@ -97,7 +99,7 @@ def read(tensors: Mapping[str, mx.array], metadata: Mapping[str, str], config: J
                 parameter = "bias" if role == "norm bias" else home.norm
                 norms[role][f"{home.module}.{parameter}"] = tensor
             continue
-        delta = read_delta(home, roles, configs, rule)
+        delta = read_delta(home, roles, configs, rule, gaps=ours)
         if delta.shape != (None, None):
             modules.setdefault(home.module, {})[home] = delta
         homeless += [f"{keys[home, role]} (its partner is missing)" for role in roles]

@@ -5,6 +5,7 @@ Formulas are those of the programs that write the files: PEFT, LyCORIS (4.1) and
 
 from collections.abc import Callable
 from itertools import pairwise, product
+from typing import Any
 
 import mlx.core as mx
 
@@ -31,10 +32,11 @@ Roles = dict[str, mx.array]  # the tensors of one home, by what names.py calls t
 Reader = Callable[[Home, Roles, Configs], Change]
 
 
-def read_delta(home: Home, roles: Roles, configs: Configs, dora_rule: str) -> Delta:
+def read_delta(home: Home, roles: Roles, configs: Configs, dora_rule: str, gaps: bool = False) -> Delta:
     """Takes what it understands out of roles; what is left there has no partner.
 
-    dora_rule: how a `dora_scale` is weighed. FluxError for tensors that do not fit each other.
+    dora_rule: how a `dora_scale` is weighed; gaps: it may be NaN, in rows that are no DoRA. FluxError for
+    tensors that do not fit each other.
     """
     checks.floats({f"{home.theirs} {role}": t for role, t in roles.items() if role not in NUMBERS})
     scales_all = "ia3_l" in roles  # PEFT scales all that comes out of a layer, its bias too
@@ -48,6 +50,8 @@ def read_delta(home: Home, roles: Roles, configs: Configs, dora_rule: str) -> De
     if scales_all and isinstance(change, Scaling) and change.factor.shape[1] == 1:
         factor = change.factor[:, 0]
     magnitude, rule = _magnitude(home, roles, change, dora_rule)
+    if magnitude is not None:
+        _check_magnitude(home, magnitude, gaps)
     new_bias = roles.pop("new bias", None)
     return Delta(change, bias, magnitude, factor, new_bias, rule)
 
@@ -68,6 +72,12 @@ def _magnitude(home: Home, roles: Roles, change: Change | None, rule: str) -> tu
         f"{home.theirs}: a DoRA scale of shape {tuple(found.shape)}; it should have a value for each of "
         f"{rows} rows or {columns} columns"
     )
+
+
+def _check_magnitude(home: Home, magnitude: mx.array, gaps: bool) -> None:
+    sound = mx.isfinite(magnitude) | (mx.isnan(magnitude) if gaps and magnitude.ndim == 1 else False)
+    if not mx.all(sound).item():
+        raise FluxError(f"{home.theirs}: a DoRA scale that is NaN or infinite")
 
 
 def _alpha(home: Home, roles: Roles, rank: int, configs: Configs) -> float:
@@ -227,9 +237,14 @@ def _skew(home: Home, blocks: mx.array, axes: int) -> mx.array:
 def _cayley(q: mx.array) -> mx.array:
     """(I + Q) (I - Q)^-1 for skew-symmetric Q (..., b, b): a rotation."""
     eye = mx.eye(q.shape[-1])
-    rotation = (eye + q) @ mx.linalg.inv(eye - q, stream=mx.cpu)
-    mx.eval(rotation)
-    return rotation
+    return (eye + q) @ mx.linalg.inv(eye - q, stream=mx.cpu)
+
+
+def _rotation(home: Home, blocks: mx.array, **more: Any) -> Rotation:
+    """blocks (m, n, b, b), computed now: they are small, and come of an inverse."""
+    if not mx.all(mx.isfinite(blocks)).item():
+        raise FluxError(f"{home.theirs}: rotation blocks so large that they are no rotation")
+    return Rotation(blocks, **more)
 
 
 def _constrained(q: mx.array, constraint: float) -> mx.array:
@@ -251,8 +266,8 @@ def _oft(home: Home, roles: Roles, configs: Configs) -> Rotation:
     limit = 0.0 if alpha is None else checks.scalar(alpha, f"{home.theirs}: alpha")
     rotation = _cayley(_constrained(q, limit * rows))
     if butterfly:
-        return Rotation(rotation, butterfly=True, rescale=_column(rescale))
-    return Rotation(rotation.swapaxes(-1, -2)[None], rescale=_column(rescale))
+        return _rotation(home, rotation, butterfly=True, rescale=_column(rescale))
+    return _rotation(home, rotation.swapaxes(-1, -2)[None], rescale=_column(rescale))
 
 
 def _oft_parts(home: Home, roles: Roles, configs: Configs) -> Stack:
@@ -272,7 +287,7 @@ def _oft_of_old_lycoris(home: Home, roles: Roles, configs: Configs) -> Rotation:
     """LyCORIS 2: the rotations R themselves, W' = R^T W."""
     blocks = roles.pop("oft_diag").astype(mx.float32)
     _skew(home, blocks, 3)
-    return Rotation(blocks.swapaxes(-1, -2)[None], rescale=_column(roles.pop("rescale", None)))
+    return _rotation(home, blocks.swapaxes(-1, -2)[None], rescale=_column(roles.pop("rescale", None)))
 
 
 def _oft_of_peft(home: Home, roles: Roles, configs: Configs) -> Rotation:
@@ -289,7 +304,7 @@ def _oft_of_peft(home: Home, roles: Roles, configs: Configs) -> Rotation:
         rotation = _neumann(q, int(checks.positive(config.get("num_cayley_neumann_terms", 5), "terms")))
     else:
         rotation = _cayley(-q)
-    return Rotation(rotation.swapaxes(-1, -2)[None], inner=True)
+    return _rotation(home, rotation.swapaxes(-1, -2)[None], inner=True)
 
 
 def _neumann(q: mx.array, terms: int) -> mx.array:
@@ -308,7 +323,7 @@ def _boft_of_peft(home: Home, roles: Roles, configs: Configs) -> Rotation:
     if blocks.ndim != 4 or blocks.shape[0] != 1:
         raise FluxError(f"{home.theirs}: a BOFT of PEFT with more than one butterfly factor is not supported")
     rotation = _cayley(-_skew(home, blocks, 4) / 2)
-    return Rotation(rotation.swapaxes(-1, -2), inner=True, rescale=_column(roles.pop("boft_s", None)))
+    return _rotation(home, rotation.swapaxes(-1, -2), inner=True, rescale=_column(roles.pop("boft_s", None)))
 
 
 def _column(rescale: mx.array | None) -> mx.array | None:

@@ -27,14 +27,13 @@ from flux.adapters.changes import (
     Stack,
     fold,
 )
-from flux.adapters.formats import DORA_RULE, some
+from flux.adapters.formats import DORA_RULE, OWN, some
 from flux.adapters.peft_config import PEFT_METADATA
 from flux.adapters.peft_writer import Metadata, Tensors, refuse, split_names, to_ai_toolkit, to_diffusers
 from flux.errors import FluxError
 from flux.weights import tensors as files
 
-# What a trained adapter tells about itself, in every format under these names, and what kohya calls the same.
-OWN = "flux_mlx."
+# What a trained adapter tells about itself, after OWN, and what kohya calls the same.
 FACTS = ("base_model", "trigger", "steps", "dataset_hash")
 KOHYA_FACTS = {"base_model": "ss_sd_model_name", "trigger": "modelspec.trigger_phrase", "steps": "ss_steps"}
 # Entries of a header that are true only of the file that they stood in.
