@@ -41,8 +41,8 @@ def read_delta(home: Home, roles: Roles, configs: Configs, dora_rule: str, gaps:
     checks.floats({f"{home.theirs} {role}": t for role, t in roles.items() if role not in NUMBERS})
     scales_all = "ia3_l" in roles  # PEFT scales all that comes out of a layer, its bias too
     change = next((read(home, roles, configs) for needs, read in KINDS if needs <= roles.keys()), None)
-    if change is not None and None not in change.shape:
-        checks.size(change.shape, home.theirs)
+    if change is not None:
+        checks.size([side or 1 for side in change.shape], home.theirs)
     bias, factor = roles.pop("bias", None), None
     if isinstance(change, LowRank) and "up bias" in roles:
         scaled = change.scale * roles.pop("up bias").astype(mx.float32)

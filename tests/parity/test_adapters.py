@@ -205,8 +205,11 @@ def test_dora(tmp_path: Path):
     ours = ours_of(reference_model())
     adapters = Adapters(ours)
     adapters.add(load(save_by_diffusers(reference, tmp_path, metadata=True), strict=True))
-    expected = answer_of_reference(reference)
-    assert relative_error(answer_of_ours(ours), expected) <= TOLERANCE
+    for strength in (0.5, -0.3, 1.0):
+        reference.set_adapters("default", strength)
+        adapters.set_strength("adapter 1", strength)
+        expected = answer_of_reference(reference)
+        assert relative_error(answer_of_ours(ours), expected) <= TOLERANCE, strength
     assert adapters.fuse() == []
     assert relative_error(answer_of_ours(ours), expected) <= TOLERANCE
 
