@@ -10,7 +10,16 @@ import pytest
 
 from flux.adapters import Adapter, Adapters, Delta, load
 from flux.adapters.beside import AdaptedLinear, Base, Share
-from flux.adapters.changes import Stack
+from flux.adapters.changes import (
+    Change,
+    GLoRA,
+    Hadamard,
+    LowRank,
+    Replacement,
+    Rotation,
+    Scaling,
+    Stack,
+)
 from flux.errors import FluxError
 
 from .adapter_files import HIDDEN, MLP, lora, normal, pair, read_numpy
@@ -74,6 +83,7 @@ def check(make, module: str, split: bool, strengths: tuple[float, ...] = (1.0,))
         assert error(changed(delta, weight, strength), new[strength]) <= 2e-6
         expected = x @ new[strength].T + np.array(layer.bias)
         assert error(np.array(adapted(mx.array(x))), expected) <= 5e-6
+        assert error(np.array(mx.compile(lambda x: adapted(x))(mx.array(x))), expected) <= 5e-6
         assert error(weight, new[strength]) > 1e-2 * abs(strength)
     return adapter
 
@@ -516,3 +526,35 @@ def test_several_adapters_in_a_folder(tmp_path: Path):
         write(tmp_path / f"{name}.safetensors")
     with pytest.raises(FluxError, match=r"several adapters; give one of them: cat\.safetensors, dog"):
         load(tmp_path)
+
+
+# --- Types ---
+
+
+def every_change() -> dict[str, Change]:
+    factors = [mx.array(normal(*shape)) for shape in ((8, 2), (2, 8), (8, 2), (2, 8))]
+    blocks = mx.array(normal(2, 2, 4, 4))
+    low_rank = LowRank(mx.array(normal(2, 8)), mx.array(normal(4, 2)), 1.0)
+    columns = Delta(low_rank, magnitude=mx.array(normal(1, 8)))
+    return {
+        "LoHa": Hadamard(*factors, 1.0),
+        "GLoRA": GLoRA(*factors, 1.0),
+        "rows": Scaling(mx.array(normal(8, 1))),
+        "columns": Scaling(mx.array(normal(1, 8))),
+        "OFT": Rotation(blocks[:1], rescale=mx.array(normal(8, 1))),
+        "OFT of the input": Rotation(blocks[:1], inner=True),
+        "BOFT": Rotation(blocks, butterfly=True),
+        "whole": Replacement(mx.array(normal(8, 8))),
+        "parts": Stack(((0, 4, Delta(Scaling(mx.array(normal(1, 8))))), (4, 8, columns)), 8),
+    }
+
+
+@pytest.mark.parametrize("kind", every_change())
+def test_16_bit_activations_stay_16_bit(kind: str):
+    for magnitude in (None, mx.array(normal(8)), mx.array(normal(1, 8))):
+        layer = nn.Linear(8, 8)
+        layer.set_dtype(mx.bfloat16)
+        adapted = AdaptedLinear(layer)
+        adapted.shares = [Share("", Delta(every_change()[kind], mx.array(normal(8)), magnitude), 0.7)]
+        adapted.shares[0].weigh(0.7, Base(layer))
+        assert adapted(mx.array(normal(3, 8)).astype(mx.bfloat16)).dtype == mx.bfloat16
