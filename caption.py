@@ -103,6 +103,8 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     skipped: dict[str, str] = {}
     if todo:
         captioner = ranks.on_all_ranks(lambda: load(args))
+        if args.quantize and ranks.is_rank_zero:
+            report(f"quantized: {quantize.report(args.quantize, captioner=captioner.model)}")
         skipped = caption(captioner, todo, args, ranks)
     if ranks.rank > 0:
         return 0

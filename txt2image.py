@@ -14,12 +14,13 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from flux import arguments, images, metadata, sampler
-from flux.arguments import Parser, adapter, check_folder, count, finite, run_program, size
+from flux.arguments import Parser, adapter, check_folder, count, finite, run_program, shift, size
 from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest, Stages, generate
 from flux.metadata import PARTS, Recipe
 from flux.pipeline import FluxPipeline
+from flux.weights import quantize
 
 SEVERAL = (
     "With mlx.launch the ranks share out the pictures; where there are fewer pictures than ranks, each has a "
@@ -73,7 +74,7 @@ def run(ranks: Ranks) -> int:
 
 def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
     """The model, lazily."""
-    return FluxPipeline(
+    pipeline = FluxPipeline(
         args.model,
         t5_padding=not args.no_t5_padding,
         dtype=args.dtype and getattr(mx, args.dtype),
@@ -81,8 +82,13 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
         adapters=args.adapter or (),
         fuse_adapters=args.fuse_adapter,
         ranks=ranks if ranks.model_parallel else None,
+        shift=args.shift,
         **{part: getattr(args, part) for part in PARTS},
     )
+    if args.quantize and ranks.is_rank_zero:
+        line = quantize.report(args.quantize, transformer=pipeline.flow, T5=pipeline.t5)
+        print(f"quantized: {line}", file=sys.stderr)
+    return pipeline
 
 
 # --- Arguments ---
@@ -107,7 +113,11 @@ def build_parser() -> Parser:
     add("--remake", metavar="PICTURE", help="make a PNG of this program again; other options change it")
 
     add = parser.add_argument_group("the model").add_argument
-    add("--model", default="schnell", help="schnell (default), dev, krea, tiny, a folder, a Hub repository")
+    add(
+        "--model",
+        default="schnell",
+        help="schnell (default), dev, krea, tiny, a folder or file, owner/name[:FILE]",
+    )
     for part in PARTS:
         add(f"--{part}", metavar="FILE", help=f"take the {part} from FILE instead of the model's")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
@@ -122,6 +132,7 @@ def build_parser() -> Parser:
     add("--image-size", type=size, metavar="HxW", help="in pixels, multiples of 16; one number is a square")
     add("--steps", type=count, metavar="N", help="denoising steps")
     add("--guidance", type=finite, metavar="X", help="how closely to follow the prompt (not schnell)")
+    add("--shift", type=shift, metavar="X", help="of the times: dev, none, or a factor such as 3")
     add("--cfg-scale", type=finite, metavar="X", help="true guidance, with twice the work if above 1")
     add("--seed", type=int, metavar="N", help="a prompt's picture i is made from N + i; default: random")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from flux import images
+from flux import images, sampler
 from flux.distributed.ranks import Ranks, print_error
 from flux.errors import FluxError
 
@@ -63,8 +63,20 @@ def size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 256x512, not {text}") from None
 
 
+def shift(text: str) -> str:
+    """A time shift, as `flux.sampler.read_shift` reads it: "dev", "none" or a factor."""
+    try:
+        sampler.read_shift(text)
+    except FluxError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def adapter(text: str) -> tuple[str, float]:
-    """(file, strength) of "a.safetensors:0.8", where 0.8 may be left out and is then 1."""
+    """(file, strength) of "a.safetensors:0.8", where 0.8 may be left out and is then 1.
+
+    The file may also be a folder, or on the Hub: "owner/name", "owner/name:file", "owner/name:file:0.8".
+    """
     file, colon, number = text.rpartition(":")
     if not colon:
         return text, 1.0

@@ -15,7 +15,8 @@ PARTS = ("transformer", "ae", "clip", "t5")
 # The options that make pictures what they are, in the order in which they are written.
 OPTIONS = (
     *("model", *PARTS, "dtype", "quantize", "adapter", "fuse_adapter", "no_t5_padding", "negative_prompt"),
-    *("cfg_scale", "guidance", "steps", "image_size", "seed", "n_images", "n_rows", "decoding_batch_size"),
+    *("cfg_scale", "guidance", "shift", "steps", "image_size", "seed", "n_images", "n_rows"),
+    "decoding_batch_size",
 )
 FLAGS = ("fuse_adapter", "no_t5_padding")
 

@@ -7,6 +7,7 @@ only one stage is in memory at a time.
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,8 @@ import mlx.nn as nn
 import numpy as np
 
 from flux import generation, images, machine, sampler
-from flux.adapters import Weighted, attach, evaluate, fingerprint, read_weighted
+from flux.adapters import Weighted, attach, evaluate, read_weighted
+from flux.adapters.attach import fingerprint
 from flux.conditioning import TextConditioning, encode_texts
 from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard
@@ -28,6 +30,7 @@ from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux, Modulation
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import checkpoints
+from flux.weights.fit import check_fit
 from flux.weights.quantize import quantize
 from flux.weights.registry import ModelSpec
 
@@ -84,11 +87,13 @@ class FluxPipeline:
         adapters: Sequence[tuple[str | Path, float]] = (),
         fuse_adapters: bool = False,
         ranks: Ranks | None = None,
+        shift: str | float | None = None,
         **files: str | None,
     ):
         """Find a model and load it lazily.
 
-        name: a model of the registry ("schnell", "flux-dev", ...), a folder, or a repository of the Hub.
+        name: a model of the registry ("schnell", "flux-dev", ...), a folder, a file, or a repository of the
+        Hub; see `flux.weights.checkpoints.find`.
         t5_padding: pad every prompt to the model's length, as FLUX was trained; without, prompts are faster.
         dtype: the weights' type; by default bfloat16 on a GPU and float32 on a CPU.
         bits: 4 or 8 to quantize the transformer and T5 to so many a weight; None not to.
@@ -97,6 +102,7 @@ class FluxPipeline:
         steps are faster, and the networks that they change are in memory from the start.
         ranks: to split the transformer and T5 over; all of them must then call `encode`, `prepare` and
         `denoise` together, with the same arguments, and have the same results.
+        shift: of the sampling's times: "dev", "none" or a factor; None as the model's own config says.
         files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
         Raises FluxError for a model that cannot be found or loaded, and for an adapter that cannot or does
         not fit it; warns of what else of an adapter is left out.
@@ -105,7 +111,9 @@ class FluxPipeline:
         self.checkpoint = checkpoints.find(name, **files)
         self._set(load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks), t5_padding)
         self._split = ranks is not None
-        self._adapters = [Path(file) for file, _ in adapters]
+        if shift is not None:
+            self.spec: ModelSpec = replace(self.spec, shift=sampler.read_shift(shift))
+        self._adapters = [file for file, _ in adapters]
 
     @classmethod
     def from_parts(cls, parts: Parts, t5_padding: bool = True) -> "FluxPipeline":
@@ -325,6 +333,9 @@ def load(
     load -> (fuse adapters) -> quantize (mode: see `flux.weights.quantize`) -> (put adapters beside) -> shard.
     """
     flow, clip, t5 = checkpoint.load_flux(dtype), checkpoint.load_clip(dtype), checkpoint.load_t5(dtype)
+    ae = checkpoint.load_ae(dtype)
+    tokenizers = (checkpoint.load_clip_tokenizer(), checkpoint.load_t5_tokenizer())
+    check_fit(checkpoint.parts, flow, ae, clip, t5, tokenizers)
     networks = {"flux": flow, "clip": clip, "t5": t5}
     fused = attach(networks, adapters) if fuse_adapters else {}
     for attached in fused.values():
@@ -339,12 +350,4 @@ def load(
         shard(t5, ranks)
     for part in fused:
         evaluate(networks[part])
-    return Parts(
-        checkpoint.spec,
-        flow,
-        checkpoint.load_ae(dtype),
-        clip,
-        t5,
-        checkpoint.load_clip_tokenizer(),
-        checkpoint.load_t5_tokenizer(),
-    )
+    return Parts(checkpoint.spec, flow, ae, clip, t5, *tokenizers)

@@ -8,6 +8,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -16,31 +17,73 @@ from flux.errors import FluxError
 
 MAX_SEED = 2**64 - 1  # what mx.random.key takes
 
-# The shift of dev: mu is linear in the number of picture tokens through these two points (BFL's sampling.py).
-_SHIFT_POINTS = ((256, 0.5), (4096, 1.15))
+
+class Shift(NamedTuple):
+    """A time shift that grows with the picture: mu is linear in its tokens through two points.
+
+    The defaults are dev's (BFL's sampling.py; in diffusers' words base_shift, max_shift, base_image_seq_len
+    and max_image_seq_len).
+    """
+
+    base: float = 0.5
+    most: float = 1.15
+    base_tokens: int = 256
+    most_tokens: int = 4096
 
 
-def timesteps(num_steps: int, image_tokens: int, shift: bool) -> list[float]:
+DEV_SHIFT = Shift()
+MOST_TOKENS = 2**18  # of a picture of 8192x8192
+
+# How a model shifts its times: False not at all, True as dev, a number by that factor in any size.
+AnyShift = bool | float | Shift
+
+
+def timesteps(num_steps: int, image_tokens: int, shift: AnyShift) -> list[float]:
     """The `num_steps + 1` times from 1 down to 0, evenly spaced and then, with `shift`, moved towards noise.
 
     Large pictures need more noise to be destroyed as much, so dev shifts by the number of picture tokens:
     t -> e^mu / (e^mu + 1/t - 1) (Esser et al. 2024, eq. 23, as in BFL's and diffusers' code). schnell not.
+    A fixed factor s is the same with s for e^mu: t -> s t / (1 + (s - 1) t).
     Computed in float32 in the reference's order, so that the times are diffusers' own to the bit.
     """
     if num_steps < 1:
         raise FluxError(f"steps must be at least 1, not {num_steps}")
-    times = np.linspace(1.0, 1.0 / num_steps, num_steps).astype(np.float32)
-    if shift:
-        e_mu = time_shift(image_tokens)
+    times: Any = np.linspace(1.0, 1.0 / num_steps, num_steps).astype(np.float32)
+    if isinstance(shift, Shift) or shift is True:
+        e_mu = time_shift(image_tokens, shift if isinstance(shift, Shift) else DEV_SHIFT)
         times = e_mu / (e_mu + (1 / times - 1))
+    elif shift is not False:
+        times = shift * times / (1 + (shift - 1) * times)
     return [*times.tolist(), 0.0]
 
 
-def time_shift(image_tokens: int) -> float:
+def time_shift(image_tokens: int, shift: Shift = DEV_SHIFT) -> float:
     """e^mu, by which dev's times are shifted; mu is linear in the number of picture tokens."""
-    (x1, y1), (x2, y2) = _SHIFT_POINTS
-    slope = (y2 - y1) / (x2 - x1)
-    return math.exp(image_tokens * slope + (y1 - slope * x1))
+    slope = (shift.most - shift.base) / (shift.most_tokens - shift.base_tokens)
+    return math.exp(image_tokens * slope + (shift.base - slope * shift.base_tokens))
+
+
+def read_shift(value: Any) -> AnyShift:
+    """A shift as people and files write it: "dev" or true, "none" or false, a factor, or a Shift's numbers.
+
+    FluxError for anything else.
+    """
+    words: dict[str, AnyShift] = {"dev": True, "none": False}
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value in words:
+        return words[value]
+    try:
+        if isinstance(value, list | tuple):
+            base, most, base_tokens, most_tokens = value
+            read = Shift(base, most, base_tokens, most_tokens)
+            if math.isfinite(time_shift(MOST_TOKENS, read)):
+                return read
+        elif 0 < float(value) < math.inf:
+            return float(value)
+    except (TypeError, ValueError, ZeroDivisionError, OverflowError):
+        pass
+    raise FluxError(f"a shift is dev, none or a factor above 0, not {value}")
 
 
 def random_seed() -> int:

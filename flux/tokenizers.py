@@ -8,6 +8,7 @@ import base64
 import gzip
 import math
 import unicodedata
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -72,8 +73,8 @@ class CLIPTokenizer:
         """
         folder = Path(path)
         if (folder / "merges.txt.gz").is_file():
-            text = gzip.decompress((folder / "merges.txt.gz").read_bytes()).decode("utf-8")
-            return cls(clip_vocabulary(read_merges(text)), read_merges(text))
+            merges = read_merges(read_gzip(folder / "merges.txt.gz"))
+            return cls(clip_vocabulary(merges), merges)
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             vocab = vocabularies.ids(jsonfiles.read(folder / "vocab.json"), str(folder / "vocab.json"))
             return cls(vocab, read_merges(jsonfiles.read_text(folder / "merges.txt")))
@@ -122,6 +123,18 @@ class CLIPTokenizer:
         pieces = [self._letters[byte] for byte in word.encode("utf-8")]
         pieces[-1] += self.END_OF_WORD
         return merge(pieces, self._ranks)
+
+
+def read_gzip(file: Path, most: int = 2**24) -> str:
+    """The text of a gzipped file, of `most` bytes at most; FluxError where it is none."""
+    try:
+        with gzip.open(file) as packed:
+            text = packed.read(most).decode("utf-8")
+        if not text:
+            raise ValueError("it is empty")
+        return text
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise FluxError(f"{file}: not a gzipped text ({error})") from None
 
 
 def read_merges(text: str) -> list[str]:

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from flux.adapters import read_weighted
+from flux.adapters.attach import fingerprint
 from flux.errors import FluxError
 from flux.models.transformer import Flux
-from flux.weights import checkpoints, keymaps, layouts, registry, save, tensors
+from flux.weights import checkpoints, keymaps, layouts, prefixes, registry, save, tensors
 from tests import tiny
 
 LOADERS = {"transformer": "load_flux", "ae": "load_ae", "clip": "load_clip", "t5": "load_t5"}
@@ -128,7 +130,7 @@ def comfy(folder: Path, model: save.Model, transformer_in: str) -> Path:
 @pytest.fixture
 def plain(model) -> save.Model:
     """A model whose shape the tensors alone can tell, as the published ones' can: no config is read."""
-    flux = tiny.randomize(Flux(replace(tiny.FLUX, axes_dim=(4, 14, 14))), 8)
+    flux = tiny.randomize(Flux(replace(tiny.FLUX, axes_dim=(4, 14, 14), vec_in_dim=64)), 8)
     ae_params = checkpoints.AutoEncoder(replace(tiny.AE, ch=32, norm_groups=32, scale_factor=0.3611)).params
     ae = tiny.randomize(checkpoints.AutoEncoder(ae_params), 9)
     clip = tiny.randomize(
@@ -146,19 +148,23 @@ def test_everything_in_one_checkpoint(plain, tmp_path):
     together = {}
     for kind, network in plain.networks.items():
         own = keymaps.to_file(kind, tiny.parameters(network), diffusers=False)
-        together |= {keymaps.PREFIXES[kind][0] + name: w for name, w in own.items()}
+        together |= {prefixes.PREFIXES[kind][0] + name: w for name, w in own.items()}
     tensors.save(tmp_path / "c/checkpoints/all.safetensors", together)
     shutil.copytree(plain.clip_tokenizer, tmp_path / "c/tokenizer")
     shutil.copytree(plain.t5_tokenizer, tmp_path / "c/tokenizer_2")
     assert_is(checkpoints.find(str(tmp_path / "c")), plain)
 
 
-def test_two_transformers_need_a_choice(plain, tmp_path):
+def test_of_two_transformers_the_choice_is_said(plain, tmp_path):
     folder = comfy(tmp_path / "c", plain, "unet")
     shutil.copy(folder / "unet/flux1-mine.safetensors", folder / "unet/other.safetensors")
-    line = fault(folder)
-    assert "flux1-mine.safetensors, other.safetensors" in line
-    assert "--transformer FILE" in line
+    with pytest.warns(UserWarning, match="--transformer FILE takes another") as warned:
+        assert_is(checkpoints.find(str(folder)), plain)
+    lines = [str(w.message) for w in warned if "took" in str(w.message)]
+    assert lines == [
+        f"{folder}: took unet/flux1-mine.safetensors for the transformer, not unet/other.safetensors: "
+        "it has the usual name; --transformer FILE takes another"
+    ]
     assert_is(checkpoints.find(str(folder), transformer=str(folder / "unet/other.safetensors")), plain)
 
 
@@ -349,7 +355,7 @@ def test_an_unknown_type(folder):
 
 def test_bad_configs(folder):
     (folder / "text_encoder/config.json").write_text("{")
-    assert "text_encoder/config.json: not valid JSON" in fault(folder)
+    assert "text_encoder/config.json: not JSON" in fault(folder)
     (folder / "text_encoder/config.json").write_text('{"hidden_act": "relu"}')
     assert "relu" in fault(folder)
     (folder / "text_encoder/config.json").unlink()
@@ -371,7 +377,7 @@ def test_a_folder_named_like_a_repository(folder, model, monkeypatch, tmp_path):
 def test_what_is_not_there(folder, tmp_path):
     assert "neither a model (schnell, dev, krea, tiny)" in fault("no-such-model")
     assert "no weights here" in fault(tmp_path / "bfl" / "tokenizer")
-    assert "use --transformer FILE" in fault(folder / "ae.safetensors")
+    assert "use --ae FILE" in fault(folder / "ae.safetensors")
     assert "no such file (for the autoencoder)" in fault(folder, ae=str(tmp_path / "absent"))
     with pytest.raises(FluxError, match="no part is called vae"):
         checkpoints.find(str(folder), vae="x")
@@ -491,7 +497,7 @@ def test_only_one_layout_is_downloaded(monkeypatch, folder, model):
     wanted = set(huggingface_hub.utils.filter_repo_objects(BFL_REPO, allow_patterns=patterns))
     assert wanted == {
         name for name in BFL_REPO if not name.endswith("README.md") and "diffusion_py" not in name
-    } - {"model_index.json"}
+    }
     assert_is(found, model)
 
 
@@ -565,13 +571,91 @@ def test_a_full_cache_needs_no_network(offline, monkeypatch, cache, model):
     assert ("HF_HUB_OFFLINE=1" if offline == "1" else "cannot be reached") in line
 
 
-def test_tokenizers_from_the_hub(monkeypatch, plain, folder, tmp_path):
-    comfy(tmp_path / "c", plain, "unet")
-    shutil.rmtree(tmp_path / "c/tokenizer")
-    hub = Hub(monkeypatch, {}, folder)
-    assert checkpoints.find(str(tmp_path / "c")).clip_tokenizer == folder / "tokenizer"
-    assert hub.asked == [(["tokenizer/*"], False)]
-    monkeypatch.undo()
-    line = fault(tmp_path / "c")
-    assert "no tokenizer/ here" in line
-    assert "HF_HUB_OFFLINE" in line
+# --- One file of a repository; adapters there ---
+
+
+def snapshots(monkeypatch, snapshot, files):
+    """A Hub whose repository lies in `snapshot`."""
+    return Hub(monkeypatch, dict.fromkeys(files, 1), snapshot)
+
+
+def test_one_file_of_a_repository(monkeypatch, plain, tmp_path):
+    """Its transformer is that file; the rest is the repository's, and without the network the cache's."""
+    snapshot = tmp_path / "snapshot"
+    save.save_diffusers(snapshot, plain, dtype=None)
+    (snapshot / "defaults.json").unlink()
+    other = tiny.randomize(Flux(plain.flux.params), 77)
+    tensors.save(snapshot / "sub/flux1-mine.safetensors", tiny.parameters(other))
+    files = [str(path.relative_to(snapshot)) for path in snapshot.rglob("*.*")]
+    hub = snapshots(monkeypatch, snapshot, files)
+    found = checkpoints.find("someone/many:sub/flux1-mine.safetensors")
+    assert_is(found, replace(plain, flux=other))
+    assert found.spec.name == "dev"
+    assert hub.asked[0] == (["sub/flux1-mine.safetensors"], False)
+    wanted = set(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=hub.asked[2][0]))
+    assert "vae/diffusion_pytorch_model.safetensors" in wanted
+    assert "transformer/diffusion_pytorch_model.safetensors" not in wanted
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert_is(checkpoints.find("someone/many:sub/flux1-mine.safetensors"), replace(plain, flux=other))
+    assert_is(
+        checkpoints.find(str(snapshot), transformer="someone/many:sub/flux1-mine.safetensors"),
+        replace(plain, flux=other),
+    )
+    line = fault("someone/many:absent.safetensors")
+    assert "someone/many has no file absent.safetensors" in line
+
+
+def test_a_repository_with_several_files(monkeypatch, folder):
+    hub = snapshots(monkeypatch, folder, ["a-fp8.safetensors", "b-fp8.gguf", "lora.safetensors", "README.md"])
+    line = fault("someone/many")
+    assert line == (
+        "someone/many: a-fp8.safetensors, b-fp8.gguf there; choose a file with --model someone/many:FILE"
+    )
+    assert hub.asked == ["someone/many"]  # nothing was downloaded
+    snapshots(monkeypatch, folder, ["README.md"])
+    assert "no transformer there" in fault("someone/many")
+
+
+def test_variants_are_not_downloaded_twice(monkeypatch, folder):
+    names = ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"]
+    files = [f"{part}/{name}" for part in ("transformer", "vae") for name in names]
+    files += ["text_encoder/model.fp16.safetensors", "text_encoder_2/model.fp16-00001-of-00001.safetensors"]
+    hub = snapshots(monkeypatch, folder, files)
+    checkpoints.find("someone/flux")
+    wanted = set(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=hub.asked[1][0]))
+    assert wanted == {f"{part}/{names[0]}" for part in ("transformer", "vae")} | set(files[4:])
+
+
+def test_adapters_of_the_hub(monkeypatch, tmp_path):
+    lora = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": mx.zeros((1, 64))}
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    tensors.save(path, lora)
+    hub = snapshots(monkeypatch, tmp_path, [path.name, "README.md", "other.safetensors", "x/y.safetensors"])
+    assert checkpoints.find_adapter("someone/lora") == tmp_path
+    assert hub.asked[1] == ([path.name, "adapter_config.json"], False)
+    assert checkpoints.find_adapter(f"someone/lora:{path.name}") == path
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert checkpoints.find_adapter("someone/lora") == tmp_path
+    assert checkpoints.find_adapter(str(path)) == path
+    assert checkpoints.find_adapter("nowhere.safetensors") == Path("nowhere.safetensors")
+    snapshots(monkeypatch, tmp_path, ["a.safetensors", "b.safetensors"])
+    with pytest.raises(
+        FluxError, match=r"a\.safetensors, b\.safetensors there; choose a file with --adapter"
+    ):
+        checkpoints.find_adapter("someone/lora")
+
+
+def test_the_pipeline_takes_an_adapter_of_the_hub(monkeypatch, plain, folder, tmp_path):
+    tensors.save(
+        tmp_path / "x/lora.safetensors",
+        {
+            "diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight": mx.ones((1, 64)),
+            "diffusion_model.double_blocks.0.img_attn.proj.lora_B.weight": mx.ones((64, 1)),
+        },
+    )
+    snapshots(monkeypatch, tmp_path / "x", ["lora.safetensors"])
+    (weighted,) = read_weighted([("someone/lora:lora.safetensors", 0.5)])
+    assert (weighted.file, weighted.strength) == ("someone/lora:lora.safetensors", 0.5)
+    assert list(weighted.adapter.modules) == ["double_blocks.0.img_attn.proj"]
+    same = {fingerprint(file) for file in ("someone/lora:lora.safetensors", tmp_path / "x")}
+    assert len(same) == 1  # a folder too

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from flux.weights import keymaps
+from flux.weights import keymaps, prefixes
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -110,11 +110,11 @@ def test_module_names():
 def test_prefixes_of_the_text_encoders(part, which):
     bare = list(reference({"clip": "clip_l.transformers", "t5": "t5xxl.transformers"}[part]))
     wanted = set(bare) - {"encoder.embed_tokens.weight"}
-    prefix = ("", *keymaps.PREFIXES[part])[which]
+    prefix = ("", *prefixes.PREFIXES[part])[which]
     names = [prefix + name for name in bare]
     if prefix:
         names += ["model.diffusion_model.img_in.weight", "vae.encoder.conv_in.weight", "clip_l.logit_scale"]
-    own = keymaps.own_names(part, names)
+    own = prefixes.own_names(part, names)
     assert set(own.values()) == wanted
     assert len(own) == len(wanted)
 
@@ -122,12 +122,12 @@ def test_prefixes_of_the_text_encoders(part, which):
 def test_clip_without_text_model_and_with_company():
     bare = list(reference("clip_l.transformers"))
     names = [name.removeprefix("text_model.") for name in bare]
-    assert list(keymaps.own_names("clip", names).values()) == bare
+    assert list(prefixes.own_names("clip", names).values()) == bare
     company = ["text_projection.weight", "logit_scale", "text_model.embeddings.position_ids"]
-    assert list(keymaps.own_names("clip", bare + company).values()) == bare
-    assert "stray" in keymaps.own_names("clip", [*bare, "stray"]).values()  # unknown names are not hidden
+    assert list(prefixes.own_names("clip", bare + company).values()) == bare
+    assert "stray" in prefixes.own_names("clip", [*bare, "stray"]).values()  # unknown names are not hidden
 
 
 def test_t5_embedding_under_its_second_name():
-    own = keymaps.own_names("t5", ["encoder.embed_tokens.weight", "encoder.final_layer_norm.weight"])
+    own = prefixes.own_names("t5", ["encoder.embed_tokens.weight", "encoder.final_layer_norm.weight"])
     assert own["encoder.embed_tokens.weight"] == "shared.weight"

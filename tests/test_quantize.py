@@ -126,3 +126,58 @@ def test_a_quantized_file_is_checked_too(tmp_path):
 def test_refused(arguments, words):
     with pytest.raises(FluxError, match=words):
         quantize.quantize(network("transformer"), *arguments)
+
+
+# --- What became of the layers ---
+
+
+def test_narrow_layers_take_a_smaller_group():
+    """T5 of 64, feed-forward 96: `o` and `wo` (32 and 96 wide) are in groups of 32, the rest of 64."""
+    t5 = quantize.quantize(network("t5"), 8)
+    layers = {name: m for name, m in t5.named_modules() if isinstance(m, nn.QuantizedLinear)}
+    groups = {name.rpartition(".")[2]: layer.group_size for name, layer in layers.items()}
+    assert groups == {"q": 64, "k": 64, "v": 64, "wi_0": 64, "wi_1": 64, "o": 32, "wo": 32}
+    assert quantize.report(8, T5=t5) == (
+        "T5 14 of 14 layers, 10 in 8 bits in groups of 64, 4 in 8 bits in groups of 32"
+    )
+
+
+def test_the_report():
+    flux = quantize.quantize(network("transformer"))
+    left = sum(isinstance(m, nn.Linear) for _, m in network("transformer").named_modules())
+    count = len(quantized_layers(flux))
+    assert 0 < count < left
+    assert quantize.report(4, transformer=flux, T5=network("t5")) == (
+        f"transformer {count} of {left} layers, 4 bits in groups of 64; T5 0 of 14 layers"
+    )
+
+
+def test_nothing_is_said():
+    narrow = tiny.randomize(T5Encoder(replace(tiny.T5, d_model=48, d_ff=80, d_kv=8)), 3)
+    with pytest.warns(UserWarning, match="nothing was quantized: no layer's input is a multiple of 32 wide"):
+        assert quantize.report(4, T5=quantize.quantize(narrow)) == "T5 0 of 14 layers"
+
+
+def test_layers_of_other_bits_are_said():
+    flux = network("transformer")
+    nn.quantize(flux, 32, 8, class_predicate=lambda path, _: path == "double_blocks.0.img_mlp.0")
+    with pytest.warns(UserWarning, match="1 layers stay in the bits that their file has, not in 4"):
+        assert "1 in 8 bits in groups of 32" in quantize.report(4, transformer=quantize.quantize(flux))
+
+
+def test_two_sizes_of_groups_in_one_file(tmp_path):
+    t5 = quantize.quantize(network("t5"))
+    path = tmp_path / "f.safetensors"
+    save.save_network(path, "t5", t5, save.t5_config(T5))
+    assert tiny.same(checkpoints.load_part(checkpoints.Part("t5", (path,)), mx.float32), t5)
+
+
+def test_different_bits_in_one_file(tmp_path):
+    """As of a GGUF file of mixed types: the bits of each layer follow from its shapes."""
+    flux = network("transformer")
+    four = lambda path, _: path.startswith("single_blocks.0")  # noqa: E731
+    nn.quantize(flux, 32, 4, class_predicate=lambda path, m: isinstance(m, nn.Linear) and four(path, m))
+    quantize.quantize(flux, 8, 32)
+    path = tmp_path / "f.safetensors"
+    save.save_network(path, "transformer", flux, save.transformer_config(tiny.FLUX))
+    assert tiny.same(checkpoints.load_part(checkpoints.Part("transformer", (path,)), mx.float32), flux)

@@ -11,7 +11,7 @@ from flux.models.autoencoder import AutoEncoderParams
 from flux.models.clip import CLIPTextParams
 from flux.models.t5 import T5Params
 from flux.models.transformer import FluxParams
-from flux.weights import checkpoints, keymaps, shapes
+from flux.weights import checkpoints, keymaps, prefixes, shapes
 
 REFERENCE = Path(__file__).parent / "reference"
 PUBLISHED = {
@@ -29,7 +29,7 @@ def tensors_of(name: str) -> dict[str, mx.array]:
 
 
 def read(kind: str, tensors: dict[str, mx.array]):
-    own = {bare: tensors[name] for name, bare in keymaps.own_names(kind, tensors).items()}
+    own = {bare: tensors[name] for name, bare in prefixes.own_names(kind, tensors).items()}
     weights = keymaps.to_ours(kind, own)
     return shapes.params(kind, weights, {}), weights
 

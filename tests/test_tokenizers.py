@@ -6,9 +6,11 @@ import mlx.core as mx
 import pytest
 import sentencepiece
 
+from flux import tokenizers
 from flux.errors import FluxError
-from flux.tokenizers import CLIPTokenizer, T5Tokenizer, byte_letters
-from tests.prompts import prompts
+from flux.tokenizers import CLIPTokenizer, T5Tokenizer, byte_letters, read_gzip, read_merges
+from flux.weights.layouts import SHIPPED_TOKENIZERS
+from tests.prompts import ALPHABETS, prompts, random_texts
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MERGES = ["c a", "ca t</w>", "d o", "do g</w>", "Ã ©</w>"]
@@ -137,3 +139,46 @@ def test_files_that_are_something_else(tmp_path, t5_folder):
         T5Tokenizer.from_folder(tmp_path, 8)
     with pytest.raises(FluxError, match=r"lacks <\|endoftext\|>"):
         CLIPTokenizer({BOS: 0}, [])
+
+
+# --- The vocabularies that ship with the package ---
+
+
+def test_shipped_vocabularies_are_the_full_ones(shared):
+    """CLIP's follows from its merges; the ids of many texts are those of the published files."""
+    published = json.loads((shared / "tokenizers/clip/vocab.json").read_text(encoding="utf-8"))
+    merges = read_merges(read_gzip(SHIPPED_TOKENIZERS / "tokenizer/merges.txt.gz"))
+    assert tokenizers.clip_vocabulary(merges) == published
+    texts = [*prompts(), *(text for name in ALPHABETS for text in random_texts(name, 50, 7))]
+    pairs = [
+        (
+            CLIPTokenizer.from_folder(SHIPPED_TOKENIZERS / "tokenizer"),
+            CLIPTokenizer.from_folder(shared / "tokenizers/clip"),
+        ),
+        (
+            T5Tokenizer.from_folder(SHIPPED_TOKENIZERS / "tokenizer_2", 128),
+            T5Tokenizer.from_folder(shared / "tokenizers/t5", 128),
+        ),
+    ]
+    for ours, theirs in pairs:
+        assert ours.size == theirs.size
+        assert [ours.encode(text) for text in texts] == [theirs.encode(text) for text in texts]
+
+
+def test_shipped_vocabularies_without_the_published_ones():
+    clip = CLIPTokenizer.from_folder(SHIPPED_TOKENIZERS / "tokenizer")
+    assert clip.size == 49408
+    assert clip.encode("A photo of an astronaut!")[:8] == [49406, 320, 1125, 539, 550, 18376, 256, 49407]
+    t5 = T5Tokenizer.from_folder(SHIPPED_TOKENIZERS / "tokenizer_2", 512)
+    assert t5.size == 32000
+    assert t5.encode("A photo of an astronaut!", pad=False) == [71, 1202, 13, 46, 30059, 55, 1]
+    licences = [(SHIPPED_TOKENIZERS / name).read_text() for name in ("LICENSE-CLIP", "LICENSE-T5")]
+    assert "MIT License" in licences[0]
+    assert "Apache License" in licences[1]
+
+
+def test_a_damaged_gzip_is_one_line(tmp_path):
+    for content in (b"", b"no gzip", (SHIPPED_TOKENIZERS / "tokenizer/merges.txt.gz").read_bytes()[:999]):
+        (tmp_path / "merges.txt.gz").write_bytes(content)
+        with pytest.raises(FluxError, match=r"merges\.txt\.gz"):
+            CLIPTokenizer.from_folder(tmp_path)

@@ -1,5 +1,6 @@
 """Adapter files onto a whole model: the transformer, CLIP and T5 each get their own share of every file."""
 
+import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,9 +12,12 @@ import mlx.nn as nn
 
 from flux.adapters.adapter import Adapter
 from flux.adapters.beside import linear_shape
-from flux.adapters.formats import SHOWN, load, some
+from flux.adapters.folders import adapter_file
+from flux.adapters.formats import SHOWN, TORCH, load, some
 from flux.adapters.lora import Adapters, mismatches
 from flux.errors import FluxError
+from flux.weights import tensors
+from flux.weights.checkpoints import find_adapter
 
 
 class Weighted(NamedTuple):
@@ -25,7 +29,7 @@ class Weighted(NamedTuple):
 
 
 def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
-    """Reads adapter files with their strengths; 1 is the adapter as it was trained.
+    """Reads adapter files, also the Hub's (`owner/name:file`), with their strengths; 1 is as it was trained.
 
     FluxError for a file that cannot be read or is no adapter, for one that comes twice, and for a strength
     that is no number.
@@ -36,8 +40,16 @@ def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
             raise FluxError(f"already given: {file}; give it once, with the sum of the strengths")
         if not math.isfinite(strength):
             raise FluxError(f"{file}: the adapter's strength must be a finite number, not {strength}")
-        out.append(Weighted(str(file), load(file), strength))
+        out.append(Weighted(str(file), load(find_adapter(str(file))), strength))
     return out
+
+
+def fingerprint(file: str | Path) -> str:
+    """A short text that differs where adapters do; file: as `read_weighted` takes it."""
+    path = adapter_file(find_adapter(str(file)))
+    if path.suffix.lower() in TORCH:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return tensors.fingerprint(path)
 
 
 def attach(networks: Mapping[str, nn.Module], adapters: Sequence[Weighted]) -> dict[str, Adapters]:

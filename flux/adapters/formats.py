@@ -5,7 +5,6 @@ The formats differ in names (names.py), in the kinds of change (kinds.py), in wh
 the rank.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -73,14 +72,6 @@ def load(path: str | Path, strict: bool = False) -> Adapter:
     if strict and adapter.homeless:
         raise FluxError(f"{path}: {len(adapter.homeless)} keys found no home: {some(adapter.homeless)}")
     return adapter
-
-
-def fingerprint(path: str | Path) -> str:
-    """A short text that differs where adapters do; path: as of `load`."""
-    path = adapter_file(Path(path).expanduser())
-    if path.suffix.lower() in TORCH:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-    return files.fingerprint(path)
 
 
 def read(tensors: Mapping[str, mx.array], metadata: Mapping[str, str], config: Json | None = None) -> Adapter:

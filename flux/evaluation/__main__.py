@@ -14,6 +14,7 @@ from flux.evaluation.grid import STRENGTHS, grid
 from flux.evaluation.grid import read as read_adapters
 from flux.generation import Request
 from flux.pipeline import FluxPipeline
+from flux.weights.quantize import report
 
 
 def parser() -> argparse.ArgumentParser:
@@ -72,6 +73,9 @@ def run_grid(options: argparse.Namespace) -> int:
     seeds = list(dict.fromkeys(options.seed))
     likeness = None if options.compare is None else clip_similarity.to_folder(options.compare)
     pipeline = FluxPipeline(options.model, bits=options.quantize)
+    if options.quantize:
+        line = report(options.quantize, transformer=pipeline.flow, T5=pipeline.t5)
+        print(f"quantized: {line}", file=sys.stderr)
     sampling = Request("", seeds=tuple(seeds), image_size=options.image_size, steps=options.steps)
     picture = grid(pipeline, adapters, options.prompt, options.class_prompt, strengths, sampling, likeness)
     facts = {

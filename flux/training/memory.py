@@ -11,7 +11,7 @@ from flux.adapters.lora import linears
 from flux.adapters.training import DEFAULT_TARGET, targets
 from flux.models.transformer import Flux, FluxParams
 from flux.training.gradient_checkpointing import SCORES
-from flux.weights.quantize import GROUP_SIZES, QUANTIZED
+from flux.weights.quantize import QUANTIZED, group_size_of
 
 PIXELS_PER_TOKEN = 16  # along each side: 8 of the autoencoder, 2 of a token's patch
 ADAPTER_COPIES = 2  # the weights and their gradient; an optimizer keeps so many more:
@@ -71,16 +71,15 @@ def estimate(
 def weight_bytes(params: FluxParams, bits: int | None, mode: str = "affine", element_size: int = 2) -> int:
     """The transformer's weights, quantized as `weights.quantize.quantize` does it with its own group size."""
     flow, total = Flux(params), 0
-    group = GROUP_SIZES[mode][0]
-    shared = 8 / group if mode == "mxfp4" else 2 * 8 * element_size / group  # bits a weight of the scales
-    quantized = {
-        f"{name}.weight"
+    groups = {
+        f"{name}.weight": group_size_of(layer.weight.shape[1], mode)
         for name, layer in flow.named_modules()
-        if isinstance(layer, nn.Linear) and name.startswith(QUANTIZED) and layer.weight.shape[1] % group == 0
+        if isinstance(layer, nn.Linear) and name.startswith(QUANTIZED)
     }
+    scale = 8 if mode == "mxfp4" else 2 * 8 * element_size  # bits that a group has beside its weights
     for name, array in tree_flatten(flow.parameters()):
-        small = bits is not None and name in quantized
-        total += array.size * (bits + shared) / 8 if small else array.size * element_size
+        group = groups.get(name) if bits is not None else None
+        total += array.size * (bits + scale / group) / 8 if group else array.size * element_size
     return int(total)
 
 

@@ -3,13 +3,15 @@
 import errno
 import fnmatch
 import hashlib
-import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import huggingface_hub
 import mlx.core as mx
@@ -29,16 +31,33 @@ from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
-from flux.weights import florence2, keymaps, layouts, quantize, registry, shapes, tensors, values
-from flux.weights.layouts import FOLDERS, NAMES, PARTS, TOKENIZERS, Part
+from flux.weights import (
+    florence2,
+    keymaps,
+    layouts,
+    prefixes,
+    quantize,
+    registry,
+    repositories,
+    shapes,
+    specs,
+    tensors,
+    values,
+)
+from flux.weights.layouts import PARTS, TOKENIZERS, Part
 from flux.weights.registry import ModelSpec
 
 REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
-DEFAULTS = "defaults.json"  # in a folder that this program wrote: the model's own defaults
+HUB_FILE = re.compile(rf"({REPOSITORY}):(.+)")  # a repository and a file in it
 TINY = "or use --model tiny, which is built in"  # what always works
 # huggingface_hub's own errors, those of the HTTP library below it (whichever it is), and the disk's.
-HUB_ERRORS = (OSError, RuntimeError, HFValidationError, *HfHubHTTPError.__bases__)
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+HUB_ERRORS: tuple[type[Exception], ...] = (
+    OSError,
+    RuntimeError,
+    HFValidationError,
+    *HfHubHTTPError.__bases__,
+)
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")  # of CLIP and of the captioner
 CAPTIONER_FILES = ("*config.json", *TOKENIZER_FILES)  # beside the weights
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "transformer": Flux,
@@ -67,16 +86,16 @@ class Checkpoint:
     t5_tokenizer: Path
 
     def load_flux(self, dtype: mx.Dtype | None = None) -> Flux:
-        return load_part(self.parts["transformer"], dtype)
+        return cast(Flux, load_part(self.parts["transformer"], dtype))
 
     def load_ae(self, dtype: mx.Dtype | None = None) -> AutoEncoder:
-        return load_part(self.parts["ae"], dtype)
+        return cast(AutoEncoder, load_part(self.parts["ae"], dtype))
 
     def load_clip(self, dtype: mx.Dtype | None = None) -> CLIPTextModel:
-        return load_part(self.parts["clip"], dtype)
+        return cast(CLIPTextModel, load_part(self.parts["clip"], dtype))
 
     def load_t5(self, dtype: mx.Dtype | None = None) -> T5Encoder:
-        return load_part(self.parts["t5"], dtype)
+        return cast(T5Encoder, load_part(self.parts["t5"], dtype))
 
     def load_clip_tokenizer(self) -> CLIPTokenizer:
         return CLIPTokenizer.from_folder(self.clip_tokenizer)
@@ -90,7 +109,7 @@ class Checkpoint:
         out = {kind: " ".join(map(tensors.fingerprint, part.files)) for kind, part in self.parts.items()}
         for name, folder in (("CLIP tokenizer", self.clip_tokenizer), ("T5 tokenizer", self.t5_tokenizer)):
             digest = hashlib.sha256()
-            for file in (*TOKENIZER_FILES, "spiece.model"):
+            for file in (*TOKENIZER_FILES, "merges.txt.gz", "spiece.model"):
                 if (folder / file).is_file():
                     digest.update((folder / file).read_bytes())
             out[name] = digest.hexdigest()[:12]
@@ -98,17 +117,26 @@ class Checkpoint:
 
 
 def load_part(part: Part, dtype: mx.Dtype | None = None) -> nn.Module:
-    """A part's network with its weights in dtype, lazily: read are the headers, and a page of each tensor."""
+    """A part's network with its weights in dtype, lazily: read are the headers, and a page of each tensor.
+
+    Layers that the file has in few bits stay so, with their scales in dtype.
+    """
     dtype = dtype or default_dtype()
-    found = tensors.load(part.files)
-    names = keymaps.own_names(part.kind, found)
-    own = {bare: found[name] for name, bare in names.items()}
+    found = {name: _cast(w, dtype) for name, w in tensors.load(part.files, packed=True).items()}
+    names = prefixes.own_names(part.kind, found)
     metadata = _look(part, names)
+    try:
+        wide, packed = quantize.split(found, metadata, part.config)
+    except ValueError as error:
+        raise FluxError(f"{part.label}: {error}") from None
+    own = {bare: wide[name] for name, bare in names.items() if name in wide}
     network, weights = _build(part, own, metadata)
     diffusers = keymaps.is_diffusers(own)
     expected = keymaps.to_file(part.kind, dict(tree_flatten(network.parameters())), diffusers)
-    found = own if diffusers or part.kind != "ae" else keymaps.unsqueeze_pointwise(own)
-    tensors.check(part.label, found, expected)
+    shown = own if diffusers or part.kind != "ae" else keymaps.unsqueeze_pointwise(own)
+    tensors.check(part.label, shown, expected)
+    own_packed = {bare: packed[name] for name, bare in names.items() if name in packed}
+    weights |= quantize.prepare(network, own_packed, partial(keymaps.to_ours, part.kind))
     network.load_weights([(name, _cast(w, dtype)) for name, w in weights.items()])
     network.eval()
     return network
@@ -130,7 +158,6 @@ def _build(
         weights = keymaps.to_ours(part.kind, own)
         config = part.config or jsonfiles.parse_object(metadata.get("config", "{}"))
         network = NETWORKS[part.kind](shapes.params(part.kind, weights, config))
-        quantize.prepare(network, metadata, weights)
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
         raise FluxError(f"{part.label}: no network fits its tensors and its config: {error}") from None
     return network, weights
@@ -145,68 +172,78 @@ def _cast(weight: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def find(model: str, **overrides: str | os.PathLike | None) -> Checkpoint:
-    """A model by its name in the registry, its folder, or its repository on the Hub.
+    """A model by its name in the registry, its folder, its file, or its repository on the Hub.
 
-    overrides: `transformer`, `ae`, `clip`, `t5` = a safetensors file (or a folder such as diffusers'
-    `transformer/`) for that part. A folder is read where it is; a repository is downloaded into the Hub's
-    cache first, only what is needed of it, and with HF_HUB_OFFLINE=1 only looked for there.
-    Raises FluxError, in one line that says what to do, where something is not found.
+    model: also `owner/name:file`, one file of a repository, and the folder of a training that wrote a model.
+    Parts that a file lacks are looked for in its folder, or in the tree that it lies in.
+    overrides: `transformer`, `ae`, `clip`, `t5` = a file (also `owner/name:file`), or a folder such as
+    diffusers' `transformer/`, for that part. A folder is read where it is; a repository is downloaded into
+    the Hub's cache first, only what is needed of it, and with HF_HUB_OFFLINE=1 only looked for there.
+    Raises FluxError, in one line that says what to do, where something is not found. Warns, in a line each,
+    of files and tensors that are passed over and of choices between files.
     """
     if unknown := overrides.keys() - set(PARTS):
         raise FluxError(f"no part is called {', '.join(sorted(unknown))}; parts are {', '.join(PARTS)}")
     given = {
-        kind: layouts.part_of_file(Path(file).expanduser(), kind)
+        kind: layouts.part_of_file(local_file(str(file)), kind)
         for kind, file in overrides.items()
         if file is not None
     }
     spec = registry.find(model)
     if spec and not spec.repo:
-        return _in_folder(registry.TINY_FOLDER, spec, given)
+        return _in_folder(registry.TINY_FOLDER, spec, given, model)
     path = Path(model).expanduser()
     if path.is_dir() and (spec is None or "/" in model):  # "dev" is the model, not a folder of that name
-        return _in_folder(path, spec, given)
+        return _in_folder(layouts.model_folder(path), spec, given, path.resolve().name)
     if spec is None and path.exists():
-        raise FluxError(f"{model}: a model is a folder; to take one part from a file, use --transformer FILE")
+        return _in_folder(layouts.tree_of(path), None, {**layouts.parts_of_file(path), **given}, path.stem)
+    if spec is None and (hub := HUB_FILE.fullmatch(model)):
+        return _from_hub(hub[1], None, given, hub[2])
     if spec is None and not re.fullmatch(REPOSITORY, model):
         known = ", ".join(row.name for row in registry.MODELS)
-        raise FluxError(f"{model!r} is neither a model ({known}), nor a folder, nor a repository of the Hub")
+        raise FluxError(
+            f"{model!r} is neither a model ({known}), nor a folder or file, nor a repository of the Hub"
+        )
     return _from_hub(spec.repo if spec else model, spec, given)
 
 
-def _in_folder(folder: Path, spec: ModelSpec | None, given: Mapping[str, Part]) -> Checkpoint:
-    found = {kind: layouts.find_part(folder, kind) for kind in PARTS if kind not in given}
-    if found and not any(found.values()):
-        raise FluxError(f"{folder}: no weights here in BFL's, diffusers' or ComfyUI's layout")
-    if absent := [kind for kind, part in found.items() if part is None]:
-        wanted = "; ".join(f"no {NAMES[kind]} ({', '.join(layouts.PLACES[kind])})" for kind in absent)
-        options = " ".join(f"--{kind} FILE" for kind in absent)
-        raise FluxError(f"{folder}: {wanted}: put the files there or give {options}")
-    parts = {**found, **given}
-    spec = _defaults(folder, spec or _kind_of(parts["transformer"]))
-    tokenizers = (
-        layouts.find_tokenizer(folder, name) or _tokenizer(folder, name, spec) for name in TOKENIZERS
-    )
-    return Checkpoint(spec, parts, *tokenizers)
-
-
-def _kind_of(part: Part) -> ModelSpec:
-    """The registry's row for a transformer of one's own."""
-    header = (name for file in part.files for name in tensors.read_header(file).tensors)
-    has_guidance = any("guidance_in." in name or "guidance_embedder." in name for name in header)
-    return registry.of_file(part.files[0].name, has_guidance)
-
-
-def _defaults(folder: Path, spec: ModelSpec) -> ModelSpec:
-    """The row with what the folder's own defaults.json, if any, says otherwise."""
-    path = folder / DEFAULTS
-    if not path.is_file():
-        return spec
+def _in_folder(folder: Path, spec: ModelSpec | None, given: Mapping[str, Part], name: str) -> Checkpoint:
+    """The model in a folder; given: parts that are there already. name: of the folder or repository."""
+    absent = [kind for kind in PARTS if kind not in given]
+    asked = spec.name if spec and spec.repo else ""
     try:
-        own = json.loads(path.read_text(encoding="utf-8"))
-        own["image_size"] = tuple(own.get("image_size", spec.image_size))
-        return replace(spec, **own)
-    except (ValueError, TypeError):
-        raise FluxError(f"{path}: should hold a JSON object of ModelSpec's fields") from None
+        found = layouts.find_parts(folder, absent, given, asked) if absent else {}
+    except FluxError as error:
+        pipeline = specs.class_name(folder)
+        made_for = f" (it is made for {pipeline})" if pipeline not in ("", "FluxPipeline") else ""
+        raise FluxError(f"{error}{made_for}") from None
+    parts = found | {kind: layouts.with_config(folder, part) for kind, part in given.items()}
+    spec = specs.spec_of(folder, parts["transformer"], spec, name)
+    for line in layouts.foreign_tensors(parts.values()):
+        warnings.warn(line, stacklevel=2)
+    return Checkpoint(spec, parts, *(layouts.find_tokenizer(folder, name) for name in TOKENIZERS))
+
+
+def local_file(name: str) -> Path:
+    """The path of a file or folder that is given by its path, or as `owner/name:file` of the Hub."""
+    path = Path(name).expanduser()
+    hub = HUB_FILE.fullmatch(name)
+    return fetch(hub[1], hub[2]) if hub and not path.exists() else path
+
+
+def find_adapter(name: str) -> Path:
+    """The file or folder of an adapter: by its path, or as `owner/name` or `owner/name:file` of the Hub.
+
+    Of a repository that holds several adapters one must be named. FluxError where nothing can be had; what is
+    no path and no repository's name comes back as it is, and whoever reads it says what is wrong.
+    """
+    path = Path(name).expanduser()
+    if path.exists() or not re.fullmatch(REPOSITORY, name):
+        return local_file(name)
+    files = _list_files(name)
+    if files is None:
+        return _snapshot(name, ["*.safetensors"], offline=True)
+    return _snapshot(name, repositories.adapter_patterns(name, list(files)), offline=False)
 
 
 def find_captioner(model: str) -> Path:
@@ -231,31 +268,26 @@ def find_captioner(model: str) -> Path:
 # --- The Hub ---
 
 
-def _tokenizer(folder: Path, name: str, spec: ModelSpec) -> Path:
-    """A tokenizer that a folder lacks (ComfyUI's do): the same model's on the Hub."""
-    if spec.repo:
-        try:
-            snapshot = _snapshot(spec.repo, [f"{name}/*"], _offline())
-        except FluxError as error:
-            raise FluxError(f"{folder}: no {name}/ here, and from the Hub: {error}") from None
-        if found := layouts.find_tokenizer(snapshot, name):
-            return found
-    files = " or ".join(TOKENIZERS[name])
-    raise FluxError(f"{folder}: no {name}/ with {files}; copy that folder of a FLUX.1 repository there")
+def _from_hub(
+    repo: str, spec: ModelSpec | None, given: Mapping[str, Part], file: str | None = None
+) -> Checkpoint:
+    """A repository of the Hub: what is needed of it is downloaded, or was at an earlier time.
 
-
-def _from_hub(repo: str, spec: ModelSpec | None, given: Mapping[str, Part]) -> Checkpoint:
-    """A repository of the Hub: what is needed of it is downloaded, or was at an earlier time."""
+    file: its transformer, and maybe more; the rest is looked for in the repository.
+    """
+    if file is not None:
+        given = {**layouts.parts_of_file(fetch(repo, file)), **given}
     files = _list_files(repo)
-    if files is None:  # nothing can be downloaded: every snapshot has the tokenizers, and maybe the rest
-        folder = _snapshot(repo, [f"{name}/*" for name in TOKENIZERS], offline=True)
+    name = repo.rpartition("/")[2]
+    if files is None:  # nothing can be downloaded: what an earlier time has left
+        folder = _snapshot(repo, [specs.INDEX], offline=True)
         try:
-            return _in_folder(folder, spec, given)
+            return _in_folder(folder, spec, given, name)
         except FluxError as error:
             raise FluxError(f"{error} ({_unreachable(repo)})") from None
-    patterns = _patterns(list(files), spec, [kind for kind in PARTS if kind not in given])
+    patterns = repositories.patterns(repo, list(files), spec, [kind for kind in PARTS if kind not in given])
     _check_disk(repo, files, patterns)
-    return _in_folder(_snapshot(repo, patterns, offline=False), spec, given)
+    return _in_folder(_snapshot(repo, patterns, offline=False), spec, given, name)
 
 
 def _captioner_from_hub(repo: str) -> Path:
@@ -286,19 +318,6 @@ def _list_files(repo: str) -> dict[str, int] | None:
             raise FluxError(_advice(repo, error)) from None
         return None
     return {file.rfilename: file.size or 0 for file in siblings}
-
-
-def _patterns(files: list[str], spec: ModelSpec | None, kinds: list[str]) -> list[str]:
-    """What to download: of the two layouts that a repository may hold only one, BFL's where it is."""
-    single = {"transformer": spec.file if spec else "flux1-*.safetensors", "ae": "ae.safetensors"}
-    patterns = [f"{name}/*" for name in TOKENIZERS] + [DEFAULTS]
-    for kind in kinds:
-        patterns += [f"{FOLDERS[kind]}/config.json"]
-        if kind in single and fnmatch.filter(files, single[kind]):
-            patterns += [single[kind]]
-        else:
-            patterns += [f"{FOLDERS[kind]}/*.safetensors", f"{FOLDERS[kind]}/*.index.json"]
-    return patterns
 
 
 def _check_disk(repo: str, files: Mapping[str, int], patterns: list[str]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from flux import jsonfiles
 from flux.errors import FluxError
 from flux.jsonfiles import shown
+from flux.weights import strangers
 
 # Bytes of an element, for every type that a checkpoint has been seen with.
 SIZES = {
@@ -95,6 +96,8 @@ def _read(path: Path) -> tuple[bytes, int]:
     size = status.st_size
     if size >= 8 and MAX_LENGTH < length <= size - 8:
         raise FluxError(f"{path}: not a safetensors file: a header of {length} bytes")
+    if (len(text) != length or not text) and (instead := strangers.disguise(path)):
+        raise FluxError(f"{path}: not a safetensors file but {instead}")
     if len(text) != length or not text:
         raise FluxError(f"{path}: not a safetensors file, or cut short within its header ({size} bytes)")
     return text, size - 8 - length

@@ -1,13 +1,16 @@
-"""Which files of a folder are which part of a model: BFL's layout, diffusers' and ComfyUI's, as one table."""
+"""Which files of a folder are which part of a model: by what is in them; of several, by where they lie."""
 
-import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flux import jsonfiles
 from flux.errors import FluxError
-from flux.weights import keymaps
-from flux.weights.tensors import read_header
+from flux.weights import prefixes, strangers
+from flux.weights.contents import Found, is_shard, look, survey
 
 PARTS = ("transformer", "ae", "clip", "t5")
 NAMES = {
@@ -17,66 +20,44 @@ NAMES = {
     "t5": "T5 text encoder",
 }
 
-# Where each part may lie, the best place first. A pattern with `*.safetensors` or a file name finds single
-# files; `folder/stem` finds stem.safetensors, or the shards that stem.safetensors.index.json lists.
+# Folders in which BFL, diffusers, ComfyUI and Forge keep a part, the best first; "" is the model's folder
+# itself. Files elsewhere count too, after these.
 PLACES: dict[str, tuple[str, ...]] = {
-    "transformer": (
-        "flux1-*.safetensors",
-        "transformer/diffusion_pytorch_model",
-        "diffusion_models/*.safetensors",
-        "unet/*.safetensors",
-        "checkpoints/*.safetensors",
-    ),
-    "ae": (
-        "ae.safetensors",
-        "vae/diffusion_pytorch_model",
-        "vae/ae.safetensors",
-        "vae/*.safetensors",
-        "checkpoints/*.safetensors",
-    ),
-    "clip": (
-        "text_encoder/model",
-        "text_encoders/clip_l*.safetensors",
-        "clip/clip_l*.safetensors",
-        "checkpoints/*.safetensors",
-    ),
-    "t5": (
-        "text_encoder_2/model",
-        "text_encoders/t5xxl_fp16.safetensors",
-        "text_encoders/t5xxl*.safetensors",
-        "clip/t5xxl_fp16.safetensors",
-        "clip/t5xxl*.safetensors",
-        "checkpoints/*.safetensors",
-    ),
+    "transformer": ("", "transformer", "diffusion_models", "unet", "checkpoints", "stable-diffusion"),
+    "ae": ("", "vae", "checkpoints", "stable-diffusion"),
+    "clip": ("text_encoder", "text_encoders", "clip", "checkpoints", "stable-diffusion", ""),
+    "t5": ("text_encoder_2", "text_encoders", "text_encoder", "clip", "checkpoints", "stable-diffusion", ""),
 }
+EXPECTED = {  # what the line about a missing part proposes
+    "transformer": "flux1-*.safetensors, transformer/, diffusion_models/, unet/ or checkpoints/",
+    "ae": "ae.safetensors, vae/",
+    "clip": "text_encoder/, text_encoders/clip_l.safetensors, clip/",
+    "t5": "text_encoder_2/, text_encoders/t5xxl_fp16.safetensors, clip/",
+}
+
+USUAL = {"transformer": "flux1", "ae": "ae.", "clip": "clip_l", "t5": "t5xxl"}  # how their files are called
 
 # The subfolder whose config.json speaks of a part, also where the weights are a single file beside it.
 FOLDERS = {"transformer": "transformer", "ae": "vae", "clip": "text_encoder", "t5": "text_encoder_2"}
 
-# Tensors by which a file is known to hold a part (bare names); adapters have none of them.
-SIGNS: dict[str, frozenset[str]] = {
-    "transformer": frozenset(
-        {
-            "double_blocks.0.img_attn.qkv.weight",
-            "double_blocks.0.txt_attn.qkv.weight",
-            "transformer_blocks.0.attn.to_q.weight",
-            "transformer_blocks.0.attn.add_q_proj.weight",
-        }
-    ),
-    "ae": frozenset({"encoder.conv_in.weight", "decoder.conv_in.weight"}),
-    "clip": frozenset(
-        {
-            "text_model.embeddings.token_embedding.weight",
-            "text_model.encoder.layers.0.mlp.fc1.weight",
-        }
-    ),
-    "t5": frozenset({"shared.weight", "encoder.block.0.layer.0.SelfAttention.q.weight"}),
+# Widths that must agree: what the transformer takes (bare names and axes), and what another part gives.
+TAKES = {
+    "picture": (("img_in.weight", 1), ("x_embedder.weight", 1)),
+    "ae": (("final_layer.linear.bias", 0), ("proj_out.bias", 0)),
+    "clip": (("vector_in.in_layer.weight", 1), ("time_text_embed.text_embedder.linear_1.weight", 1)),
+    "t5": (("txt_in.weight", 1), ("context_embedder.weight", 1)),
+}
+GIVES = {
+    "ae": (("encoder.conv_out.bias", 0),),  # mean and variance: half of the 2x2 patches that a token is
+    "clip": (("text_model.final_layer_norm.weight", 0),),
+    "t5": (("encoder.final_layer_norm.weight", 0),),
 }
 
 TOKENIZERS = {
     "tokenizer": ("vocab.json", "tokenizer.json"),
     "tokenizer_2": ("spiece.model", "tokenizer.json"),
 }
+SHIPPED_TOKENIZERS = Path(__file__).parents[1] / "assets" / "tokenizers"
 
 
 @dataclass(frozen=True)
@@ -93,78 +74,230 @@ class Part:
         return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
 
 
-def find_part(folder: Path, kind: str) -> Part | None:
-    """A part's files in a folder, from the best place that has them; None where no place has.
+# Why one of several files is taken, in the order of what `_rank` returns.
+REASONS = (
+    "it makes a picture of a text alone",
+    "it is named after the model",
+    "it is in the transformer's file",
+    "it is the nearest to the transformer",
+    "it is in the better place",
+    "it has the usual name",
+    "it is the larger one",
+    "by its name",
+)
 
-    FluxError where one place has several that would do, or where shards are missing.
+
+def find_parts(folder: Path, kinds: Iterable[str], given: Mapping[str, Part], name: str) -> dict[str, Part]:
+    """The parts of these kinds in a folder and the folders in it, to go with the given ones.
+
+    Warns, in a line each, where several files fit, and of files that are no part of such a model.
+    name: of the model asked for; a transformer that is named like it comes first.
+    FluxError where a part is nowhere.
     """
-    for place in PLACES[kind]:
-        files = _single(folder, kind, place) if place.endswith(".safetensors") else _stem(folder / place)
-        if files:
-            return Part(kind, files, _read_config(folder / FOLDERS[kind] / "config.json"))
-    return None
+    files = survey(folder)
+    faults = {found.files: found.fault for found in files if found.fault}
+    transformer = look(given["transformer"].files) if "transformer" in given else None
+    chosen: dict[str, Found] = {}
+    for kind in sorted(kinds, key=PARTS.index):  # the transformer first: the others must fit it
+        candidates = [found for found in files if kind in found.parts and not found.fault]
+        misfits = {found.files: _misfit(kind, found, transformer) for found in candidates}
+        fitting = [found for found in candidates if not misfits[found.files]]
+        faults |= {key: fault for key, fault in misfits.items() if fault}
+        if fitting:
+            chosen[kind] = _best(folder, kind, fitting, transformer, name)
+        transformer = transformer or chosen.get("transformer")
+    used = {found.files for found in chosen.values()}
+    passed = _passed_over([fault for key, fault in faults.items() if key not in used])
+    if absent := [kind for kind in kinds if kind not in chosen]:
+        raise FluxError(_missing(folder, absent, bool(chosen), passed))
+    if passed:
+        warnings.warn(f"{folder}: {passed}", stacklevel=2)
+    return {kind: Part(kind, found.files, _config(folder, kind, found)) for kind, found in chosen.items()}
+
+
+def _best(folder: Path, kind: str, fitting: list[Found], transformer: Found | None, name: str) -> Found:
+    """The file to take of those that fit; warns of the choice where there are several."""
+
+    def rank(found: Found) -> tuple[Any, ...]:
+        return _rank(folder, kind, found, transformer, name)
+
+    best, *others = sorted(fitting, key=rank)
+    if others:
+        pairs = zip(REASONS, rank(best), rank(others[0]), strict=True)
+        reason = next(reason for reason, ours, theirs in pairs if ours != theirs)
+        rest = _some([_below(folder, found) for found in others], 3)
+        warnings.warn(
+            f"{folder}: took {_below(folder, best)} for the {NAMES[kind]}, not {rest}: {reason}; "
+            f"--{kind} FILE takes another",
+            stacklevel=2,
+        )
+    return best
+
+
+def _misfit(kind: str, found: Found, transformer: Found | None) -> str | None:
+    """Why a file does not fit the transformer; None where it does, or the headers cannot tell."""
+    if kind == "transformer" or transformer is None:
+        return None
+    takes, gives = transformer.axis("transformer", *TAKES[kind]), found.axis(kind, *GIVES[kind])
+    if kind == "ae" and gives is not None:
+        gives *= 2
+    if takes in (None, gives) or gives is None:
+        return None
+    return f"{found.label}: another {NAMES[kind]}, of width {gives}; the transformer takes {takes}"
+
+
+def _rank(folder: Path, kind: str, found: Found, transformer: Found | None, name: str) -> tuple[Any, ...]:
+    """How well a file would do for a part, in the order of REASONS; the least is the best."""
+    file = found.files[0]
+    named = bool(name) and name in file.stem.lower()
+    places = {part.lower() for part in file.parent.relative_to(folder).parts} or {""}
+    place = min((i for i, p in enumerate(PLACES[kind]) if p in places), default=len(PLACES[kind]))
+    usual = file.name.lower().startswith(USUAL[kind])
+    near, apart, other = 0, False, False
+    if kind == "transformer":
+        channels = (found.axis(kind, *TAKES["picture"]), found.axis(kind, *TAKES["ae"]))
+        wide = None not in channels and channels[0] != channels[1]
+        other = wide or "kontext" in file.name.lower()
+    elif transformer:
+        apart = transformer.files != found.files
+        folders = [file.parent.absolute(), transformer.files[0].parent.absolute()]
+        near = len(Path(os.path.commonpath(folders)).parts)
+    return other, not named, apart, -near, place, not usual, -found.size, str(file)
+
+
+def _below(folder: Path, found: Found) -> str:
+    """A file's path within the folder."""
+    return os.path.relpath(found.label, folder)
+
+
+def _passed_over(faults: list[str]) -> str:
+    """What a line says of files that are no part of the model; "" where there are none."""
+    adapters = [fault for fault in faults if strangers.ADAPTER in fault]
+    told = [fault for fault in faults if fault not in adapters]
+    told += [f"{len(adapters)} x {strangers.ADAPTER}"] if adapters else []
+    return f"passed over: {_some(told, 5)}" if told else ""
+
+
+def _some(texts: list[str], most: int) -> str:
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
+
+
+def _missing(folder: Path, absent: list[str], others: bool, passed: str) -> str:
+    tail = f"; {passed}" if passed else ""
+    if not others and len(absent) == len(PARTS):
+        return f"{folder}: no weights here in BFL's, diffusers' or ComfyUI's layout (no transformer){tail}"
+    wanted = "; ".join(f"no {NAMES[kind]} ({EXPECTED[kind]})" for kind in absent)
+    options = " ".join(f"--{kind} FILE" for kind in absent)
+    return f"{folder}: {wanted}: put the files there or give {options}{tail}"
+
+
+# --- One file ---
 
 
 def part_of_file(path: Path, kind: str) -> Part:
-    """The part in a file of its own, or in a folder such as diffusers' `transformer/`."""
-    if path.is_file():
-        return Part(kind, (path,), _read_config(path.parent / "config.json"))
-    files = _stem(path / "diffusion_pytorch_model") or _stem(path / "model")
-    if not files:
+    """The part in a file, or in a folder such as diffusers' `transformer/`; FluxError where it has none."""
+    if not path.exists():
         raise FluxError(f"{path}: no such file (for the {NAMES[kind]}), nor a folder with one")
-    return Part(kind, files, _read_config(path / "config.json"))
+    if path.is_dir():
+        return find_parts(path, [kind], {}, "")[kind]
+    found = _whole(path)
+    _check_part(found, kind)
+    return Part(kind, found.files, read_config(path.parent / "config.json"))
 
 
-def _single(folder: Path, kind: str, pattern: str) -> tuple[Path, ...]:
-    candidates = [file for file in sorted(folder.glob(pattern)) if not file.name.startswith(".")]
-    found = [file for file in candidates if _holds(file, kind)]
-    if len(found) > 1:
-        names = ", ".join(file.name for file in found)
-        option = f"--{kind} FILE"
-        raise FluxError(
-            f"{found[0].parent}: several files hold a {NAMES[kind]}: {names}; choose with {option}"
-        )
-    return tuple(found)
+def _whole(path: Path) -> Found:
+    """What is in a file, with all other shards where it is one of several."""
+    groups = [found for found in survey(path.parent) if path in found.files] if is_shard(path) else []
+    return groups[0] if groups else look([path])
 
 
-def _holds(file: Path, kind: str) -> bool:
-    bare = keymaps.own_names(kind, read_header(file).tensors).values()
-    return not SIGNS[kind].isdisjoint(bare)
+def _check_part(found: Found, kind: str) -> None:
+    """FluxError where a file cannot serve as this part."""
+    if found.fault and (not found.foreign or kind not in found.parts or kind in ("transformer", "t5")):
+        wanted = f", not a {NAMES[kind]} of FLUX.1" if found.foreign else ""
+        raise FluxError(found.fault + wanted)
+    if kind not in found.parts:
+        held = ", ".join(NAMES[part] for part in found.parts) or "nothing that is known here"
+        raise FluxError(f"{found.label}: holds no {NAMES[kind]}, but {held}")
 
 
-def _stem(stem: Path) -> tuple[Path, ...]:
-    """The files of `folder/stem`: what the index lists, else the one file, else a variant (stem.fp16...)."""
-    index = Path(f"{stem}.safetensors.index.json")
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise FluxError(f"{index}: not an index of safetensors files") from None
-        absent = [name for name in names if not (stem.parent / name).is_file()]
-        if absent:
-            raise FluxError(f"{index}: lists files that are not there: {', '.join(absent)}")
-        return tuple(stem.parent / name for name in names)
-    single = Path(f"{stem}.safetensors")
-    if single.is_file():
-        return (single,)
-    shards = sorted(stem.parent.glob(f"{stem.name}-*-of-*.safetensors"))
-    return tuple(shards or sorted(stem.parent.glob(f"{stem.name}.*.safetensors"))[:1])
+def parts_of_file(path: Path) -> dict[str, Part]:
+    """All parts in a file that is given as the model; FluxError where it has no transformer."""
+    found = _whole(path)
+    if found.fault or "transformer" not in found.parts:
+        options = " or ".join(f"--{part} FILE" for part in found.parts if not found.fault)
+        fault = found.fault or f"{path}: holds no transformer, which a model begins with"
+        raise FluxError(f"{fault}; to take one part from a file, use {options or '--transformer FILE'}")
+    root = tree_of(path)
+    return {kind: Part(kind, found.files, _config(root, kind, found)) for kind in found.parts}
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """A config.json's content, {} where there is none."""
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise FluxError(f"{path}: not valid JSON") from None
-    if not isinstance(config, dict):
-        raise FluxError(f"{path}: should hold a JSON object")
-    return config
+def tree_of(file: Path) -> Path:
+    """The folder of the model that a file belongs to: its own, or the one above `unet/` and the like."""
+    places = {place for places in PLACES.values() for place in places if place}
+    parent = file.absolute().parent
+    return parent.parent if parent.name.lower() in places else file.parent
 
 
-def find_tokenizer(folder: Path, name: str) -> Path | None:
-    """The folder of a tokenizer ("tokenizer", "tokenizer_2") in a model's folder, or None."""
+# --- Configs and tokenizers ---
+
+
+def _config(folder: Path, kind: str, found: Found) -> dict[str, Any]:
+    """What a config.json says of a part: the one beside it in its folder, or in the part's usual folder."""
+    beside = found.files[0].parent
+    own = read_config(beside / "config.json") if beside != folder else {}
+    return own or read_config(folder / FOLDERS[kind] / "config.json")
+
+
+def with_config(folder: Path, part: Part) -> Part:
+    """A part from elsewhere with the config of the folder's own, where both have the same size.
+
+    A config says what tensors cannot tell; of another network it would be wrong.
+    """
+    other = look(part.files)
+    config = read_config(folder / FOLDERS[part.kind] / "config.json")
+    if part.config or "config" in other.metadata or not config:
+        return part
+    own = [found for found in survey(folder) if part.kind in found.parts]
+    same = any(found.elements(part.kind) == other.elements(part.kind) for found in own)
+    return Part(part.kind, part.files, config) if same else part
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON file's object, {} where there is no such file."""
+    return jsonfiles.read(path) if path.is_file() else {}
+
+
+def find_tokenizer(folder: Path, name: str) -> Path:
+    """The folder of a tokenizer ("tokenizer", "tokenizer_2"): the model's own, else FLUX.1's, which ships."""
     path = folder / name
-    return path if any((path / file).is_file() for file in TOKENIZERS[name]) else None
+    own = any((path / file).is_file() for file in TOKENIZERS[name])
+    return path if own else SHIPPED_TOKENIZERS / name
+
+
+def model_folder(folder: Path) -> Path:
+    """The folder of the model in a run's folder: itself, or the one in it that a training wrote.
+
+    Of several the newest is taken, with a warning.
+    """
+    marks = ("model_index.json", "defaults.json")
+    if any((folder / mark).is_file() for mark in marks) or next(folder.glob("*.safetensors"), None):
+        return folder
+    found = {path.parent for mark in marks for depth in ("*/", "*/*/") for path in folder.glob(depth + mark)}
+    if not found or any((folder / name).is_dir() for name in FOLDERS.values()):
+        return folder
+    newest = max(found, key=lambda path: path.stat().st_mtime)
+    if len(found) > 1:
+        warnings.warn(f"{folder}: took {newest.name}/, the newest of {len(found)} models in it", stacklevel=2)
+    return newest
+
+
+def foreign_tensors(parts: Iterable[Part]) -> list[str]:
+    """For every file with tensors that no network takes a line that names them."""
+    lines = []
+    for files in dict.fromkeys(part.files for part in parts):
+        found = look(files)
+        if foreign := prefixes.foreign_names(found.entries):
+            lines.append(f"{found.label}: passed over, as no network here takes them: {_some(foreign, 6)}")
+    return lines

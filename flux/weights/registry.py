@@ -1,9 +1,11 @@
 """The models that are known by name: where their files are and their defaults. No I/O."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flux.errors import FluxError
+from flux.sampler import AnyShift
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,8 @@ class ModelSpec:
 
     repo: on the Hub, or "" for the built-in model. file: BFL's single file of the transformer.
     steps, guidance: FLUX's own guidance, which is an input of the network. cfg_scale: true classifier-free
-    guidance; 1 is none. shift: whether times are shifted towards noise in larger pictures. t5_length: tokens.
+    guidance; 1 is none. shift: how times are shifted towards noise (sampler.timesteps): True as dev's, more
+    in larger pictures. t5_length: tokens.
     image_size: (height, width) in pixels.
     """
 
@@ -21,7 +24,7 @@ class ModelSpec:
     file: str
     steps: int
     guidance: float
-    shift: bool
+    shift: AnyShift
     t5_length: int
     image_size: tuple[int, int] = (512, 512)
     cfg_scale: float = 1.0
@@ -93,9 +96,21 @@ def get(name: str) -> ModelSpec:
     return spec
 
 
-def of_file(name: str, has_guidance: bool) -> ModelSpec:
-    """The row that fits a transformer of one's own: by BFL's file name, else by its kind."""
-    for spec in MODELS:
-        if spec.file and name == spec.file:
-            return spec
-    return get("dev" if has_guidance else "schnell")
+def of_file(name: str, has_guidance: bool, shifted: bool | None = None) -> ModelSpec:
+    """The row that fits a transformer of one's own: by the words of its name, as far as its kind allows.
+
+    has_guidance: whether it takes guidance as an input. shifted: whether its scheduler shifts times by the
+    picture's size; None where nothing says so. A dev without that input has guidance 0.
+    """
+    said = words(name)
+    if has_guidance:
+        return get("krea" if "krea" in said else "dev")
+    if shifted or (shifted is None and said & {"dev", "krea"} and "schnell" not in said):
+        return replace(get("krea" if "krea" in said else "dev"), guidance=0.0)
+    return get("schnell")
+
+
+def words(name: str) -> set[str]:
+    """The words of a file's or folder's name, in lower case: "flux1-krea-dev_fp8", "flux1KreaDev"."""
+    apart = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
+    return set(re.findall(r"[a-z]+", apart.lower()))

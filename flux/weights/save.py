@@ -21,11 +21,12 @@ from flux.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux.models.clip import CLIPTextModel, CLIPTextParams
 from flux.models.t5 import T5Encoder, T5Params
 from flux.models.transformer import Flux, FluxParams
-from flux.tokenizers import CLIPTokenizer
+from flux.sampler import DEV_SHIFT, Shift
+from flux.tokenizers import CLIPTokenizer, clip_vocabulary, read_gzip, read_merges
 from flux.weights import keymaps, quantize, tensors
-from flux.weights.checkpoints import DEFAULTS
 from flux.weights.layouts import FOLDERS
 from flux.weights.registry import ModelSpec
+from flux.weights.specs import DEFAULTS
 
 DIFFUSERS_VERSION = "0.32.0"  # of the format; diffusers reads the files of older versions
 STEMS = {
@@ -117,13 +118,20 @@ def _write_rest(new: Path, model: Model) -> None:
     for name, source in (("tokenizer", model.clip_tokenizer), ("tokenizer_2", model.t5_tokenizer)):
         (new / name).mkdir()
         for file in Path(source).iterdir():
-            if file.is_file():
+            if file.name == "merges.txt.gz":  # this package's own form of CLIP's vocabulary
+                _write_clip_vocabulary(new / name, read_gzip(file))
+            elif file.is_file():
                 shutil.copyfile(file, new / name / file.name)
         config = new / name / "tokenizer_config.json"
         if not config.exists():  # without it transformers' tokenizers know no length to pad to
             _write_json(config, {"tokenizer_class": MODEL_INDEX[name][1], "model_max_length": lengths[name]})
     defaults = {k: v for k, v in asdict(model.spec).items() if k not in ("repo", "file")}
     _write_json(new / DEFAULTS, defaults)
+
+
+def _write_clip_vocabulary(folder: Path, merges: str) -> None:
+    (folder / "merges.txt").write_text(merges, encoding="utf-8")
+    _write_json(folder / "vocab.json", clip_vocabulary(read_merges(merges)))
 
 
 @contextmanager
@@ -253,14 +261,16 @@ def t5_config(params: T5Params) -> dict[str, Any]:
 
 
 def scheduler_config(spec: ModelSpec) -> dict[str, Any]:
+    points = spec.shift if isinstance(spec.shift, Shift) else DEV_SHIFT
+    dynamic = spec.shift is True or isinstance(spec.shift, Shift)
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": 1000,
-        "shift": 3.0 if spec.shift else 1.0,
-        "use_dynamic_shifting": spec.shift,
-        "base_shift": 0.5,
-        "max_shift": 1.15,
-        "base_image_seq_len": 256,
-        "max_image_seq_len": 4096,
+        "shift": 3.0 if dynamic else float(spec.shift or 1.0),
+        "use_dynamic_shifting": dynamic,
+        "base_shift": points.base,
+        "max_shift": points.most,
+        "base_image_seq_len": points.base_tokens,
+        "max_image_seq_len": points.most_tokens,
     }

@@ -137,6 +137,10 @@ def autoencoder_params(tensors: Tensors, known: Mapping[str, Any]) -> AutoEncode
     ]
     if any(width % ch for width in widths):
         raise FluxError(f"the autoencoder's widths {widths} are not multiples of the first, {ch}")
+    if ch % (groups := known.get("norm_groups", usual.norm_groups)):
+        raise FluxError(
+            f"{ch} channels in {groups} norm groups: its config.json (norm_num_groups) is missing"
+        )
     for width in widths:
         _divided(width, known.get("norm_groups", usual.norm_groups), "norm_num_groups")
     return AutoEncoderParams(

@@ -1,17 +1,32 @@
-"""Safetensors files: read lazily, widened from fp8, written atomically. headers.py checks them before."""
+"""Files of tensors, safetensors and GGUF: read lazily, widened from other encodings, written atomically."""
 
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import mlx.core as mx
-import numpy as np
 
 from flux.errors import FluxError
-from flux.weights.headers import Entry, Header, read_header
+from flux.weights import encodings, gguf, headers, lazy, mflux
+from flux.weights.headers import Entry, Header
 
 SHOWN = 12  # how many names an error line shows of each kind
+TYPES = {
+    **{"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "BOOL": mx.bool_},
+    **{"I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64},
+    **{"U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64},
+}
+
+
+def read_header(path: Path) -> Header:
+    """The header of a file of either format, with the names and axes that this program knows.
+
+    FluxError, naming the file, where it is absent, damaged, cut short or of a type that is not read.
+    """
+    header = gguf.read_header(path) if gguf.is_gguf(path) else headers.read_header(path)
+    return mflux.header(header) if mflux.is_mflux(header) else header
 
 
 def fingerprint(path: Path) -> str:
@@ -29,60 +44,51 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def load(files: Iterable[Path]) -> dict[str, mx.array]:
-    """All tensors of some files (shards of one network), lazily; fp8 comes widened, which is exact.
+def load(files: Iterable[Path], packed: bool = False) -> dict[str, mx.array]:
+    """All tensors of some files (shards of one network), lazily, widened from other programs' encodings.
 
-    FluxError where a file is damaged or two files hold the same name.
+    packed: matrices of a GGUF file that MLX's quantized layers can hold stay in few bits, as `quantize.split`
+    takes them apart. FluxError where a file is damaged, holds an encoding that is not read, or where two
+    files hold the same name.
     """
     out: dict[str, mx.array] = {}
+    metadata: dict[str, str] = {}
     for path in files:
-        header = read_header(path)
-        tensors = _scaled(_load_one(path, header))
+        is_gguf = gguf.is_gguf(path)
+        header = (gguf if is_gguf else headers).read_header(path)
+        tensors = gguf.load(path, header, packed) if is_gguf else _load(path, header)
+        if mflux.is_mflux(header):
+            tensors = mflux.tensors(tensors)
         if twice := out.keys() & tensors.keys():
             raise FluxError(f"{path}: {_some(twice)} is also in another file of the same folder")
         out.update(tensors)
-    return out
+        metadata.update(header.metadata)
+    return encodings.decode(str(path), out, metadata) if out else out
 
 
-def _load_one(path: Path, header: Header) -> dict[str, mx.array]:
+def _load(path: Path, header: Header) -> dict[str, mx.array]:
+    """A safetensors file's tensors, fp8 widened, which is exact."""
     entries = header.tensors
-    if any(entry.dtype in ("F8_E5M2", "F64") for entry in entries.values()):
-        # mx.load refuses the whole file for them; such files are read through numpy instead.
-        return {name: _load_by_numpy(path, entry) for name, entry in entries.items()}
-    tensors = mx.load(str(path), format="safetensors")
+    if all(entry.dtype in TYPES or entry.dtype == "F8_E4M3" for entry in entries.values()):
+        tensors = cast(dict[str, mx.array], mx.load(str(path), format="safetensors"))
+    else:  # mx.load refuses the whole file for one tensor of another type
+        spans = {name: (entry.start, entry.start + entry.size) for name, entry in entries.items()}
+        tensors = {name: _typed(raw, entries[name]) for name, raw in lazy.read(path, spans).items()}
     return {
         name: mx.from_fp8(tensors[name], mx.bfloat16) if entry.dtype == "F8_E4M3" else tensors[name]
         for name, entry in entries.items()
     }
 
 
-def _load_by_numpy(path: Path, entry: Entry) -> mx.array:
-    size = entry.size
-    data = mx.array(np.fromfile(path, np.uint8, size, offset=entry.start))
+def _typed(raw: mx.array, entry: Entry) -> mx.array:
+    """The bytes of a tensor as its type; float8_e4m3 as bytes."""
     if entry.dtype == "F8_E5M2":  # the upper byte of a float16
-        return (data.astype(mx.uint16) << 8).view(mx.float16).reshape(entry.shape)
+        return (raw.astype(mx.uint16) << 8).view(mx.float16).reshape(entry.shape)
     if entry.dtype == "F8_E4M3":
-        return mx.from_fp8(data, mx.bfloat16).reshape(entry.shape)
-    if entry.dtype == "F64":  # no GPU has it
-        return mx.array(np.fromfile(path, "<f8", size // 8, offset=entry.start).astype("<f4")).reshape(
-            entry.shape
-        )
-    types = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-    if entry.dtype not in types:
-        raise FluxError(f"{path}: {entry.dtype} beside F8_E5M2 or F64 is a mixture this program cannot read")
-    return data.view(types[entry.dtype]).reshape(entry.shape)
-
-
-def _scaled(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-    """ComfyUI's "scaled fp8": `x.weight` times `x.scale_weight`; `x.scale_input` is for products in fp8."""
-    scales = [name for name in tensors if name.endswith(".scale_weight")]
-    for name in scales:
-        weight = name.removesuffix("scale_weight") + "weight"
-        if weight in tensors:
-            scale = tensors.pop(name).astype(mx.float32)
-            tensors[weight] = tensors[weight].astype(mx.float32) * scale
-            tensors.pop(name.removesuffix("scale_weight") + "scale_input", None)
-    return tensors
+        return raw.reshape(entry.shape)
+    if entry.dtype == "F64":  # which no GPU has
+        return mx.view(raw, mx.float64, stream=mx.cpu).astype(mx.float32, stream=mx.cpu).reshape(entry.shape)
+    return raw.view(TYPES[entry.dtype]).reshape(entry.shape)
 
 
 def save(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:

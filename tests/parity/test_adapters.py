@@ -20,7 +20,7 @@ from safetensors.torch import save_file  # noqa: E402
 from flux.adapters import Adapter, Adapters, Delta, LowRank, load, new_adapter, save, targets  # noqa: E402
 from flux.models.clip import CLIPTextModel, CLIPTextParams  # noqa: E402
 from flux.models.transformer import Flux, FluxParams  # noqa: E402
-from flux.weights import keymaps  # noqa: E402
+from flux.weights import keymaps, prefixes  # noqa: E402
 
 TOLERANCE = 5e-5  # relative error of one call in float32, from numerics.md
 HIDDEN, HEADS = 64, 2
@@ -394,7 +394,7 @@ def clip_models() -> tuple["torch.nn.Module", CLIPTextModel]:
     randomize(reference, 9)
     ours = CLIPTextModel(CLIPTextParams(**TEXT))
     tensors = {name: mx.array(p.detach().numpy()) for name, p in reference.state_dict().items()}
-    ours.load_weights([(name, tensors[old]) for old, name in keymaps.own_names("clip", tensors).items()])
+    ours.load_weights([(name, tensors[old]) for old, name in prefixes.own_names("clip", tensors).items()])
     return reference.eval(), ours
 
 

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 from flux.errors import FluxError
 from flux.models.clip import CLIPTextModel, CLIPTextParams
-from flux.weights import keymaps
+from flux.weights import prefixes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -126,7 +126,7 @@ def test_files_that_transformers_saves(tmp_path):
     """transformers 5 writes the names without `text_model.`, unlike the real checkpoint."""
     ours, reference = make_pair()
     reference.save_pretrained(tmp_path)
-    saved = keymaps.own_names("clip", mx.load(str(tmp_path / "model.safetensors")))
+    saved = prefixes.own_names("clip", mx.load(str(tmp_path / "model.safetensors")))
     assert sorted(saved.values()) == sorted(name for name, _ in tree_flatten(ours.parameters()))
 
 

@@ -26,6 +26,31 @@ def test_times_are_diffusers_to_the_bit(steps, tokens, shift):
     assert sampler.timesteps(steps, tokens, shift) == scheduler(steps, tokens, shift).sigmas.tolist()
 
 
+@pytest.mark.parametrize("steps", [1, 4, 20, 28])
+@pytest.mark.parametrize("tokens", [16, 1008, 4096, 16384])
+@pytest.mark.parametrize(
+    ("config", "shift"),
+    [
+        ({"shift": 3.0}, 3.0),
+        ({"shift": 1.7}, 1.7),
+        (
+            {
+                "use_dynamic_shifting": True, "base_shift": 0.3, "max_shift": 1.9,
+                "base_image_seq_len": 64, "max_image_seq_len": 9000,
+            },
+            sampler.Shift(0.3, 1.9, 64, 9000),
+        ),
+    ],
+)  # fmt: skip
+def test_other_shifts_are_diffusers_to_the_bit(steps, tokens, config, shift):
+    made = diffusers.FlowMatchEulerDiscreteScheduler(**config)
+    c = made.config
+    points = (c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+    sigmas = np.linspace(1.0, 1 / steps, steps)
+    made.set_timesteps(steps, sigmas=sigmas, mu=calculate_shift(tokens, *points))
+    assert sampler.timesteps(steps, tokens, shift) == made.sigmas.tolist()
+
+
 @pytest.mark.parametrize("shift", [False, True])
 def test_euler_steps_are_diffusers(shift):
     rng = np.random.default_rng(0)

@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from flux.models.t5 import T5Encoder, T5Params, relative_position_bucket
-from flux.weights import keymaps
+from flux.weights import prefixes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -117,5 +117,5 @@ def test_names_and_shapes_of_t5_xxl():
 def test_files_that_transformers_saves(tmp_path):
     ours, reference = make_pair(SMALL)
     reference.save_pretrained(tmp_path)
-    saved = keymaps.own_names("t5", mx.load(str(tmp_path / "model.safetensors")))
+    saved = prefixes.own_names("t5", mx.load(str(tmp_path / "model.safetensors")))
     assert sorted(saved.values()) == sorted(name for name, _ in tree_flatten(ours.parameters()))

@@ -137,7 +137,11 @@ def test_remake_with_a_change(call, model, tmp_path):
 
 def test_quantized(call, model, tmp_path):
     assert call(PROMPT, "--model", model, "--seed", 1, "--output", "a.png")[0] == 0
-    assert call(PROMPT, "--model", model, "--seed", 1, "--output", "b.png", "--quantize", 8)[0] == 0
+    status, _, lines = call(PROMPT, "--model", model, "--seed", 1, "--output", "b.png", "--quantize", 8)
+    assert status == 0
+    assert any(
+        re.match(r"quantized: transformer \d+ of \d+ layers, .*8 bits in .*; T5 ", line) for line in lines
+    )
     assert images.read_metadata(tmp_path / "b.png")["quantize"] == "8"
     a, b = (images.load(tmp_path / name)[0].astype(int) for name in ("a.png", "b.png"))
     assert 0 < np.abs(a - b).mean() < 20

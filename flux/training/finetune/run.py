@@ -17,6 +17,7 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_flatten
 
 from flux import adapters
+from flux.adapters.attach import fingerprint
 from flux.data import cache, samples
 from flux.data.batches import Plan
 from flux.distributed.fsdp import fully_shard
@@ -30,13 +31,14 @@ from flux.training.finetune.console import LINES, Console
 from flux.training.finetune.features import Features, sample_key
 from flux.training.finetune.length import Length
 from flux.training.finetune.model import Base, Network, extract, inject
-from flux.training.finetune.options import AUTO, WARMUP, Options
+from flux.training.finetune.options import AUTO, QUANTIZE, WARMUP, Options
 from flux.training.finetune.previews import Pictures, validation_loss
 from flux.training.flow_matching import FlowLoss
 from flux.training.gradient_checkpointing import checkpoint_blocks
 from flux.training.report import Events, draw_loss
 from flux.training.states import STATE, States
 from flux.training.trainer import Metrics, Trainer
+from flux.weights import quantize
 
 DROPOUT_SEED = 0x44524F50  # apart from the samples' own
 
@@ -136,7 +138,7 @@ class FineTuning:
 
     def _facts(self) -> dict[str, str]:
         """What must be the same on all ranks."""
-        files = {f"adapter {file}": adapters.fingerprint(file) for file, _ in self.options.adapters}
+        files = {f"adapter {file}": fingerprint(file) for file, _ in self.options.adapters}
         return {**self._base.checkpoint.fingerprints(), **files, "data set": self._digest[:12]}
 
     def _make_optimizer(self) -> Optimizer:
@@ -161,6 +163,9 @@ class FineTuning:
             self._ranks.size if self.options.shard_base else 1,
         )
         self._console.say(line)
+        if self.options.quantize and self.first:
+            bits, _ = QUANTIZE[self.options.quantize]
+            self._console.say(f"quantized: {quantize.report(bits, transformer=flow)}")
         if advice and self.first:
             warnings.warn(advice, stacklevel=2)
 

@@ -1,0 +1,62 @@
+"""Whether the parts of a model fit each other, and whether the pipeline can give them what they want."""
+
+from collections.abc import Mapping
+
+from flux.errors import FluxError
+from flux.models.autoencoder import AutoEncoder
+from flux.models.clip import CLIPTextModel
+from flux.models.t5 import T5Encoder
+from flux.models.transformer import Flux
+from flux.tokenizers import CLIPTokenizer, T5Tokenizer
+from flux.weights.layouts import Part
+
+
+def check_fit(
+    files: Mapping[str, Part],
+    flow: Flux,
+    ae: AutoEncoder,
+    clip: CLIPTextModel,
+    t5: T5Encoder,
+    tokenizers: tuple[CLIPTokenizer, T5Tokenizer],
+) -> None:
+    """FluxError, one line with every fault, for parts that cannot work together; reads no weights.
+
+    files: "transformer", "ae", "clip", "t5" -> where each comes from, for that line.
+    """
+    labels = {kind: part.label for kind, part in files.items()}
+    params = flow.params
+    if wanted := other_input(params.in_channels, params.out_channels):
+        raise FluxError(f"{labels['transformer']}: {wanted}, which this program does not give it")
+    widths = (
+        ("clip", "CLIP vectors", clip.params.hidden_size, params.vec_in_dim),
+        ("t5", "T5 vectors", t5.params.d_model, params.context_in_dim),
+        ("ae", "latent channels in patches of 2x2, ", 4 * ae.params.z_channels, params.out_channels),
+    )
+    faults = [
+        f"{labels[kind]} gives {what} {gives} wide, {labels['transformer']} takes {takes}"
+        for kind, what, gives, takes in widths
+        if gives != takes
+    ]
+    sizes = (tokenizers[0].size, tokenizers[1].size)
+    embeddings = (("clip", clip.params.vocab_size), ("t5", t5.params.vocab_size))
+    faults += [
+        f"{labels[kind]} embeds {rows} pieces of text, its tokenizer has {size}: "
+        f"put the model's own {'tokenizer/' if kind == 'clip' else 'tokenizer_2/'} into its folder"
+        for (kind, rows), size in zip(embeddings, sizes, strict=True)
+        if rows < size
+    ]
+    if faults:
+        raise FluxError("these parts do not fit each other: " + "; ".join(faults))
+
+
+def other_input(in_channels: int, out_channels: int) -> str | None:
+    """What else a transformer wants in every step, by its channels; None for plain text to picture."""
+    extra = in_channels - out_channels
+    known = {
+        out_channels: "FLUX.1 Canny, Depth or another control model: it wants a control picture",
+        out_channels + 4 * 64: "FLUX.1 Fill: it wants a picture and a mask",  # the mask's 8x8 pixels a patch
+        2 * out_channels + 4: "Flex.2: it wants a picture, a mask and a control picture",
+    }
+    if extra == 0:
+        return None
+    return known.get(extra, f"it takes {in_channels} channels where it gives {out_channels}: more input")
