@@ -20,8 +20,8 @@ from flux.arguments import adapter, count
 from flux.errors import FluxError
 from flux.weights import checkpoints, layouts
 
-FILES = "adapters: safetensors files, folders (all that are in one), or patterns such as 'loras/*dog*'"
-ONE_FILE = "an adapter: a safetensors file, or a folder"
+FILES = "adapters: files, folders (all in them), patterns such as 'loras/*dog*', or OWNER/NAME[:FILE]"
+ONE_FILE = "an adapter: a file, a folder, or OWNER/NAME[:FILE] of the Hub"
 MODELS = "schnell, dev, krea, tiny, a folder, or a repository of the Hub"
 NETWORKS = {"flux": "transformer", "clip": "CLIP", "t5": "T5"}
 
@@ -181,7 +181,7 @@ def write(out: Path, adapter: Adapter, format: str = "native", facts: Mapping[st
 
 def load_whole(file: str | Path, strict: bool = False) -> Adapter:
     """An adapter, with a warning for every key of the file that is left out."""
-    adapter = load(file, strict)
+    adapter = load(checkpoints.find_adapter(str(file)), strict)
     for key in adapter.homeless:
         print(f"warning: left out, no home: {key}", file=sys.stderr)
     return adapter

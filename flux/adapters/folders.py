@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flux.adapters import names
 from flux.errors import FluxError
+from flux.weights.checkpoints import find_adapter
 from flux.weights.headers import read_header
 
 PEFT_STEM, PEFT_CONFIG = "adapter_model", "adapter_config.json"  # as PEFT itself saves
@@ -45,17 +46,18 @@ def adapter_file(path: Path) -> Path:
 
 
 def adapter_files(patterns: Iterable[str | Path]) -> list[Path]:
-    """The adapters of files, folders (all that are in one) and patterns such as `loras/*dog*`, in order.
+    """The adapters of files (the Hub's too), folders (all that are in one) and patterns such as `loras/*dog*`.
 
-    FluxError for a pattern or a folder without any.
+    In order. FluxError for a pattern or a folder without any.
     """
     out: list[Path] = []
     for pattern in map(str, patterns):
-        paths = [Path(pattern)]
         if not Path(pattern).exists() and glob.has_magic(pattern):
             paths = [Path(name) for name in sorted(glob.glob(pattern))]
             if not paths:
                 raise FluxError(f"{pattern}: no file has such a name")
+        else:
+            paths = [find_adapter(pattern)]
         for path in paths:
             own = (_adapters(path) or _checkpoints(path)) if path.is_dir() else [path]
             if not own:
