@@ -1,31 +1,28 @@
 """Teach FLUX a subject from a few pictures: python dreambooth.py --iterations 1200 path/to/dog6."""
 
 import argparse
-import signal
 import sys
-import warnings
 from typing import Any
 
 import flux
 from flux.adapters import TARGETS
 from flux.adapters.writers import WRITERS
-from flux.arguments import Parser, adapter, count, finite, size
+from flux.arguments import Parser, adapter, count, finite, on_stop_signals, run_program, size
 from flux.data import check, samples
-from flux.distributed.ranks import Ranks, print_error
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
-from flux.training import losses, optimizers
-from flux.training.finetune import FineTuning, Options, Stopped
-from flux.training.finetune.options import ITERATIONS, QUANTIZE, WARMUP
+from flux.training import losses, optimizers, schedules
+from flux.training.finetune import Options, Stop, Stopped, begin, finetune, resume
+from flux.training.finetune.options import ITERATIONS, PARTS, QUANTIZE, WARMUP
 from flux.training.flow_matching import DELTA_SCHEDULES
 from flux.weights import registry
 
-PARTS = ("transformer", "ae", "clip", "t5")
 DATA_OPTIONS = (
     *("resolution", "batch_size", "num_repeats", "class_tokens", "enable_bucket", "bucket_no_upscale"),
     *("flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens", "caption_dropout_rate"),
     *("alpha_mask", "validation_split"),
 )
-ON = {"action": "store_true"}
+ON: dict[str, Any] = {"action": "store_true"}
 SEVERAL = (
     "With mlx.launch the ranks share out the batches. What counts is ranks x --iterations x --batch-size, "
     "the pictures in all, and ranks x --grad-accumulate x --batch-size, those of an update: where both stay "
@@ -37,43 +34,33 @@ SEVERAL = (
 
 def main() -> int:
     """Run the program; its exit status: 0, 2 for bad input or a failed training, 130 when interrupted."""
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    ranks = None
-    try:
-        ranks = Ranks()
-        ranks.silence_other_ranks()
-        return run(ranks.on_all_ranks(lambda: build_parser().parse_args(sys.argv[1:])), ranks)
-    except FluxError as error:
-        print_error(error, ranks)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_program(run)
 
 
-def run(args: argparse.Namespace, ranks: Ranks) -> int:
-    """Do what the arguments ask for; the exit status."""
-    given = vars(args)
+def run(ranks: Ranks) -> int:
+    """Do what the command line asks for; the exit status."""
+    given = vars(ranks.on_all_ranks(lambda: build_parser().parse_args(sys.argv[1:])))
     check_only, folder = given.pop("check_data", False), given.pop("resume", None)
     options = ranks.on_all_ranks(lambda: to_options(given))
     if check_only:
         return ranks.broadcast_result(lambda: check_data(options))
     if folder is None:
-        training = FineTuning(ranks.on_all_ranks(lambda: new_run(options)), ranks=ranks)
+        start = begin(ranks.on_all_ranks(lambda: new_run(options)), ranks)
     else:
-        training = FineTuning.resume(folder, options, ranks=ranks)
-    signal.signal(signal.SIGINT, lambda *_: training.interrupt())
+        start = resume(folder, options, ranks)
+    stop = Stop(ranks)
     try:
-        path = training.execute()
+        with on_stop_signals(stop.ask):
+            print(finetune(start, stop=stop).path)
     except Stopped:
-        if training.first:
-            print(f"stopped; go on with: python dreambooth.py --resume {training.folder}", file=sys.stderr)
+        if ranks.is_rank_zero:
+            print(f"stopped; go on with: python dreambooth.py --resume {start.folder}", file=sys.stderr)
         return 130
-    print(path)
     return 0
 
 
 def new_run(given: dict[str, Any]) -> Options:
-    """The options of a run that is none of a folder's."""
+    """The options of a new run."""
     if "data" not in given:
         raise FluxError("no data set; name a folder, a data.toml (--config) or a data set of the Hub")
     return Options(**given)
@@ -183,7 +170,7 @@ def add_training(parser: Parser, usual: Options) -> None:
         "what is left at the end is rounded up to a whole update")  # fmt: skip
     add("--optimizer", choices=optimizers.OPTIMIZERS, help=f"default {usual.optimizer}")
     add("--learning-rate", type=finite, metavar="X", help="default 1e-4; with prodigy 1")
-    add("--lr-schedule", dest="schedule", choices=optimizers.SCHEDULES, help=f"default {usual.schedule}")
+    add("--lr-schedule", dest="schedule", choices=schedules.SCHEDULES, help=f"default {usual.schedule}")
     add("--restarts", type=count, metavar="N", help="of cosine_with_restarts (1)")
     add("--warmup", type=int, metavar="N", help=f"updates (default: a tenth, at most {WARMUP})")
     add("--weight-decay", type=finite, metavar="X", help="default 0.01 with adamw, else 0")

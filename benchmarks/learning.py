@@ -30,7 +30,7 @@ from flux.pipeline import FluxPipeline
 from flux.recipes.emoji import COLOURS, PLACES, SIZES, Composition, Renderer, captions, subjects
 from flux.recipes.tiny.evaluate import draw, held_out_prompts, judge
 from flux.recipes.tiny.recipe import SUBJECTS
-from flux.training.finetune import FineTuning, Options
+from flux.training.finetune import Options, begin, finetune
 
 Asked = list[tuple[Composition, str]]  # what a picture should show, and the prompt that says so
 
@@ -101,7 +101,7 @@ def train(folder: Path, subject: str, **settings: Any) -> Path:
     """The adapter's file."""
     data = write(folder / "data", subject)
     options = {"data": str(data), "output_dir": str(folder / "run"), **SETTINGS, **settings}
-    return FineTuning(Options(**options), quiet=True).execute()
+    return finetune(begin(Options(**options)), quiet=True).path
 
 
 def right(pipeline: FluxPipeline, prompts: Asked) -> dict[str, Proportion]:

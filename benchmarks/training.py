@@ -39,10 +39,11 @@ from flux import sampler
 from flux.adapters import Adapters, new_adapter, targets
 from flux.models.transformer import Flux, FluxParams
 from flux.training import gradient_checkpointing, losses, optimizers
-from flux.training.flow_matching import FlowLoss, sample_key
+from flux.training.callbacks import Log
+from flux.training.flow_matching import FlowLoss
 from flux.training.gradient_checkpointing import checkpoint_blocks
 from flux.training.memory import estimate, weight_bytes
-from flux.training.trainer import Trainer
+from flux.training.trainer import Trainer, sample_key
 from flux.weights import keymaps
 from flux.weights.quantize import quantize
 
@@ -166,7 +167,7 @@ def measure(variant: str, size: dict, folder: Path, repeats: int, memory_only: b
             return {"mlx": step_peak(trainer)}
         loss, clock = [], Clock()
         for step in range(repeats + 1):
-            trainer.run(step + 1, (lambda _, metrics: loss.append(metrics["loss"].item()),))
+            trainer.run(step + 1, (Log(lambda _, means, seconds: loss.append(means["loss"])),))
             clock.lap()
         resident = peak_memory() - before
         return clock.fastest() | {"peak": resident, "mlx": step_peak(trainer), "loss": loss[0]}

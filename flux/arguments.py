@@ -1,10 +1,12 @@
-"""What the programs have in common: how they end, types of arguments, and prompts from files."""
+"""What the programs have in common: how they end, types of arguments, prompts from files."""
 
 import argparse
 import math
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,12 +33,30 @@ def run_program(program: Callable[[Ranks], int]) -> int:
         return 130
 
 
+@contextmanager
+def on_stop_signals(ask: Callable[[], None]) -> Iterator[None]:
+    """Within the block Ctrl-C and SIGTERM call `ask`."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    for name in before:
+        signal.signal(name, lambda *_: ask())
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+
 class Parser(argparse.ArgumentParser):
     """Wrong arguments are bad input like any other: one line."""
 
     def error(self, message: str) -> NoReturn:
         """Raise FluxError instead of ending the process."""
         raise FluxError(f"{message} (see {self.prog} --help)")
+
+
+def described(text: str | None) -> argparse.ArgumentParser:
+    """A parser whose help begins with a module's docstring, as it stands there."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def count(text: str) -> int:

@@ -6,17 +6,64 @@ fields, so nothing is admitted that is then not understood. Every fault is colle
 
 import dataclasses
 import difflib
+import json
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from flux.errors import FluxError
 
 
+def read_file(path: Path) -> dict[str, Any]:
+    """The tables of a YAML, TOML or JSON file, by its suffix. FluxError for a file that is none of these."""
+    readers: dict[str, Callable[[str], Any]] = {
+        ".yaml": _yaml,
+        ".yml": _yaml,
+        ".toml": parse_toml,
+        ".json": json.loads,
+    }
+    if path.suffix not in readers:
+        raise FluxError(f"{path}: the suffix of a file of options must be one of {', '.join(readers)}")
+    try:
+        tables = readers[path.suffix](path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FluxError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # also FluxError and UnicodeDecodeError
+        raise FluxError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(tables, dict):
+        raise FluxError(f"{path}: must hold a table of keys, not a {type(tables).__name__}")
+    return tables
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text. ValueError where it is not TOML, FluxError without a reader for it."""
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        try:
+            import tomli as tomllib  # type: ignore[no-redef]
+        except ImportError:
+            raise FluxError("TOML needs Python 3.11 or newer, or `pip install tomli`") from None
+    return tomllib.loads(text)
+
+
+def _yaml(text: str) -> Any:
+    try:
+        import yaml  # comes with huggingface-hub
+    except ImportError:
+        raise FluxError("YAML needs `pip install pyyaml`; TOML and JSON do not") from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(error) from None
+
+
 class Faults:
-    """What is wrong with a file: one line each, with its place in the file."""
+    """What is wrong with a file: one line each, with the key that it concerns."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -37,18 +84,34 @@ class Bounds:
     kinds: Mapping[str, type] | None = None
 
     def fault(self, value: Any) -> str | None:
-        """What is wrong with the value, if anything."""
+        """What the value must be and is not: what a line says after the value. None where it is right."""
         if self.choices and value not in self.choices:
-            return f"{value!r} is none of {', '.join(self.choices)}"
+            return f"must be one of {', '.join(self.choices)}"
+        if isinstance(value, float) and not math.isfinite(value):
+            return "must be a finite number"
         if self.least is not None and not value >= self.least:
-            return f"{value} must be at least {self.least}"
+            return f"must be at least {self.least}"
         if self.above is not None and not value > self.above:
-            return f"{value} must be above {self.above}"
+            return f"must be above {self.above}"
         if self.most is not None and not value <= self.most:
-            return f"{value} must be at most {self.most}"
+            return f"must be at most {self.most}"
         if self.below is not None and not value < self.below:
-            return f"{value} must be below {self.below}"
+            return f"must be below {self.below}"
         return None
+
+
+def faults_of(instance: Any) -> dict[str, str]:
+    """What is wrong with a data class's values by the bounds of its fields: name -> "VALUE must be ...".
+
+    None is right everywhere: it stands for what is not given.
+    """
+    found = {}
+    for f in dataclasses.fields(instance):
+        value = getattr(instance, f.name)
+        text = f.metadata.get("bounds", Bounds()).fault(value) if value is not None else None
+        if text:
+            found[f.name] = f"{value!r} {text}"
+    return found
 
 
 def option(default: Any = MISSING, **bounds: Any) -> Any:
@@ -64,7 +127,7 @@ def limits(**bounds: Any) -> dict[str, Any]:
 def read(cls: type, table: Any, where: str, faults: Faults, derived: tuple[str, ...] = ()) -> Any:
     """An instance of a data class from its table; None, and lines in `faults`, if that is impossible.
 
-    `derived` fields follow from other parts of the file and are no keys.
+    `derived` fields follow from other parts of the file and are not keys.
     """
     if not isinstance(table, Mapping):
         faults.add(where, f"must be a table of keys, not {table!r}")
@@ -166,7 +229,7 @@ def _scalar(hint: type, value: Any, bounds: Bounds, where: str, faults: Faults) 
         faults.add(where, f"must be {words[hint]}, not {value!r}")
         return None
     if text := bounds.fault(value):
-        faults.add(where, text)
+        faults.add(where, f"{value!r} {text}")
     return float(value) if hint is float else value
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flux.training.finetune import FineTuning, Options
+from flux.training.finetune import Options, Result, Stop, begin, finetune, resume
 from flux.training.report import read_lines
 
 from . import tiny_pipeline
@@ -36,10 +36,12 @@ def options(model: str, data: str, folder: Path, **changes: Any) -> Options:
     return Options(**(made | {"iterations": 6, "learning_rate": 1e-2, "state_every": 1} | changes))
 
 
-def run(options: Options) -> FineTuning:
-    made = FineTuning(options, quiet=True)
-    made.execute()
-    return made
+def run(options: Options, stop: Stop | None = None) -> Result:
+    return finetune(begin(options), quiet=True, stop=stop)
+
+
+def go_on(folder: Path, **changes: Any) -> Result:
+    return finetune(resume(folder, changes), quiet=True)
 
 
 def events(folder: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from flux.adapters import (
     save,
     targets,
 )
-from flux.adapters.beside import AdaptedLinear, dense_weight
+from flux.adapters.beside import AdaptedLinear, Dropout, dense_weight
 from flux.adapters.changes import row_norms
 from flux.adapters.lora import linears
 from flux.errors import FluxError
@@ -431,3 +431,16 @@ def test_row_norms_and_text_encoders():
         assert both.parts() == ["flux", part]
         assert Adapters(model).add(both.part(part)) == {}
         assert sum(isinstance(layer, AdaptedLinear) for layer in linears(model).values()) == len(names)
+
+
+def test_dropout_keeps_the_mean():
+    """What is kept is scaled up by 1 / (1 - p), so that a layer's answer is the same on average."""
+    layer = Dropout(0.25)
+    draw_dropout(layer, mx.random.key(3))
+    x = normal(200, 100)
+    dropped = np.array(layer(x))
+    kept = dropped != 0
+    assert kept.mean() == pytest.approx(0.75, abs=0.02)
+    assert np.allclose(dropped[kept], np.array(x)[kept] / 0.75, rtol=1e-6)
+    layer.eval()
+    assert mx.array_equal(layer(x), x)

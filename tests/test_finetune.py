@@ -1,5 +1,6 @@
 """Fine-tuning: stop and resume equal a straight run, watching disturbs nothing, faults have their lines."""
 
+import json
 import os
 import random
 import shutil
@@ -14,15 +15,16 @@ import pytest
 from mlx.utils import tree_flatten
 
 from flux import adapters
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
-from flux.training.finetune import FineTuning, Stopped, fit
+from flux.training.finetune import Result, Stop, Stopped, fit, resume
+from flux.training.finetune import run as runs
 from flux.training.finetune.length import Length
 from flux.training.finetune.options import QUANTIZE
 from flux.training.report import Events, draw_loss, read_lines
-from flux.training.states import States
 
 from . import finetuning
-from .finetuning import assert_same_run, events, options, run
+from .finetuning import assert_same_run, events, go_on, options, run
 
 ROOT = Path(__file__).parents[1]
 EVERYTHING = {
@@ -51,8 +53,8 @@ def data(tmp_path_factory) -> str:
     return finetuning.write_data(tmp_path_factory.mktemp("data") / "pictures")
 
 
-def trained(made: FineTuning) -> dict[str, np.ndarray]:
-    return {name: np.array(a) for name, a in tree_flatten(made.network.trainable_parameters())}
+def trained(made: Result) -> dict[str, np.ndarray]:
+    return {name: np.array(a) for name, a in tree_flatten(made.built.network.trainable_parameters())}
 
 
 # --- stop and resume ---
@@ -87,30 +89,29 @@ def test_what_a_run_leaves_behind(straight):
     assert set(adapter.ranks().values()) == {2}
 
 
+class StopsInTheFourth(Stop):
+    """Is asked to stop in the middle of the fourth update."""
+
+    def between_batches(self, trainer):
+        if trainer.step == 3:
+            self.ask()
+        super().between_batches(trainer)
+
+
 def test_stop_and_resume_is_the_straight_run_to_the_bit(model, data, tmp_path):
     chosen = {**EVERYTHING, "optimizer": "prodigy", "schedule": "cosine", "warmup": 2}
     run(options(model, data, tmp_path / "a", **chosen))
-    first = FineTuning(options(model, data, tmp_path / "b", **chosen), quiet=True)
-    batches = []
-
-    def between() -> None:  # asked to stop in the middle of the fourth update
-        batches.append(1)
-        if len(batches) == 4:
-            first.interrupt()
-        type(first)._between_batches(first)
-
-    first._between_batches = between
     with pytest.raises(Stopped):
-        first.execute()
+        run(options(model, data, tmp_path / "b", **chosen), StopsInTheFourth(Ranks(), quiet=True))
     assert max((tmp_path / "b/states").iterdir()).name == "00000006"
-    FineTuning.resume(tmp_path / "b", {}, quiet=True).execute()
+    go_on(tmp_path / "b")
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
 def test_more_iterations_go_on_as_if_they_had_been_asked_for(model, data, tmp_path):
     run(options(model, data, tmp_path / "a", iterations=6))
     run(options(model, data, tmp_path / "b", iterations=3))
-    FineTuning.resume(tmp_path / "b", {"iterations": 6}, quiet=True).execute()
+    go_on(tmp_path / "b", iterations=6)
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
@@ -118,7 +119,8 @@ KILLED_AT = """
 import os, random, signal, sys, threading
 from pathlib import Path
 import flux
-from flux.training.finetune import FineTuning, Options
+from flux.training.finetune import Options, begin, finetune, resume
+from flux.training.finetune.watch import Watch
 
 folder, files, delay = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 TOUCHES = {"open", "os.rename", "os.mkdir", "os.rmdir", "os.remove"}
@@ -135,17 +137,17 @@ def watch(event, arguments):  # Python tells every file that it opens, makes, re
     if left == 0:
         threading.Timer(delay, kill).start() if delay else kill()
 
-def begins(self):
+def begins(self, done):
     global left
     left = files or None
 
 sys.addaudithook(watch)
-FineTuning._say_what_begins = begins
+Watch._say_what_begins = begins
 if (folder / "states").is_dir() and any(p.name[0] != "." for p in (folder / "states").iterdir()):
-    made = FineTuning.resume(folder, {}, quiet=True)
+    start = resume(folder, {})
 else:
-    made = FineTuning(Options.from_table(OPTIONS), quiet=True)
-made.execute()
+    start = begin(Options.from_table(OPTIONS))
+finetune(start, quiet=True)
 """
 
 
@@ -197,9 +199,9 @@ def test_only_the_adapter_moves_and_quantized_weights_too_can_be_trained(model, 
     before = run(options(model, data, tmp_path / "a", iterations=1))
     for i, how in enumerate(("8", "4", "mxfp4")):
         made = run(options(model, data, tmp_path / str(i), quantize=how, rank=4))
-        names = set(dict(tree_flatten(made.network.trainable_parameters())))
+        names = set(dict(tree_flatten(made.built.network.trainable_parameters())))
         assert all(".shares.0." in name for name in names)
-        base = made.network.flow.double_blocks[0].img_attn.qkv.base
+        base = made.built.network.flow.double_blocks[0].img_attn.qkv.base
         assert (base.bits, base.mode) == QUANTIZE[how]
         ups = [a for name, a in trained(made).items() if name.endswith(".up")]
         assert ups
@@ -210,35 +212,41 @@ def test_only_the_adapter_moves_and_quantized_weights_too_can_be_trained(model, 
 # --- faults ---
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_the_last_state_stays(model, data, tmp_path, monkeypatch):
-    def poisoned(self, number):
-        arrays = batch(self, number)
-        return arrays | {"mean": arrays["mean"] * (math_nan if number == 3 else 1.0)}
+def tamper(monkeypatch, change) -> None:
+    """Lets change(number, arrays) have a look at every batch."""
+    make = runs.batches
 
-    math_nan, batch = float("nan"), FineTuning._batch
-    monkeypatch.setattr(FineTuning, "_batch", poisoned)
-    with pytest.raises(FluxError, match=r"the loss is nan .* at iteration 4: .*00000003"):
-        run(options(model, data, tmp_path / "run"))
+    def tampered(*arguments):
+        batch = make(*arguments)
+        return lambda number: change(number, batch(number))
+
+    monkeypatch.setattr(runs, "batches", tampered)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_the_last_state_stays(model, data, tmp_path, monkeypatch):
+    nan = float("nan")
+    with monkeypatch.context() as patch:
+        tamper(patch, lambda number, a: a | {"mean": a["mean"] * (nan if number == 3 else 1.0)})
+        with pytest.raises(FluxError, match=r"the loss is nan.* at iteration 4: .*00000003"):
+            run(options(model, data, tmp_path / "run"))
     assert not (tmp_path / "run/final_adapters.safetensors").exists()
     assert len(events(tmp_path / "run")) == 3
-    monkeypatch.setattr(FineTuning, "_batch", batch)
-    FineTuning.resume(tmp_path / "run", {}, quiet=True).execute()
+    go_on(tmp_path / "run")
     run(options(model, data, tmp_path / "straight"))
     assert_same_run(tmp_path / "straight", tmp_path / "run")
 
 
 def test_features_that_vanish_while_it_trains(model, data, tmp_path, monkeypatch):
-    def vanishing(self, number):
-        if number == 3:
+    def vanishing(number, arrays):
+        if number == 2:
             shutil.rmtree(tmp_path / "run/cache")
-        return batch(self, number)
+        return arrays
 
-    batch = FineTuning._batch
-    monkeypatch.setattr(FineTuning, "_batch", vanishing)
-    with pytest.raises(FluxError, match=r"the cache lost .* --resume makes them anew"):
-        run(options(model, data, tmp_path / "run"))
-    monkeypatch.setattr(FineTuning, "_batch", batch)
-    FineTuning.resume(tmp_path / "run", {}, quiet=True).execute()
+    with monkeypatch.context() as patch:
+        tamper(patch, vanishing)
+        with pytest.raises(FluxError, match=r"the cache lost .* --resume makes them anew"):
+            run(options(model, data, tmp_path / "run"))
+    go_on(tmp_path / "run")
     run(options(model, data, tmp_path / "straight"))
     assert_same_run(tmp_path / "straight", tmp_path / "run")
 
@@ -247,16 +255,16 @@ def test_a_full_disk(model, data, tmp_path):
     """A limit on the size of files stands for it: the states that there were stay, nothing of a new one."""
     run(options(model, data, tmp_path / "run", iterations=2))
     code = (
-        "import resource, flux\nfrom flux.training.finetune import FineTuning\n"
+        "import resource, flux\nfrom flux.training.finetune import finetune, resume\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
-        f"FineTuning.resume({str(tmp_path / 'run')!r}, {{'iterations': 4}}, quiet=True).execute()\n"
+        f"finetune(resume({str(tmp_path / 'run')!r}, {{'iterations': 4}}), quiet=True)\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert "FluxError" in done.stderr
     assert "00000003: the state cannot be written" in done.stderr
     assert sorted(p.name for p in (tmp_path / "run/states").iterdir()) == ["00000001", "00000002"]
-    FineTuning.resume(tmp_path / "run", {"iterations": 4}, quiet=True).execute()
+    go_on(tmp_path / "run", iterations=4)
     run(options(model, data, tmp_path / "straight", iterations=4))
     assert_same_run(tmp_path / "straight", tmp_path / "run")
 
@@ -266,18 +274,43 @@ def test_a_data_set_that_is_gone_or_changed(model, tmp_path):
     run(options(model, data, tmp_path / "run", iterations=2))
     (tmp_path / "pictures/1.txt").write_text("something else")
     with pytest.raises(FluxError, match="pictures is not the one that this run was begun with"):
-        FineTuning.resume(tmp_path / "run", {"iterations": 4}, quiet=True).execute()
+        go_on(tmp_path / "run", iterations=4)
     moved = finetuning.write_data(tmp_path / "moved")
-    FineTuning.resume(tmp_path / "run", {"iterations": 4, "data": moved}, quiet=True).execute()
+    go_on(tmp_path / "run", iterations=4, data=moved)
     shutil.rmtree(moved)
     with pytest.raises(FluxError, match="moved: no such folder"):
-        FineTuning.resume(tmp_path / "run", {"iterations": 6}, quiet=True).execute()
+        go_on(tmp_path / "run", iterations=6)
+
+
+def test_a_damaged_state_is_named_and_the_run_goes_on_from_the_one_before(model, data, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "run")
+    table = tmp_path / "run/states/00000012/progress.json"
+    table.write_text(table.read_text().replace('"rank": 2', '"rank": 3'))
+    (tmp_path / "run/events.jsonl").open("ab").write(b"\xff\xfe\n")
+    with pytest.warns(UserWarning, match=r"00000012 is damaged: progress\.json .*going on from .*00000010"):
+        go_on(tmp_path / "run")
+    assert_same_run(straight, tmp_path / "run")
+    for name in ("00000010", "00000012"):
+        (tmp_path / "run/states" / name / "state.safetensors").write_bytes(b"")
+    with pytest.raises(FluxError, match=r"no state is whole: .*00000012 is damaged.*00000010 is damaged"):
+        resume(tmp_path / "run", {})
+
+
+def test_a_state_with_an_option_that_there_is_not_is_named(model, data, tmp_path):
+    run(options(model, data, tmp_path / "run", iterations=1, keep_states=1))
+    (table,) = (tmp_path / "run/states").glob("*/progress.json")
+    content = json.loads(table.read_text())
+    del content["checksums"]  # as an earlier version wrote it
+    content["options"]["colour"] = "red"
+    table.write_text(json.dumps(content))
+    with pytest.raises(FluxError, match=r"is damaged: .*'colour'"):
+        resume(tmp_path / "run", {})
 
 
 def test_options_that_contradict_a_resumed_run_are_refused_by_name(model, data, tmp_path):
     run(options(model, data, tmp_path / "run", iterations=2))
     same = {"learning_rate": 1e-2, "data": data, "model": model, "data_options": {"resolution": (64, 64)}}
-    FineTuning.resume(tmp_path / "run", {**same, "progress_every": 7, "format": "kohya"}, quiet=True)
+    resume(tmp_path / "run", {**same, "progress_every": 7, "format": "kohya"})
     changes = [
         ({"rank": 4}, r"--lora-rank 4 \(the run has 2\)"),
         ({"learning_rate": 0.5, "model": "schnell"}, r"--learning-rate 0\.5 .*--model schnell"),
@@ -285,10 +318,10 @@ def test_options_that_contradict_a_resumed_run_are_refused_by_name(model, data, 
     ]
     for change, message in changes:
         with pytest.raises(FluxError, match=message):
-            FineTuning.resume(tmp_path / "run", change)
+            resume(tmp_path / "run", change)
     run(options(model, data, tmp_path / "cosine", iterations=2, schedule="cosine"))
     with pytest.raises(FluxError, match="schedule cosine depends on the run's length"):
-        FineTuning.resume(tmp_path / "cosine", {"iterations": 3})
+        resume(tmp_path / "cosine", {"iterations": 3})
 
 
 def test_a_folder_with_a_run_is_not_overwritten_and_one_without_not_resumed(model, data, tmp_path):
@@ -296,14 +329,15 @@ def test_a_folder_with_a_run_is_not_overwritten_and_one_without_not_resumed(mode
     with pytest.raises(FluxError, match=r"run holds a run .* --resume"):
         run(options(model, data, tmp_path / "run"))
     with pytest.raises(FluxError, match="no state of a run to go on from"):
-        FineTuning.resume(tmp_path / "nothing", {})
+        resume(tmp_path / "nothing", {})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"rank": 0}, "--lora-rank 0"),
-        ({"quantize": "5"}, "--quantize '5': choose 8, 4, mxfp4"),
+        ({"quantize": "5"}, "--quantize '5' must be one of 8, 4, mxfp4"),
+        ({"rank": 0, "loss": "l3"}, "--lora-rank 0 must be at least 1; --loss 'l3' must be one of"),
         ({"learning_rate": -1.0}, "--learning-rate -1"),
         ({"dropout": 1.0}, r"--lora-dropout 1\.0"),
         ({"iterations": 3, "epochs": 2}, "iterations or epochs"),
@@ -330,40 +364,19 @@ def test_length():
     assert (four.iterations, four.updates, four.epochs) == (16, 8, 4)  # 15 batches on each of four ranks
 
 
-def test_states_keep_the_last_and_ignore_what_is_incomplete(tmp_path):
-    states = States(tmp_path / "states", keep=2)
-    assert states.latest() is None
-    for name in ("1", "2", "3"):
-        states.save(name, {"name": name}, lambda path: path.write_bytes(b"arrays"))
-    assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["2", "3"]
-    (tmp_path / "states/4").mkdir()
-    (tmp_path / "states/4/state.safetensors").write_bytes(b"half")
-    assert states.latest().name == "3"
-
-    def fails(path: Path) -> None:
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(FluxError, match="5: the state cannot be written: No space left on device"):
-        states.save("5", {}, fails)
-    assert States.read(states.latest()) == {"name": "3"}
-    states.save("6", {}, lambda path: path.write_bytes(b"arrays"))
-    assert sorted(p.name for p in (tmp_path / "states").iterdir()) == ["3", "6"]
-
-
 def test_events_are_neither_doubled_nor_torn(tmp_path):
     path = tmp_path / "events.jsonl"
     for update in (1, 2, 3):
-        Events(path, lambda line: True).write({"event": "update", "update": update})
+        Events(path, "update", 9).write({"event": "update", "update": update})
     with path.open("a") as file:
         file.write('{"event": "upd')
-    Events(path, lambda line: line["update"] <= 2).write({"event": "update", "update": 3, "again": True})
+    Events(path, "update", 2).write({"event": "update", "update": 3, "again": True})
     assert [line["update"] for line in read_lines(path)] == [1, 2, 3]
     assert "again" in list(read_lines(path))[-1]
 
 
 def test_the_loss_plot(tmp_path):
-    events = Events(tmp_path / "events.jsonl", lambda line: True)
+    events = Events(tmp_path / "events.jsonl", "update", 9)
     for i in range(50):
         events.write({"event": "update", "iteration": i + 1, "loss": 1 / (i + 1), "rate": 0.1})
     draw_loss(events.path, tmp_path / "without.png")
@@ -386,14 +399,18 @@ def test_advice_where_it_does_not_fit():
     assert "will not fit, and even" in advice
 
 
-def test_data_parallel_ranks_take_the_plans_batches_in_turn(model, data, tmp_path, monkeypatch):
+def test_data_parallel_ranks_take_the_plans_batches_in_turn(model, data, tmp_path):
     """Which pictures, captions and keys: rank r of n has the batches r, r + n, ... of one machine."""
-    made = run(options(model, data, tmp_path / "run", iterations=1, dropout=0.1))
-    alone = [made._batch(number) for number in range(8)]
+    chosen = options(model, data, tmp_path / "run", iterations=1, dropout=0.1)
+    made = run(chosen)
+
+    def batch(rank: int, size: int, number: int):
+        ranks = SimpleNamespace(rank=rank, size=size)
+        return runs.batches(chosen, made.prepared.plan, made.encoded.features, ranks)(number)
+
     for rank in range(2):
-        made._ranks = SimpleNamespace(rank=rank, size=2)
         for number in range(4):
-            own, same = made._batch(number), alone[2 * number + rank]
+            own, same = batch(rank, 2, number), batch(0, 1, 2 * number + rank)
             assert own.keys() == same.keys()
             assert all(mx.array_equal(own[name], same[name]) for name in own)
 

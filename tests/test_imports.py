@@ -17,6 +17,7 @@ LEVELS = {
     "flux.machine": 0,
     "flux.arguments": 1,
     "flux.tables": 1,
+    "flux.trees": 0,
     "flux.models": 1,
     "flux.images": 1,
     "flux.sheets": 1,

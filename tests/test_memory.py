@@ -12,10 +12,10 @@ import pytest
 from flux.adapters import Adapters, new_adapter, targets
 from flux.models.transformer import Flux, FluxParams
 from flux.training import optimizers
-from flux.training.flow_matching import FlowLoss, sample_key
+from flux.training.flow_matching import FlowLoss
 from flux.training.gradient_checkpointing import checkpoint_blocks
 from flux.training.memory import estimate, weight_bytes
-from flux.training.trainer import Trainer
+from flux.training.trainer import Trainer, sample_key
 from flux.weights.quantize import QUANTIZED, quantize
 
 SIDE, TEXT, RANK = 320, 64, 4  # pixels, tokens

@@ -6,7 +6,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from flux.errors import FluxError
-from flux.training.optimizers import OPTIMIZERS, SCHEDULES, Prodigy, make, schedule
+from flux.training.optimizers import OPTIMIZERS, Prodigy, make
+from flux.training.schedules import SCHEDULES, schedule
 from flux.training.trainer import Trainer
 
 from .test_trainer import Net, batches, loss

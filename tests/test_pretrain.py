@@ -12,8 +12,11 @@ from flux.recipes import emoji
 from flux.recipes.tiny import autoencoder, flow, latents, recipe
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.training import losses, vocabularies
+from flux.training.callbacks import Log
 from flux.training.ema import EMA
-from flux.training.optimizers import muon, warmup_decay
+from flux.training.optimizers import muon
+from flux.training.schedules import warmup_decay
+from flux.training.states import load_state
 from flux.training.trainer import Trainer
 
 needs_font = pytest.mark.skipif(not emoji.FONT.is_file(), reason="needs the font Noto Color Emoji")
@@ -156,7 +159,7 @@ def test_autoencoder_trains():
     loss = lambda model, batch, key: autoencoder.autoencoder_loss(model, batch, key, 1.0, 1e-4)  # noqa: E731
     values = []
     trainer = Trainer(model, loss, lambda step: mx.array(flat), muon(rate, rate, autoencoder.is_edge))
-    trainer.run(15, (lambda trainer, metrics: values.append(metrics["mse"].item()),))
+    trainer.run(15, (Log(lambda trainer, means, seconds: values.append(means["mse"])),))
     assert values[-1] < 0.5 * values[0]
 
 
@@ -172,7 +175,7 @@ def test_flow_trains_all_of_its_networks():
     rate = warmup_decay(0.01, 30, 2, 1.0)
     optimizer, values = muon(rate, rate, flow.is_edge), []
     trainer = Trainer(model, flow.flow_loss, lambda step: batch, optimizer, ema=EMA(model, 0.9))
-    trainer.run(8, (lambda trainer, metrics: values.append(metrics["loss"].item()),))
+    trainer.run(8, (Log(lambda trainer, means, seconds: values.append(means["loss"])),))
     assert values[-1] < 0.8 * values[0]
     still = [n for n, p in tree_flatten(model.parameters()) if np.array_equal(before[n], np.array(p))]
     assert not [name for name in still if "k_proj.bias" not in name], still  # softmax does not see that bias
@@ -204,5 +207,5 @@ def test_load_state_takes_parameters_or_their_average(tmp_path: Path):
     trainer.save(tmp_path / "flow.safetensors")
     for tree, expected in (("model", np.array(model.flow.img_in.bias)), ("ema.average", np.full(192, 7.0))):
         other = flow.TextToLatent(40, 30, end=39)
-        latents.load_state(other, tmp_path / "flow.safetensors", tree)
+        load_state(other, tmp_path / "flow.safetensors", tree)
         assert np.array_equal(np.array(other.flow.img_in.bias), expected)

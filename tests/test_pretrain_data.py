@@ -12,7 +12,7 @@ from PIL import Image
 from flux.data.sources import open_folder, open_hugging_face
 from flux.data.webdataset import open_shards, shards
 from flux.errors import FluxError
-from flux.training.pretrain.batches import Batches, Share, open_dataset
+from flux.training.pretrain.batches import Batches, Shard, open_dataset
 
 from . import pretraining
 
@@ -151,10 +151,10 @@ def test_a_saved_data_set_of_hugging_face(tmp_path):
 VAE = {"name": "vae", "train_vae": True, "max_steps": 6}
 
 
-def make(folder: Path, share: Share | None = None, **sections) -> Batches:
-    share = share or Share()
+def make(folder: Path, shard: Shard | None = None, **sections) -> Batches:
+    shard = shard or Shard()
     config = pretraining.config(folder, VAE, **sections)
-    return Batches(config, 0, open_dataset(config.datasets["data"]), None, share)
+    return Batches(config, 0, open_dataset(config.datasets["data"]), None, shard)
 
 
 def numbers(batches: Batches, step: int) -> list[int]:
@@ -181,9 +181,9 @@ def test_a_batch_depends_on_its_step_alone(tmp_path):
     threaded.close()
 
 
-def test_processes_share_an_epoch(tmp_path):
+def test_processes_shard_an_epoch(tmp_path):
     steps = {"pipeline": {"steps": [{**VAE, "cfg_dropout_prob": 0, "batch_size": 3}]}}
-    both = [make(tmp_path, Share(rank, 2), training=steps) for rank in range(2)]
+    both = [make(tmp_path, Shard(rank, 2), training=steps) for rank in range(2)]
     assert both[0].epoch_length == 2
     seen = [n for step in range(2) for batches in both for n in numbers(batches, step)]
     assert sorted(seen) == list(range(12))
@@ -198,5 +198,5 @@ def test_reduced_sizes_and_the_prompt_prefix(tmp_path):
 
 def test_too_few_pictures_for_a_batch(tmp_path):
     steps = {"pipeline": {"steps": [{**VAE, "batch_size": 8}]}}
-    with pytest.raises(FluxError, match='step "vae": 12 pictures are no batch of 8 for each of 2'):
-        make(tmp_path, Share(0, 2), training=steps)
+    with pytest.raises(FluxError, match='step "vae": 12 pictures cannot fill a batch of 8 for each of 2'):
+        make(tmp_path, Shard(0, 2), training=steps)

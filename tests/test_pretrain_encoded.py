@@ -7,10 +7,11 @@ import pytest
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux.training.matmul_convolution import ProductConv2d
-from flux.training.pretrain import run as runs
+from flux.training.pretrain import prepare as runs
+from flux.training.pretrain.config import Step
 from flux.training.pretrain.encoded import Encoded, identity
-from flux.training.pretrain.report import read_lines
 from flux.training.pretrain.run import Run
+from flux.training.report import read_lines
 
 from . import pretraining
 
@@ -98,7 +99,7 @@ def test_kept_latents_give_the_loss_of_the_pictures(tmp_path, monkeypatch, no_co
         return [line["metrics"]["flow"] for line in lines]
 
     kept = losses(tmp_path / "kept")
-    monkeypatch.setattr(runs.Step, "encodes_once", False)
+    monkeypatch.setattr(Step, "encodes_once", False)
     assert len(kept) == 9
     assert losses(tmp_path / "pictures") == pytest.approx(kept, rel=1e-3)  # Adam enlarges rounding
 

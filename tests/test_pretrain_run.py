@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from PIL import Image
 
 from flux.errors import FluxError
 from flux.pipeline import FluxPipeline
-from flux.training.pretrain.report import read_lines
 from flux.training.pretrain.run import Run
 from flux.training.pretrain.stage import Stage
 from flux.training.pretrain.state import Progress
+from flux.training.pretrain.validate import load
+from flux.training.report import read_lines
 from flux.training.schedules import Cosine, Exponential, Plateau, ReduceOnPlateau, Step
 
 from . import pretraining
@@ -61,7 +63,11 @@ def no_compiler():
     mx.enable_compile()
 
 
-def run(folder: Path, *steps: dict, resume: bool = False, hook=None, **sections) -> Run:
+def nothing(stage: Stage, progress: Progress) -> None:
+    pass
+
+
+def run(folder: Path, *steps: dict, resume: bool = False, hook=nothing, **sections) -> Run:
     made = Run(pretraining.config(folder, *steps, **sections), resume, quiet=True, hook=hook)
     made.execute()
     return made
@@ -156,6 +162,53 @@ def test_killed_at_ten_random_moments_it_is_the_straight_run_to_the_bit(straight
     assert weights(done.networks) == weights(straight[1].networks)
     for step in ("vae", "vae_gan", "flow"):
         assert metrics(tmp_path, step) == metrics(straight[0], step)
+
+
+def test_sigterm_saves_a_state_that_goes_on_to_the_same_result(straight, tmp_path):
+    path = pretraining.write(tmp_path, VAE, GAN, FLOW, output={"checkpoint_save_interval": 1000})
+    command = [sys.executable, "-m", "flux.training.pretrain", str(path), "--resume"]
+    environment = {**os.environ, "MLX_DISABLE_COMPILE": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment, cwd=tmp_path, text=True)
+    said = process.stderr.readline()  # the first batch
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate(timeout=100)
+    assert process.returncode == 130, rest
+    assert "stopping: saving the state\n" in rest
+    assert rest.endswith("stopped; go on with the same command and --resume\n")
+    (state,) = (tmp_path / "run/checkpoints").iterdir()
+    assert "Batch 1/3" in said
+    assert int(state.name[:9]) < TOTAL
+    done = run(tmp_path, VAE, GAN, FLOW, resume=True, output={"checkpoint_save_interval": 1000})
+    assert weights(done.networks) == weights(straight[1].networks)
+    for step in ("vae", "vae_gan", "flow"):
+        assert metrics(tmp_path, step) == metrics(straight[0], step)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "copy")
+    checkpoints = tmp_path / "copy/run/checkpoints"
+    newest = max(checkpoints.iterdir()) / "state.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    # The data stand where the first run had them: the folder is part of the config.
+    tables = pretraining.tables(straight[0], VAE, GAN, FLOW, **OFTEN)
+    tables["output"]["output_path"] = str(tmp_path / "copy/run")
+    (tmp_path / "config.json").write_text(json.dumps(tables))
+    with pytest.warns(UserWarning, match=r"000000011-003 is damaged: .*going on from .*000000010-002"):
+        made = Run(load(tmp_path / "config.json"), resume=True, quiet=True)
+    made.execute()
+    assert weights(made.networks) == weights(straight[1].networks)
+    for path in checkpoints.iterdir():
+        (path / "progress.json").write_text("[]")
+    with pytest.raises(FluxError, match="no state is whole"):
+        Run(load(tmp_path / "config.json"), resume=True, quiet=True)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_by_name(tmp_path):
+    with pytest.raises(FluxError, match=r'the loss is .* in step "vae", epoch 1, batch \d: try a lower lr'):
+        run(tmp_path, {**VAE, "n_epochs": 3, "lr": 1e30})
+    assert not (tmp_path / "run/ae.safetensors").exists()
 
 
 def test_a_finished_run_is_not_overwritten_and_another_config_is_refused(straight):

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
+from flux.training.callbacks import Every, Finite, Log, Stop, Stopped, Window, interval
 from flux.training.ema import EMA
-from flux.training.optimizers import muon, warmup_decay
-from flux.training.trainer import Trainer
+from flux.training.optimizers import muon
+from flux.training.schedules import warmup_decay
+from flux.training.trainer import Callback, Trainer, sample_key
 
 
 class Net(nn.Module):
@@ -62,7 +65,7 @@ def assert_same(one: Trainer, other: Trainer) -> None:
 
 def test_it_learns():
     trainer, losses = make_trainer("adamw"), []
-    trainer.run(40, (lambda trainer, metrics: losses.append(metrics["loss"].item()),))
+    trainer.run(40, (Log(lambda trainer, means, seconds: losses.append(means["loss"])),))
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert trainer.step == 40
 
@@ -131,16 +134,186 @@ def test_schedule():
     assert values == pytest.approx([0.2, 2.0, 2.0, 2.0, 1.0, 0.0, 0.0])
 
 
+# --- accumulated gradients ---
+
+
+def plain_loss(model: Net, batch: dict[str, mx.array], key: mx.array):
+    return mx.square(model(batch["x"]) - batch["y"]).mean(), {"size": mx.abs(batch["x"]).mean()}
+
+
+def whole(step: int) -> dict[str, mx.array]:
+    """Four batches as one."""
+    parts = [batches(4 * step + i) for i in range(4)]
+    return {name: mx.concatenate([part[name] for part in parts]) for name in ("x", "y")}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("clip_norm", [None, 0.05])
+def test_accumulated_batches_are_one_large_batch(clip_norm, compiled):
+    """With SGD, whose steps are as long as the gradient: Adam would hide a factor, and so would a norm."""
+    made = []
+    for data, accumulate in ((batches, 4), (whole, 1)):
+        mx.random.seed(1)
+        model, seen = Net(), []
+        settings = {"accumulate": accumulate, "clip_norm": clip_norm, "compiled": compiled}
+        trainer = Trainer(model, plain_loss, data, optim.SGD(0.1), **settings)
+        trainer.run(3, (Log(lambda trainer, means, seconds, seen=seen: seen.append(means)),))
+        made.append((dict(tree_flatten(model.parameters())), seen))
+    (parameters, metrics), (expected, expected_metrics) = made
+    for name, array in expected.items():
+        assert np.allclose(array, parameters[name], rtol=1e-5, atol=1e-6), name
+    for one, other in zip(metrics, expected_metrics, strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+    assert set(metrics[0]) == {"loss", "size"} | ({"norm"} if clip_norm else set())
+    mx.random.seed(1)
+    start = dict(tree_flatten(Net().parameters()))
+    assert not np.allclose(start["first.weight"], expected["first.weight"], atol=1e-4)
+
+
+def test_clipping_bounds_the_norm_of_the_mean_gradient():
+    moved = {}
+    for accumulate in (1, 4):
+        mx.random.seed(1)
+        model = Net()
+        before = {name: np.array(a) for name, a in tree_flatten(model.parameters())}
+        trainer = Trainer(model, plain_loss, batches, optim.SGD(1.0), accumulate=accumulate, clip_norm=0.01)
+        trainer.run(1)
+        change = [np.array(a) - before[name] for name, a in tree_flatten(model.parameters())]
+        moved[accumulate] = np.sqrt(sum((c**2).sum() for c in change))
+    assert moved == {1: pytest.approx(0.01, rel=1e-3), 4: pytest.approx(0.01, rel=1e-3)}
+
+
+# --- callbacks ---
+
+
+def test_callbacks_are_called_in_order_and_may_end_the_run():
+    calls = []
+
+    class Noting(Callback):
+        def before_step(self, trainer):
+            calls.append(("before", trainer.step))
+
+        def between_batches(self, trainer):
+            calls.append(("between", trainer.step))
+
+        def after_step(self, trainer, metrics):
+            calls.append(("after", trainer.step, trainer.is_done))
+            if trainer.step == 2:
+                trainer.stop()
+
+    mx.random.seed(1)
+    trainer = Trainer(Net(), loss, batches, optim.SGD(0.1), accumulate=2, compiled=False)
+    trainer.run(9, (Noting(), Every(lambda trainer: trainer.is_done, lambda trainer: calls.append("end"))))
+    one = [("before", 0), ("between", 0), ("after", 1, False)]
+    assert calls == [*one, ("before", 1), ("between", 1), ("after", 2, False), "end"]
+    trainer.run(3)
+    assert trainer.step == 3
+    trainer.run(3)  # nothing is left
+    assert trainer.step == 3
+
+
+def test_a_run_that_is_stopped_between_batches_has_the_parameters_of_the_last_whole_step():
+    def make() -> Trainer:
+        mx.random.seed(1)
+        model = Net()
+        return Trainer(model, loss, batches, optim.AdamW(0.01), ema=EMA(model), accumulate=3, compiled=False)
+
+    class Asked(Stop):
+        def between_batches(self, trainer):
+            if trainer.step == 2:
+                self.ask()
+            super().between_batches(trainer)
+
+    stopped, straight, stop = make(), make(), Asked(Ranks(), quiet=True)
+    with pytest.raises(KeyboardInterrupt):  # nothing to save yet
+        stop.ask()
+    with pytest.raises(Stopped), stop.training():
+        stopped.run(5, (stop,))
+    straight.run(2)
+    assert_same(straight, stopped)
+    stopped.run(5)
+    straight.run(5)
+    assert_same(straight, stopped)
+
+
+def test_what_has_come_to_its_last_step_is_not_stopped_any_more():
+    trainer, stop = make_trainer("adamw"), Stop(Ranks(), quiet=True)
+    last = Every(lambda trainer: trainer.is_done, lambda _: stop.ask())
+    with stop.training():
+        trainer.run(3, (last, stop))
+        assert trainer.step == 3
+        with pytest.raises(Stopped):  # but what comes after it is
+            trainer.run(5, (stop,))
+    assert trainer.step == 4
+
+
+def test_the_log_has_the_means_since_the_last_line_also_of_an_earlier_session():
+    mx.random.seed(1)
+    values, lines = [], []
+    log = Log(lambda trainer, means, seconds: lines.append((trainer.step, means["loss"])), 3)
+    trainer = Trainer(Net(), loss, batches, optim.SGD(0.1), compiled=False)
+    trainer.run(7, (Log(lambda trainer, means, seconds: values.append(means["loss"])), log))
+    means = [np.mean(values[:3]), np.mean(values[3:6]), values[6]]
+    assert lines == [(3, pytest.approx(means[0])), (6, pytest.approx(means[1])), (7, pytest.approx(means[2]))]
+    window = Window()
+    window.add({"loss": 1.0, "r1": 4.0})
+    window.add({"loss": 3.0})
+    assert window.take() == {"loss": 2.0, "r1": 4.0}
+    assert window.take() == {}
+
+
+def test_intervals_of_steps_and_of_seconds(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("flux.training.callbacks.time.monotonic", lambda: now[0])
+    by_steps, by_seconds = interval(steps=3), interval(seconds=10)
+    found = []
+    for step in range(1, 8):
+        now[0] += 4
+        trainer = type("At", (), {"step": step})
+        found.append((by_steps(trainer), by_seconds(trainer)))
+    assert [a for a, _ in found] == [False, False, True, False, False, True, False]
+    assert [b for _, b in found] == [False, False, True, False, False, True, False]
+
+
+def test_what_is_not_finite_ends_the_run_by_name():
+    def bad(model, batch, key):
+        return mx.array(float("nan")), {"norm": mx.array(2.0), "kl": mx.array(float("inf"))}
+
+    trainer = Trainer(Net(), bad, batches, optim.SGD(0.1), compiled=False)
+    with pytest.raises(FluxError, match="the loss is nan, the kl is inf at step 1"):
+        trainer.run(5, (Finite(lambda trainer: f"at step {trainer.step}"),))
+
+
+def test_keys_are_seed_and_position():
+    assert sample_key(7, 9).tolist() == [7, 9]
+    with pytest.raises(FluxError, match="seed must lie between 0 and 4294967295"):
+        sample_key(-1, 0)
+
+
+def test_a_state_replaces_the_one_before_in_one_move(tmp_path, monkeypatch):
+    """A reader beside sees the old file or the new one: it is never opened for writing."""
+    trainer, file = make_trainer("adamw"), tmp_path / "state.safetensors"
+    trainer.save(file)
+    with file.open("rb") as beside:
+        before = file.read_bytes()
+        trainer.run(1)
+        trainer.save(file)
+        assert beside.read() == before
+    assert file.read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+
+
 RUN = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import flux
 from pathlib import Path
+from flux.training.callbacks import Every, always
 from test_trainer import make_trainer
 trainer, file = make_trainer("muon"), Path({file!r})
 if file.exists():
     trainer.load(file)
-trainer.run(60, (lambda trainer, metrics: (trainer.save(file), print(trainer.step, flush=True)),))
+trainer.run(60, (Every(always, lambda t: (t.save(file), print(t.step, flush=True))),))
 """
 
 

@@ -46,7 +46,7 @@ def adapter_file(path: Path) -> Path:
 
 
 def adapter_files(patterns: Iterable[str | Path]) -> list[Path]:
-    """The adapters of files (the Hub's too), folders (all that are in one) and patterns such as `loras/*dog*`.
+    """The adapters of files (the Hub's too), folders (all in one) and patterns such as `loras/*dog*`.
 
     In order. FluxError for a pattern or a folder without any.
     """

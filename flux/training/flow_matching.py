@@ -1,6 +1,8 @@
-"""The loss of fine-tuning: a sample is noised to a random time, and the transformer is asked the way back."""
+"""Flow matching: a sample is noised to a random time, and the transformer is asked the way back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,25 +11,55 @@ from flux import sampler
 from flux.adapters import draw_dropout
 from flux.errors import FluxError
 from flux.training import losses
+from flux.training.trainer import Metrics
 
-Metrics = dict[str, mx.array]
-MAX_SEED = 2**32 - 1
 DELTA_SCHEDULES = ("constant", "exponential")
 
 
-def sample_key(seed: int, position: int) -> mx.array:
-    """The random key (2,), uint32, of the sample at this place in a training: the two numbers."""
-    if not 0 <= seed <= MAX_SEED:
-        raise FluxError(f"a training's seed must lie between 0 and {MAX_SEED}, not {seed}")
-    return mx.random.key((seed << 32) + position)
+Predict = Callable[[mx.array, mx.array], mx.array]  # x_t and times (B,) -> velocity, of x_t's shape
+
+
+def velocity_error(
+    predict: Predict,
+    x0: mx.array,
+    noise: mx.array,
+    times: mx.array,
+    error: Callable[[mx.array, mx.array], mx.array],
+) -> mx.array:
+    """error(velocity, noise - x0) at x_t = (1 - t) x0 + t noise: what every training of a flow minimises.
+
+    Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024, arXiv:2403.03206. x0, noise (B, ...), times (B,).
+    """
+    return error(predict(losses.noised(x0, noise, times), times), noise - x0)
+
+
+def random_guidance_loss(
+    predict: Callable[[mx.array, mx.array, mx.array], mx.array],
+    latent: mx.array,
+    keys: tuple[mx.array, mx.array, mx.array],
+    time_shift: float,
+) -> mx.array:
+    """The mean squared error with which a flow is trained from nothing, float32.
+
+    predict: packed x_t (B, L, 4z), times (B,) and guidance (B,) -> velocity. latent (B, h, w, z), scaled.
+    keys: for noise, times and guidance. The guidance is random and means nothing, so that every value of it
+    gives the same picture. Half of the times are rounded as the network rounds them in 16-bit types, so that
+    it knows both.
+    """
+    x0 = sampler.pack(latent)  # (B, L, 4z)
+    noise = mx.random.normal(x0.shape, key=keys[0])
+    times = losses.flow_times(len(x0), time_shift, keys[1])
+    half = len(x0) // 2
+    rounded = (1000 * times[:half]).astype(mx.bfloat16).astype(mx.float32) / 1000
+    times = mx.concatenate([rounded, times[half:]])
+    guidance = mx.random.uniform(0, 5, (len(x0),), key=keys[2])
+    mse = partial(losses.error, "mse")
+    return velocity_error(lambda x, t: predict(x, t, guidance), x0, noise, times, mse).mean()
 
 
 @dataclass(frozen=True)
 class FlowLoss:
-    """The loss as the trainer takes it: (model, batch, key) -> loss, metrics.
-
-    A picture on its way from noise is x_t = (1 - t) x_0 + t noise, and the model's answer is compared with
-    noise - x_0 (Liu et al. 2022, arXiv:2209.03003; Esser et al. 2024, arXiv:2403.03206).
+    """The loss of fine-tuning, as the trainer takes it: (model, batch, key) -> loss, metrics.
 
     The model has `flow`, the transformer, and for batches with `clip_ids` also `clip`. A batch of B:
     - mean, logvar (B, h, w, z), the autoencoder's moments, and keys (B, 2), uint32, a random key a sample, of
@@ -79,21 +111,20 @@ class FlowLoss:
     def per_sample(self, model: nn.Module, batch: dict[str, mx.array]) -> mx.array:
         """The samples' losses (B,), float32, without the weight of regularisation pictures."""
         x0, noise, times = self._draw(batch)
-        size = x0.shape[1:3]
-        t5 = batch["t5"]
-        velocity = model.flow(
-            sampler.pack(losses.noised(x0, noise, times)),
-            sampler.image_positions(size),
-            t5,
-            sampler.text_positions(t5.shape[1]),
-            times,
-            self._pooled(model, batch),
-            mx.full((len(t5),), self.guidance),  # a model without the embedder does not look at it
-        )
-        delta = self.delta
+        size = (x0.shape[1], x0.shape[2])
+        t5, pooled = batch["t5"], self._pooled(model, batch)
+        guidance = mx.full((len(t5),), self.guidance)  # a model without the embedder does not look at it
+        positions = sampler.image_positions(size), sampler.text_positions(t5.shape[1])
+
+        def predict(x: mx.array, times: mx.array) -> mx.array:
+            velocity = model.flow(sampler.pack(x), positions[0], t5, positions[1], times, pooled, guidance)
+            return sampler.unpack(velocity, size)
+
+        delta: mx.array | float = self.delta
         if self.delta_schedule == "exponential":
             delta = (delta**times)[:, None, None, None]
-        error = losses.error(self.loss, sampler.unpack(velocity, size), noise - x0, delta)  # (B, h, w, z)
+        elements = partial(losses.error, self.loss, delta=delta)
+        error = velocity_error(predict, x0, noise, times, elements)  # (B, h, w, z)
         if "mask" not in batch:
             return error.mean(axis=(1, 2, 3))
         mask = batch["mask"]
@@ -104,14 +135,14 @@ class FlowLoss:
         mean, logvar = (batch[name].astype(mx.float32) for name in ("mean", "logvar"))
         keys = [mx.random.split(key, 3) for key in batch["keys"]]
         posterior, noise = (
-            mx.stack([mx.random.normal(mean.shape[1:], key=own[i]) for own in keys]) for i in (0, 1)
+            mx.stack([mx.random.normal(mean.shape[1:], key=sample[i]) for sample in keys]) for i in (0, 1)
         )
-        x0 = self.scale_factor * (mean + mx.exp(0.5 * logvar) * posterior - self.shift_factor)
+        x0 = self.scale_factor * (losses.posterior(mean, logvar, posterior) - self.shift_factor)
         if "times" in batch:
             return x0, noise, batch["times"]
         tokens = mean.shape[1] * mean.shape[2] // 4
         settings = {"scale": self.time_scale, "mean": self.time_mean, "std": self.time_std}
-        times = [losses.sample_times(self.time_sampling, own[2], 1, tokens, **settings) for own in keys]
+        times = [losses.sample_times(self.time_sampling, key[2], 1, tokens, **settings) for key in keys]
         return x0, noise, mx.concatenate(times)
 
     def _pooled(self, model: nn.Module, batch: dict[str, mx.array]) -> mx.array:

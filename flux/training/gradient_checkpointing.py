@@ -7,10 +7,11 @@ from collections.abc import Callable
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from flux.models.layers import DoubleStreamBlock, SingleStreamBlock, attention
 from flux.models.transformer import Flux
+from flux.trees import named_arrays
 
 MODULATION = ("img_mod", "txt_mod", "modulation")  # these are called from outside of the block
 
@@ -40,17 +41,17 @@ def _attend(k: mx.array, v: mx.array, q: mx.array, pe: mx.array) -> list[mx.arra
     return [attention(q, k, v, pe)]
 
 
-class _Checkpointed:
+class _Checkpointed(nn.Module):
     """Comes before a block's own class: its call, checkpointed."""
 
     attend = staticmethod(attention_by_heads)
     streams = 1  # how many of a call's inputs come from the block before
-    modulation_learns = False
+    modulation_is_trained = False
 
     def __call__(self, *inputs: mx.array) -> mx.array | tuple[mx.array, ...]:
-        plain = super().__call__
+        plain: Callable = super().__call__  # type: ignore[misc]  # of the block's class
 
-        trained = dict(tree_flatten(_parameters(self)))
+        trained = dict(named_arrays(_parameters(self)))
         names = list(trained)
 
         def call(*arrays: mx.array) -> list[mx.array]:
@@ -62,7 +63,7 @@ class _Checkpointed:
                 self.update(own)
             return list(out) if isinstance(out, tuple) else [out]
 
-        wanted = len(inputs) if self.modulation_learns else self.streams
+        wanted = len(inputs) if self.modulation_is_trained else self.streams
         out = _checkpointed(call, len(names), wanted)(*trained.values(), *inputs)
         return tuple(out) if len(out) > 1 else out[0]
 
@@ -81,43 +82,43 @@ def _checkpointed(function: Callable, count: int, wanted: int) -> Callable:
     @run.vjp
     def gradients(inputs: tuple[mx.array, ...], cotangents: list[mx.array], _: list[mx.array]):
         inputs = mx.depends(list(inputs), list(cotangents))  # not before the gradient has come here
-        own = mx.vjp(function, inputs, list(cotangents))[1]
+        own = mx.vjp(function, list(inputs), list(cotangents))[1]
         ready = mx.depends(own[count:end], own[:count]) if count else own[:end]
         return (*own[:count], *ready, *own[end:])
 
     return run
 
 
-class CheckpointedDoubleStreamBlock(_Checkpointed, DoubleStreamBlock):
+class CheckpointedDoubleStreamBlock(_Checkpointed, DoubleStreamBlock):  # type: ignore[misc]
     streams = 2
 
 
-class CheckpointedSingleStreamBlock(_Checkpointed, SingleStreamBlock):
+class CheckpointedSingleStreamBlock(_Checkpointed, SingleStreamBlock):  # type: ignore[misc]
     pass
 
 
-_CLASSES = {
+_CLASSES: dict[type, type] = {
     DoubleStreamBlock: CheckpointedDoubleStreamBlock,
     SingleStreamBlock: CheckpointedSingleStreamBlock,
 }
 
 
-def checkpoint_blocks(flow: Flux, modulation_learns: bool = False) -> None:
+def checkpoint_blocks(flow: Flux, modulation_is_trained: bool = False) -> None:
     """Makes the blocks of this transformer checkpointed ones, in place; gradients stay the same to the bit.
 
-    Call it when what is trained has been settled. modulation_learns: something outside of the transformer is
-    trained that modulation is made of, which is CLIP; gradients are right without saying so, but then take
+    Call it when what is trained has been settled. modulation_is_trained: something outside of the transformer
+    is trained that modulation is made of, which is CLIP; gradients are right without saying so, but then take
     more memory.
 
     Parameters and their names stay too, and so does what is computed without a gradient: pictures may be
     sampled in between. `plain_blocks` undoes it.
     """
     blocks = (*flow.double_blocks, *flow.single_blocks)
-    inside = sum(len(tree_flatten(_parameters(block))) for block in blocks)
-    modulation_learns = modulation_learns or len(tree_flatten(flow.trainable_parameters())) > inside
+    inside = sum(len(named_arrays(_parameters(block))) for block in blocks)
+    modulation_is_trained = modulation_is_trained or len(named_arrays(flow.trainable_parameters())) > inside
     for block in blocks:
         block.__class__ = _CLASSES.get(type(block), type(block))
-        block.modulation_learns = modulation_learns
+        block.modulation_is_trained = modulation_is_trained
 
 
 def plain_blocks(flow: Flux) -> None:
@@ -125,7 +126,7 @@ def plain_blocks(flow: Flux) -> None:
     plain = {checkpointed: own for own, checkpointed in _CLASSES.items()}
     for block in (*flow.double_blocks, *flow.single_blocks):
         block.__class__ = plain.get(type(block), type(block))
-        block.__dict__.pop("modulation_learns", None)
+        block.__dict__.pop("modulation_is_trained", None)
 
 
 def _parameters(block: nn.Module) -> dict:

@@ -20,6 +20,11 @@ def reconstruction(picture: mx.array, target: mx.array, mse_weight: float) -> tu
     return mx.abs(difference).mean() + mse_weight * mse, mse
 
 
+def posterior(mean: mx.array, logvar: mx.array, normal: mx.array) -> mx.array:
+    """A sample of N(mean, e^logvar) from one of N(0, 1), all of one shape (Kingma & Welling 2013, 2.4)."""
+    return mean + mx.exp(0.5 * logvar) * normal
+
+
 def kl(mean: mx.array, logvar: mx.array, free_bits: float = 0.0) -> mx.array:
     """Kullback-Leibler divergence of N(mean, e^logvar) from N(0, 1), mean over the elements.
 

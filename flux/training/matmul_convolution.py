@@ -4,6 +4,8 @@ Its own gradient is slow, with stride 2 most of all: 37 ms against 5 for 8 pictu
 """
 
 from collections.abc import Callable
+from functools import reduce
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -65,7 +67,7 @@ def _make(stride: int, padding: Padding) -> Callable[[mx.array, mx.array], mx.ar
         dx = _convolve(_spread_out(dy, stride, x.shape), turned, 1, (2 - padding[0], 2 - padding[1]))
         return dx, _weight_gradient(x, dy, stride, padding)
 
-    return convolve
+    return cast(Callable[[mx.array, mx.array], mx.array], convolve)
 
 
 def _convolve(x: mx.array, weight: mx.array, stride: int, padding: Padding) -> mx.array:
@@ -90,7 +92,7 @@ def _weight_gradient(x: mx.array, dy: mx.array, stride: int, padding: Padding) -
         parts = (  # pixel p of a block has its own place in the strip and in the output
             product[p * stride * c : (p * stride + 3) * c, p * n : (p + 1) * n] for p in range(pixels)
         )
-        rows.append(sum(parts).T.reshape(n, 3, c))  # (3C, N) -> (N, 3, C)
+        rows.append(reduce(mx.add, parts).T.reshape(n, 3, c))  # (3C, N) -> (N, 3, C)
     return mx.stack(rows, axis=1)
 
 

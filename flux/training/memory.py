@@ -4,13 +4,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from flux.adapters.beside import linear_shape
 from flux.adapters.lora import linears
 from flux.adapters.training import DEFAULT_TARGET, targets
 from flux.models.transformer import Flux, FluxParams
 from flux.training.gradient_checkpointing import SCORES
+from flux.trees import named_arrays
 from flux.weights.quantize import QUANTIZED, group_size_of
 
 PIXELS_PER_TOKEN = 16  # along each side: 8 of the autoencoder, 2 of a token's patch
@@ -70,16 +70,19 @@ def estimate(
 @cache
 def weight_bytes(params: FluxParams, bits: int | None, mode: str = "affine", element_size: int = 2) -> int:
     """The transformer's weights, quantized as `weights.quantize.quantize` does it with its own group size."""
-    flow, total = Flux(params), 0
+    flow, total = Flux(params), 0.0
     groups = {
         f"{name}.weight": group_size_of(layer.weight.shape[1], mode)
         for name, layer in flow.named_modules()
         if isinstance(layer, nn.Linear) and name.startswith(QUANTIZED)
     }
     scale = 8 if mode == "mxfp4" else 2 * 8 * element_size  # bits that a group has beside its weights
-    for name, array in tree_flatten(flow.parameters()):
-        group = groups.get(name) if bits is not None else None
-        total += array.size * (bits + scale / group) / 8 if group else array.size * element_size
+    for name, array in named_arrays(flow.parameters()):
+        group = groups.get(name)
+        if bits is not None and group is not None:
+            total += array.size * (bits + scale / group) / 8
+        else:
+            total += array.size * element_size
     return int(total)
 
 
@@ -96,7 +99,7 @@ def activation_bytes(
     if not checkpoint:
         kept = width * (21 + 11.5 * element_size) + scores
         return int(blocks * kept + width * (39 + 16.5 * element_size))
-    inside = width * (90 + 10 * element_size)  # of the block whose gradient is made
+    inside: float = width * (90 + 10 * element_size)  # of the block whose gradient is made
     if scores > SCORES:  # some heads at a time
         inside += 4 * max(SCORES, scores // params.num_heads)
     else:

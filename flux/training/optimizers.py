@@ -1,18 +1,22 @@
-"""Optimizers and learning rates of the trainings here."""
+"""Optimizers: by name, and as tables of a config."""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from flux.errors import FluxError
+from flux.tables import option
+from flux.training.schedules import Schedule
+from flux.trees import named_arrays
 
-Schedule = Callable[[mx.array], mx.array]  # step -> learning rate
+DEFAULT_RATE = 1e-4
 
 OPTIMIZERS = ("adam", "adamw", "adafactor", "lion", "prodigy")
-SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts")
 
 
 def make(name: str, rate: Schedule, weight_decay: float = 0.0) -> optim.Optimizer:
@@ -35,38 +39,6 @@ def make(name: str, rate: Schedule, weight_decay: float = 0.0) -> optim.Optimize
     if name == "lion":
         return optim.Lion(rate, weight_decay=weight_decay)
     return Prodigy(rate, weight_decay=weight_decay)
-
-
-def schedule(name: str, peak: float, updates: int, warmup: int = 0, restarts: int = 1) -> Schedule:
-    """The learning rate of update 0, 1, ... of `updates`: 0 to `peak` in `warmup` updates, then by its name.
-
-    constant stays; linear and cosine fall to 0 over all that is left, cosine_with_restarts does so `restarts`
-    times. Where an epoch has several batches to an update, count the updates. The formulas are
-    transformers' and diffusers'. FluxError for another name or numbers that make no schedule.
-    """
-    if name not in SCHEDULES:
-        raise FluxError(f"no schedule {name!r}: choose {', '.join(SCHEDULES)}")
-    if updates < 1 or not 0 <= warmup < updates:
-        raise FluxError(f"a warm-up of {warmup} in {updates} updates: give 0 to {max(0, updates - 1)}")
-    if restarts < 1:
-        raise FluxError(f"{restarts} restarts of a schedule: give 1 or more")
-    cycles = restarts if name == "cosine_with_restarts" else 1
-    rest = updates - warmup
-
-    def rate(step: mx.array) -> mx.array:
-        step = mx.array(step).astype(mx.int32)  # MLX counts unsigned: a difference could not be negative
-        done = mx.clip(step - warmup, 0, rest)
-        # In whole numbers, so that a restart falls on its update and not on the one after it.
-        share = mx.where(done < rest, (done * cycles) % rest / rest, 1.0)
-        if name == "constant":
-            factor = mx.array(1.0)
-        elif name == "linear":
-            factor = 1 - share
-        else:
-            factor = 0.5 * (1 + mx.cos(math.pi * share))
-        return peak * mx.where(step < warmup, step / max(1, warmup), factor)
-
-    return rate
 
 
 class Prodigy(optim.Optimizer):
@@ -97,6 +69,7 @@ class Prodigy(optim.Optimizer):
         self.state["prodigy"] = {"d": mx.array(d0), "numerator": mx.array(0.0), "updates": mx.array(0.0)}
 
     def init_single(self, parameter: mx.array, state: dict) -> None:
+        """Fills the state of a parameter before its first update."""
         state["m"] = mx.zeros_like(parameter)
         state["v"] = mx.zeros_like(parameter)
         state["s"] = mx.zeros_like(parameter)
@@ -109,7 +82,9 @@ class Prodigy(optim.Optimizer):
         before = dict(self.state["prodigy"])
         terms = super().apply_gradients(gradients, parameters)  # of every parameter, by apply_single
         step_size = self._step_size(before)
-        self.state["prodigy"] = self._estimate(before, sum(pair for _, pair in tree_flatten(terms)))
+        self.state["prodigy"] = self._estimate(
+            before, reduce(mx.add, (pair for _, pair in named_arrays(terms)))
+        )
         moves = self.state["prodigy"]["updates"] > before["updates"]
         return tree_map(
             lambda g, p, state: self._moved(p, state, mx.where(moves, step_size, 0.0)),
@@ -120,11 +95,10 @@ class Prodigy(optim.Optimizer):
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict) -> mx.array:
         """Takes a gradient into the averages; returns its share of d's numerator and denominator, (2,)."""
-        b1, b2 = self.betas
-        b3 = math.sqrt(b2)
         d, size = self.state["prodigy"]["d"], self._step_size(self.state["prodigy"])
         moves = self.learning_rate > 0  # an update of rate 0 is as none: nothing fades either
-        b1, b2, b3 = (mx.where(moves, b, 1.0) for b in (b1, b2, b3))
+        b1, b2 = (mx.where(moves, b, 1.0) for b in self.betas)
+        b3 = mx.where(moves, math.sqrt(self.betas[1]), 1.0)
         state["m"] = b1 * state["m"] + (1 - b1) * d * gradient
         state["v"] = b2 * state["v"] + (1 - b2) * d * d * mx.square(gradient)
         state["s"] = b3 * state["s"] + (d / self.d0) * size * gradient
@@ -149,18 +123,6 @@ class Prodigy(optim.Optimizer):
     def _moved(self, parameter: mx.array, state: dict, size: mx.array) -> mx.array:
         denominator = mx.sqrt(state["v"]) + self.state["prodigy"]["d"] * self.eps
         return parameter * (1 - self.weight_decay * size) - size * state["m"] / denominator
-
-
-def warmup_decay(peak: float, steps: int, warmup: int, hold: float = 0.0) -> Schedule:
-    """Linear from 0 to `peak` in `warmup` steps, constant for the share `hold` of the rest, linear to 0."""
-    start = warmup + hold * (steps - warmup)
-
-    def rate(step: mx.array) -> mx.array:
-        up = (step + 1) / warmup
-        down = (steps - step) / (steps - start)
-        return peak * mx.clip(mx.minimum(up, down), 0, 1)
-
-    return rate
 
 
 class GramMuon(optim.Muon):
@@ -197,3 +159,62 @@ def muon(
     adam = optim.AdamW(adam_rate, betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
     rest = GramMuon(rate, momentum=0.95, weight_decay=0.0)
     return optim.MultiOptimizer([adam, rest], [lambda name, p: p.ndim < 2 or is_other(name, p)])
+
+
+# --- Tables of a config: each class has the keys of its table and builds from them ---
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Loshchilov & Hutter 2017, arXiv:1711.05101."""
+
+    lr: float | None = option(None, above=0)
+    betas: tuple[float, float] = option((0.9, 0.999), least=0, below=1)
+    eps: float = option(1e-8, above=0)
+    weight_decay: float = option(0.01, least=0)
+
+    def build(self, rate: float) -> optim.Optimizer:
+        """The optimizer at this learning rate."""
+        return optim.AdamW(rate, list(self.betas), self.eps, self.weight_decay, bias_correction=True)
+
+
+@dataclass(frozen=True)
+class Adam:
+    """Kingma & Ba 2014, arXiv:1412.6980."""
+
+    lr: float | None = option(None, above=0)
+    betas: tuple[float, float] = option((0.9, 0.999), least=0, below=1)
+    eps: float = option(1e-8, above=0)
+
+    def build(self, rate: float) -> optim.Optimizer:
+        """The optimizer at this learning rate."""
+        return optim.Adam(rate, list(self.betas), self.eps, bias_correction=True)
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent, with momentum and weight decay."""
+
+    lr: float | None = option(None, above=0)
+    momentum: float = option(0.0, least=0, below=1)
+    weight_decay: float = option(0.0, least=0)
+
+    def build(self, rate: float) -> optim.Optimizer:
+        """The optimizer at this learning rate."""
+        return optim.SGD(rate, self.momentum, self.weight_decay)
+
+
+@dataclass(frozen=True)
+class RMSprop:
+    """Tieleman & Hinton 2012."""
+
+    lr: float | None = option(None, above=0)
+    alpha: float = option(0.99, least=0, most=1)
+    eps: float = option(1e-8, above=0)
+
+    def build(self, rate: float) -> optim.Optimizer:
+        """The optimizer at this learning rate."""
+        return optim.RMSprop(rate, self.alpha, self.eps)
+
+
+CONFIGURED = {"AdamW": AdamW, "Adam": Adam, "SGD": SGD, "RMSprop": RMSprop}

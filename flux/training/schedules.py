@@ -1,67 +1,73 @@
-"""Optimizers and learning rates by their names in a config: each class has its keys and builds from them."""
+"""Learning rates over the steps of a training: by name, as functions; and as tables of a config."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import mlx.optimizers as optim
+import mlx.core as mx
 
+from flux.errors import FluxError
 from flux.tables import option
 
-DEFAULT_RATE = 1e-4
+Schedule = Callable[[mx.array], mx.array]  # step -> learning rate
+SCHEDULES = ("constant", "linear", "cosine", "cosine_with_restarts")
 
 
-@dataclass(frozen=True)
-class AdamW:
-    lr: float | None = option(None, above=0)
-    betas: tuple[float, float] = option((0.9, 0.999), least=0, below=1)
-    eps: float = option(1e-8, above=0)
-    weight_decay: float = option(0.01, least=0)
+def schedule(name: str, peak: float, updates: int, warmup: int = 0, restarts: int = 1) -> Schedule:
+    """The learning rate of update 0, 1, ... of `updates`: 0 to `peak` in `warmup` updates, then by its name.
 
-    def build(self, rate: float) -> optim.Optimizer:
-        return optim.AdamW(rate, list(self.betas), self.eps, self.weight_decay, bias_correction=True)
+    constant stays; linear and cosine fall to 0 over all that is left, cosine_with_restarts does so `restarts`
+    times. Where an epoch has several batches to an update, count the updates. The formulas are
+    transformers' and diffusers'. FluxError for another name or numbers that make no schedule.
+    """
+    if name not in SCHEDULES:
+        raise FluxError(f"no schedule {name!r}: choose {', '.join(SCHEDULES)}")
+    if updates < 1 or not 0 <= warmup < updates:
+        raise FluxError(f"a warm-up of {warmup} in {updates} updates: give 0 to {max(0, updates - 1)}")
+    if restarts < 1:
+        raise FluxError(f"{restarts} restarts of a schedule: give 1 or more")
+    cycles = restarts if name == "cosine_with_restarts" else 1
+    rest = updates - warmup
 
+    def rate(step: mx.array) -> mx.array:
+        step = mx.array(step).astype(mx.int32)  # MLX counts unsigned: a difference could not be negative
+        done = mx.clip(step - warmup, 0, rest)
+        # In whole numbers, so that a restart falls on its update and not on the one after it.
+        share = mx.where(done < rest, (done * cycles) % rest / rest, 1.0)
+        if name == "constant":
+            factor = mx.array(1.0)
+        elif name == "linear":
+            factor = 1 - share
+        else:
+            factor = 0.5 * (1 + mx.cos(math.pi * share))
+        return peak * mx.where(step < warmup, step / max(1, warmup), factor)
 
-@dataclass(frozen=True)
-class Adam:
-    lr: float | None = option(None, above=0)
-    betas: tuple[float, float] = option((0.9, 0.999), least=0, below=1)
-    eps: float = option(1e-8, above=0)
-
-    def build(self, rate: float) -> optim.Optimizer:
-        return optim.Adam(rate, list(self.betas), self.eps, bias_correction=True)
-
-
-@dataclass(frozen=True)
-class SGD:
-    lr: float | None = option(None, above=0)
-    momentum: float = option(0.0, least=0, below=1)
-    weight_decay: float = option(0.0, least=0)
-
-    def build(self, rate: float) -> optim.Optimizer:
-        return optim.SGD(rate, self.momentum, self.weight_decay)
-
-
-@dataclass(frozen=True)
-class RMSprop:
-    lr: float | None = option(None, above=0)
-    alpha: float = option(0.99, least=0, most=1)
-    eps: float = option(1e-8, above=0)
-
-    def build(self, rate: float) -> optim.Optimizer:
-        return optim.RMSprop(rate, self.alpha, self.eps)
+    return rate
 
 
-OPTIMIZERS = {"AdamW": AdamW, "Adam": Adam, "SGD": SGD, "RMSprop": RMSprop}
+def warmup_decay(peak: float, steps: int, warmup: int, hold: float = 0.0) -> Schedule:
+    """Linear from 0 to `peak` in `warmup` steps, constant for the share `hold` of the rest, linear to 0."""
+    start = warmup + hold * (steps - warmup)
+
+    def rate(step: mx.array) -> mx.array:
+        up = (step + 1) / warmup
+        down = (steps - step) / (steps - start)
+        return peak * mx.clip(mx.minimum(up, down), 0, 1)
+
+    return rate
 
 
-# --- Schedulers: `factor(step, total)` of the learning rate, step 0 the first of `total` ---
+# --- Tables of a config: `factor(step, total)` of the learning rate, step 0 the first of `total` ---
 
 
 @dataclass(frozen=True)
 class Constant:
+    """1 after a linear warm-up."""
+
     warmup_steps: int = option(0, least=0)
 
     def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in this step of `total`, from 0."""
         return _warmup(step, self.warmup_steps)
 
 
@@ -73,10 +79,11 @@ class Cosine:
     min_factor: float = option(0.0, least=0, most=1)
 
     def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in this step of `total`, from 0."""
         if step < self.warmup_steps:
             return _warmup(step, self.warmup_steps)
         share = (step - self.warmup_steps) / max(1, total - 1 - self.warmup_steps)
-        return self.min_factor + (1 - self.min_factor) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        return self.min_factor + (1 - self.min_factor) * _half_cosine(min(1.0, share))
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ class Step:
     gamma: float = option(0.1, above=0, most=1)
 
     def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in this step of `total`, from 0."""
         return self.gamma ** (step // self.step_size)
 
 
@@ -97,6 +105,7 @@ class Exponential:
     gamma: float = option(0.9999, above=0, most=1)
 
     def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in this step of `total`, from 0."""
         return self.gamma**step
 
 
@@ -110,6 +119,7 @@ class ReduceOnPlateau:
     min_factor: float = option(0.0, least=0, most=1)
 
     def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in this step of `total`, from 0."""
         return 1.0  # what it does comes from the metric: see Plateau
 
     def after_epoch(self, plateau: "Plateau", value: float) -> "Plateau":
@@ -139,6 +149,11 @@ SCHEDULERS = {
 }
 
 
+def _half_cosine(share: float) -> float:
+    """From 1 to 0 while `share` goes from 0 to 1."""
+    return 0.5 * (1 + math.cos(math.pi * share))
+
+
 def _warmup(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / (steps + 1))
 
@@ -146,4 +161,4 @@ def _warmup(step: int, steps: int) -> float:
 def kl_weight(step: int, beta: float, warmup_steps: int) -> float:
     """Half a cosine from 0 up to `beta`, reached after `warmup_steps` steps."""
     share = 1.0 if step >= warmup_steps else step / warmup_steps
-    return beta * 0.5 * (1 - math.cos(math.pi * share))
+    return beta * (1 - _half_cosine(share))

@@ -6,7 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from flux.training.pretrain.report import read_lines
+from flux.training.report import read_lines
 
 from .. import pretraining
 from .launch import TIMEOUT, by_hand

@@ -14,8 +14,9 @@ from flux import sampler  # noqa: E402
 from flux.adapters import Adapter, Adapters, Delta, LowRank, targets  # noqa: E402
 from flux.models.transformer import Flux, FluxParams  # noqa: E402
 from flux.training import losses, optimizers  # noqa: E402
-from flux.training.flow_matching import FlowLoss, sample_key  # noqa: E402
+from flux.training.flow_matching import FlowLoss  # noqa: E402
 from flux.training.gradient_checkpointing import checkpoint_blocks  # noqa: E402
+from flux.training.trainer import sample_key  # noqa: E402
 from flux.weights import keymaps  # noqa: E402
 
 from .test_adapters import HEADS, HIDDEN, SIZES, randomize, relative_error  # noqa: E402

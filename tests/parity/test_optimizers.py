@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flux.training import optimizers
+from flux.training import optimizers, schedules
 
 torch = pytest.importorskip("torch")
 prodigyopt = pytest.importorskip("prodigyopt")
@@ -114,7 +114,7 @@ def test_adam(name):
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 7])
-@pytest.mark.parametrize("name", optimizers.SCHEDULES)
+@pytest.mark.parametrize("name", schedules.SCHEDULES)
 def test_schedules(name, warmup):
     updates, restarts = 40, 3
     kind = {"constant": "constant_with_warmup", "cosine_with_restarts": "cosine_with_restarts"}.get(
@@ -123,7 +123,7 @@ def test_schedules(name, warmup):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     specific = {"num_cycles": restarts} if name == "cosine_with_restarts" else {}
     theirs = optimization.get_scheduler(kind, optimizer, warmup, updates, specific)
-    rate = optimizers.schedule(name, 0.3, updates, warmup, restarts)
+    rate = schedules.schedule(name, 0.3, updates, warmup, restarts)
     for update in range(updates):
         ours = rate(mx.array(update, mx.uint64)).item()
         assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-6), update

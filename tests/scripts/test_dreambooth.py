@@ -97,6 +97,21 @@ def test_train_interrupt_resume_and_draw(start, call, folder):
     assert not np.array_equal(images.load("base.png")[0], images.load("adapted.png")[0])
 
 
+def test_sigterm_saves_the_state_as_ctrl_c_does(start, folder):
+    """Also in the middle of an update, between two of its batches."""
+    process = start("pictures", *TINY, "--iterations", 400, "--grad-accumulate", 2, "--state-every", 400)
+    for line in process.stderr:
+        if line.startswith("iteration"):
+            break
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 130, err
+    assert "stopping: saving the state\nstopped; go on with: python dreambooth.py --resume mlx_output" in err
+    names = sorted(path.name for path in (folder / "mlx_output/states").iterdir())
+    assert names[0] == "00000000"
+    assert 0 < int(names[1]) < 400
+
+
 def test_a_data_toml_qlora_and_every_kind_of_option(call, folder):
     """Several at once, as most are independent. Six samples an epoch, in batches of at most two."""
     write_toml(folder, TOML)

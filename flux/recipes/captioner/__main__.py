@@ -5,7 +5,6 @@ sees into words, then both together, on other pictures. Stopped at any moment it
 in DIR.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
+from flux.arguments import described
 from flux.captioning.tokenizer import BartTokenizer
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2, VisionParams
@@ -20,14 +20,16 @@ from flux.models.florence2.vision import VisionTower
 from flux.pipeline import FluxPipeline
 from flux.recipes.captioner import recipe
 from flux.recipes.captioner.pictures import Pictures, Pool, captioned, features, normalised
-from flux.recipes.tiny.latents import load_state
-from flux.training.callbacks import Log, Save
+from flux.training.callbacks import logged_and_saved
 from flux.training.matmul_convolution import use_products
-from flux.training.optimizers import muon, warmup_decay
+from flux.training.optimizers import muon
+from flux.training.schedules import warmup_decay
+from flux.training.states import load_state
 from flux.training.trainer import Batches, Loss, Trainer
 
 TOWER, LANGUAGE, STATE = "tower.safetensors", "language.safetensors", "captioner.safetensors"
 WARMUP = 20  # steps
+LOG_STEPS = 25
 
 
 class ProbedTower(nn.Module):
@@ -112,19 +114,17 @@ def train(
     The batches are made for the first step: a part that is done needs none.
     """
     made = cache(make_batches)
-    rates = (warmup_decay(peak, steps, min(WARMUP, steps), 0.4) for peak in (rate, rate / 10))
-    trainer = Trainer(model, loss, lambda number: made()(number), muon(*rates, is_edge), seed)
+    main_rate, adam_rate = (warmup_decay(r, steps, min(WARMUP, steps), 0.4) for r in (rate, rate / 10))
+    trainer = Trainer(model, loss, lambda number: made()(number), muon(main_rate, adam_rate, is_edge), seed)
     if state.exists():
         trainer.load(state)
     if trainer.step < steps:
-        trainer.run(steps, (Log(state.with_suffix(".jsonl"), 25), Save(state, 2.0)))
+        trainer.run(steps, logged_and_saved(state.with_suffix(".jsonl"), state, LOG_STEPS))
         trainer.save(state)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: states, logs, vocabulary")
     parser.add_argument("--tower-steps", type=int, default=450, help="(default: %(default)s)")
     parser.add_argument("--language-steps", type=int, default=420, help="(default: %(default)s)")

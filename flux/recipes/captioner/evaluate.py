@@ -7,7 +7,6 @@ prompts: prompt -> picture -> caption. A caption is right in what it has in comm
 that is not one of `emoji.captions` is wrong in everything. Intervals are Wilson's, 95 %.
 """
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from flux.arguments import described
 from flux.captioning.captioner import Captioner
 from flux.captioning.tasks import TASKS
 from flux.errors import FluxError
@@ -117,9 +117,7 @@ def read_back(
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--captioner", default="tiny", help="name or folder (default: %(default)s)")
     parser.add_argument("--count", type=int, default=400, help="pictures (default: %(default)s)")
     parser.add_argument("--read-back", metavar="MODEL", help="also caption what this generator draws")

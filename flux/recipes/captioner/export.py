@@ -3,7 +3,6 @@
 python -m flux.recipes.captioner.export --run DIR --output flux/assets/tiny-captioner
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -12,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
+from flux.arguments import described
 from flux.captioning.tokenizer import BartTokenizer
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2
 from flux.recipes.captioner import recipe
 from flux.recipes.captioner.__main__ import STATE
-from flux.recipes.tiny.latents import load_state
+from flux.training.states import load_state
 from flux.training.vocabularies import IMAGE_TOKEN
+from flux.trees import named_arrays
 from flux.weights import florence2, tensors
 
 
@@ -34,7 +34,7 @@ def save(folder: Path, network: Florence2, tokenizer: Path, dtype: mx.Dtype = mx
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     try:
         shutil.copytree(tokenizer, partial)
-        weights = {name: w.astype(dtype) for name, w in tree_flatten(network.parameters())}
+        weights = {name: w.astype(dtype) for name, w in named_arrays(network.parameters())}
         tensors.save(partial / "model.safetensors", florence2.to_transformers(weights))
         for name, content in configs(BartTokenizer.from_folder(tokenizer)).items():
             (partial / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -91,9 +91,7 @@ def configs(tokenizer: BartTokenizer) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()

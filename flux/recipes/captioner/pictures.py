@@ -121,7 +121,7 @@ class Pictures:
 
         def make() -> np.ndarray:
             pairs = zip(drawn, rows, strict=True)
-            pictures = ((c, render(c) if i is None else pool.pictures[i]) for c, i in pairs)
+            pictures = ((c, render(c) if pool is None or i is None else pool.pictures[i]) for c, i in pairs)
             return np.stack([augment(picture, COLOURS[c.colour], rng) for c, picture in pictures])
 
         self.pixels = kept(folder / f"pictures-{seed}-{count}.npy", make)  # (count, 64, 64, 3) uint8

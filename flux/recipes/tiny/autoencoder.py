@@ -6,7 +6,6 @@
 Stopped at any moment it goes on from the last state in DIR.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from mlx.utils import tree_map
 from PIL import Image
 
 from flux import images
+from flux.arguments import described
 from flux.distributed.gradients import average_gradients
 from flux.models.autoencoder import AutoEncoder
 from flux.pipeline import FluxPipeline
@@ -32,9 +32,10 @@ from flux.recipes.emoji import (
 )
 from flux.recipes.tiny import recipe
 from flux.training import losses
-from flux.training.callbacks import Log, Save
+from flux.training.callbacks import logged_and_saved
 from flux.training.matmul_convolution import use_products
-from flux.training.optimizers import muon, warmup_decay
+from flux.training.optimizers import muon
+from flux.training.schedules import warmup_decay
 from flux.training.trainer import Trainer
 
 GRID = 8  # pixels, the stride of the latent
@@ -75,7 +76,7 @@ def autoencoder_loss(
     """L1 + MSE + KL of pictures (B, H, W, 3) uint8, decoded from a sample of the raw latent."""
     x = images.normalize(pictures)
     mean, logvar = model.moments(x)
-    z = mean + mx.exp(0.5 * logvar) * mx.random.normal(mean.shape, key=key)
+    z = losses.posterior(mean, logvar, mx.random.normal(mean.shape, key=key))
     error, mse = losses.reconstruction(model.decoder(z), x, mse_weight)
     divergence = losses.kl(mean, logvar)
     return error + kl_weight * divergence, {"mse": mse, "kl": divergence}
@@ -109,11 +110,11 @@ def is_edge(name: str, parameter: mx.array) -> bool:
     return "conv_in" in name or "conv_out" in name
 
 
-def make_trainer(batch: int, steps: int, rate: float, seed: int, mse_weight: float) -> Trainer:
+def make_trainer(
+    model: AutoEncoder, batch: int, steps: int, rate: float, seed: int, mse_weight: float
+) -> Trainer:
     """The trainer of stage 1, for this process's share of the pictures."""
     group = mx.distributed.init()
-    mx.random.seed(seed)
-    model = AutoEncoder(recipe.AUTOENCODER)
     if mx.default_device().type == mx.cpu:
         use_products(model)
     warmup = min(100, steps)
@@ -142,9 +143,7 @@ def save_grid(model: AutoEncoder, file: Path, count: int = 24) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: state, log, pictures")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=16, help="pictures a step and process")
@@ -155,24 +154,22 @@ def main() -> None:
         "--init", metavar="MODEL", help="begin with this model's autoencoder (default: random)"
     )
     arguments = parser.parse_args()
+    mx.random.seed(arguments.seed)
+    model = AutoEncoder(recipe.AUTOENCODER)
     trainer = make_trainer(
-        arguments.batch, arguments.steps, arguments.rate, arguments.seed, arguments.mse_weight
+        model, arguments.batch, arguments.steps, arguments.rate, arguments.seed, arguments.mse_weight
     )
     if arguments.init:
-        trainer.model.update(
-            tree_map(lambda w: w.astype(mx.float32), FluxPipeline(arguments.init).ae.parameters())
-        )
+        model.update(tree_map(lambda w: w.astype(mx.float32), FluxPipeline(arguments.init).ae.parameters()))
     state = arguments.run / "autoencoder.safetensors"
     if state.exists():
         trainer.load(state)
     first = mx.distributed.init().rank() == 0
-    trainer.run(
-        arguments.steps,
-        (Log(arguments.run / "autoencoder.jsonl", recipe.LOG_STEPS), Save(state)) if first else (),
-    )
+    log = arguments.run / "autoencoder.jsonl"
+    trainer.run(arguments.steps, logged_and_saved(log, state, recipe.LOG_STEPS) if first else ())
     if first:
         trainer.save(state)
-        print("PSNR", save_grid(trainer.model, arguments.run / "autoencoder.png"))
+        print("PSNR", save_grid(model, arguments.run / "autoencoder.png"))
 
 
 if __name__ == "__main__":

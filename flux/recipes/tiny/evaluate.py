@@ -7,7 +7,6 @@ those of the rendering, among all subjects and places at the prompt's size on th
 squared distance in RGB over all pixels. Intervals are Wilson's, 95 %.
 """
 
-import argparse
 import json
 import math
 import time
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from flux.arguments import described
 from flux.errors import FluxError
 from flux.evaluation.proportion import Proportion, Z
 from flux.generation import Request, generate
@@ -114,9 +114,7 @@ def evaluate(pipeline: FluxPipeline, count: int) -> tuple[dict[str, Any], np.nda
 
 def main() -> None:
     """Run the program."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--model", default="tiny", help="name or folder (default: %(default)s)")
     parser.add_argument("--count", type=int, default=400, help="held-out prompts (default: %(default)s)")
     parser.add_argument(

@@ -3,22 +3,21 @@
 python -m flux.recipes.tiny.export --run DIR --output flux/assets/tiny
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from flux.arguments import described
 from flux.models.autoencoder import AutoEncoder
 from flux.recipes.tiny import recipe
 from flux.recipes.tiny.flow import load_tokenizers, make_model
-from flux.recipes.tiny.latents import load_state, read
+from flux.recipes.tiny.latents import read
+from flux.training.states import load_state
 from flux.weights import registry
 from flux.weights.save import Model, save_diffusers
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()

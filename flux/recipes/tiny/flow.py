@@ -7,7 +7,6 @@ DIR holds the latents (`python -m flux.recipes.tiny.latents`). Stopped at any mo
 last state in DIR.
 """
 
-import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from flux import sampler
+from flux.arguments import described
 from flux.distributed.gradients import average_gradients
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
@@ -25,10 +25,11 @@ from flux.recipes.emoji import PAIR, Composition, captions, compositions
 from flux.recipes.tiny import recipe
 from flux.recipes.tiny.latents import Latents, read, training_compositions
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
-from flux.training import losses
-from flux.training.callbacks import Log, Save
+from flux.training.callbacks import logged_and_saved
 from flux.training.ema import EMA
-from flux.training.optimizers import muon, warmup_decay
+from flux.training.flow_matching import random_guidance_loss
+from flux.training.optimizers import muon
+from flux.training.schedules import warmup_decay
 from flux.training.trainer import Trainer
 from flux.training.vocabularies import save_clip, train_clip, train_t5
 
@@ -56,21 +57,14 @@ class TextToLatent(nn.Module):
 def flow_loss(
     model: TextToLatent, batch: dict[str, mx.array], key: mx.array
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """Mean squared error of the velocity, at logit-normal times.
+    """Mean squared error of the velocity, at logit-normal times."""
 
-    The guidance is random and means nothing, so that every value of it gives the same picture. Half of the
-    times are rounded as the network rounds them in 16-bit types, so that it knows both.
-    """
+    def predict(x: mx.array, times: mx.array, guidance: mx.array) -> mx.array:
+        return model(x, batch["clip"], batch["t5"], times, guidance)
+
     noise_key, time_key, guidance_key = mx.random.split(key, 3)
-    x0 = sampler.pack(batch["latents"])
-    noise = mx.random.normal(x0.shape, key=noise_key)
-    times = losses.flow_times(len(x0), recipe.TIME_SHIFT, time_key)
-    half = len(x0) // 2
-    rounded = (1000 * times[:half]).astype(mx.bfloat16).astype(mx.float32) / 1000
-    times = mx.concatenate([rounded, times[half:]])
-    guidance = mx.random.uniform(0, 5, (len(x0),), key=guidance_key)
-    velocity = model(losses.noised(x0, noise, times), batch["clip"], batch["t5"], times, guidance)
-    return mx.square(velocity - (noise - x0)).mean(), {}
+    keys = (noise_key, time_key, guidance_key)
+    return random_guidance_loss(predict, batch["latents"], keys, recipe.TIME_SHIFT), {}
 
 
 def flow_batches(
@@ -118,7 +112,7 @@ def tokenize(
 
 def load_tokens(
     run: Path, chosen: list[Composition], clip: CLIPTokenizer, t5: T5Tokenizer
-) -> list[np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray]:
     """`tokenize`, kept in the run's folder: it takes half a minute."""
     file = run / "tokens.npz"
     if not file.exists():
@@ -127,7 +121,7 @@ def load_tokens(
         np.savez(partial, clip=clip_ids, t5=t5_ids)
         partial.replace(file)
     with np.load(file) as arrays:
-        return [arrays["clip"], arrays["t5"]]
+        return arrays["clip"], arrays["t5"]
 
 
 def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
@@ -159,9 +153,7 @@ def is_edge(name: str, parameter: mx.array) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: latents, state, log")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=48, help="pictures a step and process")
@@ -175,13 +167,13 @@ def main() -> None:
     mx.random.seed(arguments.seed)
     model = make_model(run, clip)
     warmup = min(100, steps)
-    rates = (warmup_decay(peak, steps, warmup, 0.4) for peak in (arguments.rate, arguments.rate / 10))
-    ids = load_tokens(run, latents.compositions, clip, t5)
+    rate, adam_rate = (warmup_decay(r, steps, warmup, 0.4) for r in (arguments.rate, arguments.rate / 10))
+    clip_ids, t5_ids = load_tokens(run, latents.compositions, clip, t5)
     trainer = Trainer(
         model,
         flow_loss,
-        flow_batches(latents, *ids, arguments.batch, arguments.seed, group.rank()),
-        muon(*rates, is_edge),
+        flow_batches(latents, clip_ids, t5_ids, arguments.batch, arguments.seed, group.rank()),
+        muon(rate, adam_rate, is_edge),
         seed=2 * arguments.seed + group.rank(),
         ema=EMA(model, recipe.EMA_DECAY),
         average=average_gradients(group) if group.size() > 1 else None,
@@ -190,7 +182,7 @@ def main() -> None:
     if state.exists():
         trainer.load(state)
     first = group.rank() == 0
-    trainer.run(steps, (Log(run / "flow.jsonl", recipe.LOG_STEPS), Save(state)) if first else ())
+    trainer.run(steps, logged_and_saved(run / "flow.jsonl", state, recipe.LOG_STEPS) if first else ())
     if first:
         trainer.save(state)
 

@@ -6,16 +6,14 @@ Alone, or by several processes that share the pictures out:
     mlx.launch -n 2 --backend ring -- python -m flux.recipes.tiny.latents ...
 """
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from flux import images
+from flux.arguments import described
 from flux.models.autoencoder import AutoEncoder
 from flux.recipes.emoji import (
     PAIR,
@@ -27,6 +25,8 @@ from flux.recipes.emoji import (
     subjects,
 )
 from flux.recipes.tiny import recipe
+from flux.training.states import load_state
+from flux.weights import tensors
 
 
 @dataclass(frozen=True)
@@ -90,24 +90,14 @@ def encode_shared(model: AutoEncoder, chosen: list[Composition]) -> list[mx.arra
 
 def read(file: Path) -> Latents:
     """The file of `main`."""
-    arrays = mx.load(str(file))
+    arrays = tensors.load([file])
     mean, logvar = np.array(arrays["mean"]), np.array(arrays["logvar"])
     scale, shift = float(1 / mean.std()), float(mean.mean())
     return Latents(training_compositions(recipe.PAIRS), mean, logvar, scale, shift)
 
 
-def load_state(model: nn.Module, file: Path, tree: str = "model") -> None:
-    """Puts what a trainer saved into a model: the parameters ("model") or their average ("ema.average")."""
-    state = mx.load(str(file))
-    own = [(n.removeprefix(f"{tree}."), a) for n, a in state.items() if n.startswith(f"{tree}.")]
-    model.update(tree_unflatten(own))
-    mx.eval(model.parameters())
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder with the trained autoencoder's state")
     run = parser.parse_args().run
     model = AutoEncoder(recipe.AUTOENCODER)

@@ -7,7 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from tqdm import tqdm
 
 from flux import machine
 from flux.conditioning import encode_texts, warn_if_cut
@@ -15,6 +14,8 @@ from flux.data import cache as data
 from flux.data.batches import Batch, Plan
 from flux.distributed.ranks import Ranks
 from flux.pipeline import Conditioning, FluxPipeline, TextConditioning
+from flux.training.console import Console
+from flux.training.trainer import sample_key
 
 Tensors = dict[str, mx.array]
 
@@ -29,7 +30,7 @@ class Features:
         self._latents = data.Latents(cache, identities[0], plan.seed)
         self._texts = data.Texts(cache, f"{identities[1]} {'ids' if clip_ids else 'pooled'}")
 
-    def encode(self, pipeline: FluxPipeline, texts: Iterable[str], ranks: Ranks) -> None:
+    def encode(self, pipeline: FluxPipeline, texts: Iterable[str], ranks: Ranks, console: Console) -> None:
         """Fills the cache: each picture of the plan and each text is encoded by one rank, for all of them."""
         autoencoder = partial(pipeline.ae.moments, memory=machine.autoencoder_memory())
         text_encoder = self._text_encoder(pipeline)
@@ -37,8 +38,9 @@ class Features:
             "encoding pictures",
             self._latents,
             self.plan.variants(),
-            lambda item: self._latents.encode(*item, autoencoder),
+            lambda item: self._latents.encode(item[0], item[1], autoencoder),
             ranks,
+            console,
         )
         self._fill(
             "encoding texts",
@@ -46,10 +48,17 @@ class Features:
             list(dict.fromkeys(texts)),
             lambda item: self._texts.encode(item, text_encoder),
             ranks,
+            console,
         )
 
     def _fill(
-        self, title: str, store: data.Store, items: Sequence, encode: Callable[[Any], None], ranks: Ranks
+        self,
+        title: str,
+        store: data.Store,
+        items: Sequence,
+        encode: Callable[[Any], None],
+        ranks: Ranks,
+        console: Console,
     ) -> None:
         """Encodes what no rank has, and gives each what it lacks: the ranks need not share a disk."""
         missing = set(store.missing(items))
@@ -64,9 +73,8 @@ class Features:
             return mx.array(np.frombuffer(store.content(item), np.uint8))
 
         turns = who_gives(lacking)
-        contents = ranks.map(give, turns)
-        bar = tqdm(contents, title, total=len(turns), disable=None if ranks.is_rank_zero else True)
-        for number, content in zip(turns, bar, strict=True):
+        contents = console.track(ranks.map(give, turns), title, len(turns))
+        for number, content in zip(turns, contents, strict=True):
             # Where the disk is the same, it is there by now.
             if number is not None and items[number] in missing and store.missing([items[number]]):
                 store.add(items[number], np.array(content).tobytes())
@@ -85,10 +93,10 @@ class Features:
 
         return ids if self.clip_ids else pooled
 
-    def batch(self, batch: Batch, key: Callable[[int], np.ndarray]) -> Tensors:
-        """The arrays of a batch, with a random key for each entry's position: see `objective.FlowLoss`."""
+    def batch(self, batch: Batch, seed: int) -> Tensors:
+        """The arrays of a batch, with a random key of this seed for each entry: see `FlowLoss`."""
         arrays = data.assemble(batch, self._latents, self._texts, self.plan.masked)
-        return arrays | {"keys": mx.array(np.stack([key(entry.position) for entry in batch.entries]))}
+        return arrays | {"keys": mx.stack([sample_key(seed, entry.position) for entry in batch.entries])}
 
     def conditioning(
         self, text: str, negative: str | None, pooled: Callable[[mx.array], mx.array]
@@ -110,13 +118,8 @@ def who_gives(lacking: Sequence[Sequence[int]]) -> list[int | None]:
     dealt out, to be encoded.
     """
     queues: list[list[int]] = [[] for _ in lacking]
-    lacked = [set(own) for own in lacking]
+    lacked = [set(items) for items in lacking]
     for number in sorted(set().union(*lacked)):
-        having = [rank for rank, own in enumerate(lacked) if number not in own]
+        having = [rank for rank, items in enumerate(lacked) if number not in items]
         (queues[having[0]] if having else min(queues, key=len)).append(number)
     return [number for turn in zip_longest(*queues) for number in turn]
-
-
-def sample_key(seed: int, position: int) -> np.ndarray:
-    """The random key (2,) of the sample at this place in the training: the same in any batch, on any rank."""
-    return np.array([seed, position], np.uint32)

@@ -1,22 +1,13 @@
 """Will the training fit into the machine's memory? An estimate before anything is loaded, with advice."""
 
-import os
 from dataclasses import replace
 from typing import Any
 
-import mlx.core as mx
-
 from flux.models.transformer import FluxParams
-from flux.training.finetune.options import QUANTIZE, Options
+from flux.training.finetune.options import Options
 from flux.training.memory import Estimate, estimate
 
 USABLE = 0.9  # of the memory: the rest is for the system
-
-
-def machine_memory() -> int:
-    """Bytes that MLX may fill: the GPU's recommended working set, or else the machine's memory."""
-    found = mx.device_info().get("max_recommended_working_set_size")
-    return int(found or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def needed(options: Options, params: FluxParams, shape: dict[str, Any], ranks: int = 1) -> Estimate:
@@ -24,7 +15,7 @@ def needed(options: Options, params: FluxParams, shape: dict[str, Any], ranks: i
 
     ranks: that share the base's weights.
     """
-    bits, mode = QUANTIZE.get(options.quantize, (None, "affine"))
+    bits, mode = options.quantization
     need = estimate(
         params,
         bits,
@@ -53,7 +44,7 @@ def describe(
 def _advice(options: Options, params: FluxParams, shape: dict[str, Any], memory: int, ranks: int) -> str:
     height, width = shape["image_size"]
     half = f"{max(16, height // 32 * 16)}x{max(16, width // 32 * 16)}"
-    steps = [
+    steps: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("--grad-checkpoint", {"grad_checkpoint": True}, {}),
         ("--quantize 4", {"quantize": "4"}, {}),
         ("--batch-size 1", {}, {"batch": 1}),
@@ -62,8 +53,8 @@ def _advice(options: Options, params: FluxParams, shape: dict[str, Any], memory:
     ]
     taken = []
     total = needed(options, params, shape, ranks).total
-    for name, own, other in steps:
-        changed = replace(options, **own), shape | other
+    for name, of_options, of_shape in steps:
+        changed = replace(options, **of_options), shape | of_shape
         if (now := needed(changed[0], params, changed[1], ranks).total) < total:
             (options, shape), total = changed, now
             taken.append(name)

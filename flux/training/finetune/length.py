@@ -19,12 +19,14 @@ class Length:
 
     @classmethod
     def of(cls, options: Options, batches_per_epoch: int, ranks: int) -> "Length":
-        iterations = options.iterations or -(-options.epochs * batches_per_epoch // ranks)
+        """The length that the options ask for, on so many ranks."""
+        iterations = options.iterations or -(-(options.epochs or 0) * batches_per_epoch // ranks)
         whole = -(-iterations // options.accumulate) * options.accumulate
         return cls(whole, options.accumulate, batches_per_epoch, ranks)
 
     @property
     def updates(self) -> int:
+        """How many updates there are in all."""
         return self.iterations // self.accumulate
 
     @property
@@ -33,6 +35,7 @@ class Length:
         return -(-self.iterations * self.ranks // self.batches_per_epoch)
 
     def iterations_at(self, update: int) -> int:
+        """How many iterations have been made after so many updates."""
         return update * self.accumulate
 
     def epoch_of(self, update: int) -> int:

@@ -4,13 +4,13 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux import adapters, pipeline
-from flux.adapters import Adapter, Adapters
+from flux.adapters import Adapter, Adapters, Delta
 from flux.adapters.training import DEFAULT_TARGET
 from flux.data import cache
 from flux.models.clip import CLIPTextModel
 from flux.models.transformer import Flux
 from flux.pipeline import FluxPipeline
-from flux.training.finetune.options import QUANTIZE, Options
+from flux.training.finetune.options import Options
 from flux.weights import checkpoints
 from flux.weights.checkpoints import Checkpoint
 
@@ -36,7 +36,7 @@ class Base:
         self.checkpoint: Checkpoint = checkpoints.find(options.model, **options.files)
         self._options = options
         self._dtype = getattr(mx, options.dtype) if options.dtype else checkpoints.default_dtype()
-        bits, mode = QUANTIZE.get(options.quantize, (None, "affine"))
+        bits, mode = options.quantization
         parts = pipeline.load(self.checkpoint, self._dtype, bits, weighted, options.fuse_adapters, mode=mode)
         self.pipeline = FluxPipeline.from_parts(parts)
         self.ae_params = parts.ae.params
@@ -66,7 +66,7 @@ class Base:
 def inject(network: Network, options: Options) -> dict[str, Adapters]:
     """Puts a new adapter beside the weights and leaves its own as the only ones that are trained.
 
-    Returns the adapters of each part, "flux" and maybe "clip". FluxError for targets that are no layers.
+    Returns the adapters of each part, "flux" and maybe "clip". FluxError for targets that name no layers.
     """
     network.freeze()
     found = {}
@@ -79,7 +79,9 @@ def inject(network: Network, options: Options) -> dict[str, Adapters]:
         preset = options.targets in adapters.TARGETS or part == "flux"
         which, last = (options.targets if preset else DEFAULT_TARGET), options.last_blocks
         names = adapters.targets(model, which, last if part == "flux" else None)
-        new = adapters.new_adapter(model, names, options.rank, options.alpha, key, options.dora)
+        new = adapters.new_adapter(
+            model, names, options.rank, options.alpha or options.rank, key, options.dora
+        )
         found[part] = Adapters(model)
         found[part].add(new, name=LEARNED, dropout=options.dropout, learns=True)
         found[part].freeze_all_but(LEARNED)
@@ -89,7 +91,7 @@ def inject(network: Network, options: Options) -> dict[str, Adapters]:
 
 def extract(parts: dict[str, Adapters]) -> Adapter:
     """The trained adapter as it is now, of all parts."""
-    modules = {}
-    for own in parts.values():
-        modules |= own.extract(LEARNED).modules
+    modules: dict[str, Delta] = {}
+    for part in parts.values():
+        modules |= part.extract(LEARNED).modules
     return Adapter(modules)

@@ -1,15 +1,17 @@
 """The options of a fine-tuning, and which of them may change when it is resumed."""
 
-import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from flux import tables
 from flux.adapters.writers import WRITERS
 from flux.data import schema
 from flux.errors import FluxError
-from flux.training import losses, optimizers
+from flux.tables import option
+from flux.training import losses, optimizers, schedules
 from flux.training.flow_matching import DELTA_SCHEDULES
+from flux.training.trainer import MAX_SEED
 from flux.weights import registry
 
 QUANTIZE = {"8": (8, "affine"), "4": (4, "affine"), "mxfp4": (4, "mxfp4")}  # -> bits, mode
@@ -22,16 +24,8 @@ SMALL = 256  # a resolution below the usual smallest bucket
 # may have moved; that it is the same one is seen from its digest.
 CHANGEABLE = (
     *("iterations", "epochs", "format", "save_every", "save_every_epochs", "state_every", "keep_states"),
-    "shard_base",
-    *(
-        "data",
-        "validate_every",
-        "progress_prompts",
-        "progress_every",
-        "progress_seed",
-        "trigger",
-        "cache_dir",
-    ),
+    *("shard_base", "data", "trigger", "cache_dir"),
+    *("validate_every", "progress_prompts", "progress_every", "progress_seed"),
 )
 
 
@@ -47,109 +41,77 @@ class Options:
 
     model: str = "dev"
     files: dict[str, str] = field(default_factory=dict)  # part -> file
-    dtype: str | None = None
-    quantize: str | None = None  # one of QUANTIZE
+    dtype: str | None = option(None, choices=("float32", "bfloat16", "float16"))
+    quantize: str | None = option(None, choices=tuple(QUANTIZE))
     adapters: tuple[tuple[str, float], ...] = ()  # files and strengths to begin with; they are not trained
     fuse_adapters: bool = False
 
-    rank: int = 16
-    alpha: float | None = None  # the rank
-    dropout: float = 0.0
+    rank: int = option(16, least=1)
+    alpha: float | None = option(None, above=0)  # the rank
+    dropout: float = option(0.0, least=0, below=1)
     targets: str = "attention-mlp"
-    last_blocks: int | None = None
+    last_blocks: int | None = option(None, least=1)
     dora: bool = False
     train_clip: bool = False
 
-    iterations: int | None = None  # batches on each machine; see `updates`
-    epochs: int | None = None
-    accumulate: int = 1
-    optimizer: str = "adamw"
-    learning_rate: float | None = None  # 1e-4; Prodigy 1
-    schedule: str = "constant"
-    restarts: int = 1
-    warmup: int | None = None  # updates
-    weight_decay: float | None = None  # 0.01 for AdamW, else 0
-    clip_norm: float = 1.0  # 0: none
-    ema: float | None = None
-    time_sampling: str = AUTO  # schnell's four times for its kind, else sigmoid
-    time_scale: float = 1.0  # of sigmoid, shift and flux_shift
-    time_mean: float = 0.0  # of logit_normal, as time_std
-    time_std: float = 1.0
-    loss: str = "mse"
-    delta: float = 0.1  # of huber and smooth_l1
-    delta_schedule: str = "constant"
-    guidance: float = 1.0
-    prior_weight: float = 1.0
+    iterations: int | None = option(None, least=1)  # batches on each machine; see `Length`
+    epochs: int | None = option(None, least=1)
+    accumulate: int = option(1, least=1)
+    optimizer: str = option("adamw", choices=optimizers.OPTIMIZERS)
+    learning_rate: float | None = option(None, above=0)  # 1e-4; Prodigy 1
+    schedule: str = option("constant", choices=schedules.SCHEDULES)
+    restarts: int = option(1, least=1)
+    warmup: int | None = option(None, least=0)  # updates
+    weight_decay: float | None = option(None, least=0)  # 0.01 for AdamW, else 0
+    clip_norm: float = option(1.0, least=0)  # 0: none
+    ema: float | None = option(None, least=0, below=1)
+    # auto: schnell's four times for a model of its kind, else sigmoid
+    time_sampling: str = option(AUTO, choices=(AUTO, *losses.TIME_SAMPLING))
+    time_scale: float = option(1.0, above=0)  # of sigmoid, shift and flux_shift
+    time_mean: float = option(0.0)  # of logit_normal, as time_std
+    time_std: float = option(1.0, above=0)
+    loss: str = option("mse", choices=tuple(losses.LOSSES))
+    delta: float = option(0.1, above=0)  # of huber and smooth_l1
+    delta_schedule: str = option("constant", choices=DELTA_SCHEDULES)
+    guidance: float = option(1.0, least=0)
+    prior_weight: float = option(1.0, least=0)
     grad_checkpoint: bool = False
     shard_base: bool = False  # over the ranks; with grad_checkpoint
-    seed: int = 0
+    seed: int = option(0, least=0, most=MAX_SEED)
 
-    validate_every: int = 100  # iterations, as the following
+    validate_every: int = option(100, least=1)  # iterations, as the following
     progress_prompts: tuple[str, ...] = ()
-    progress_every: int = 500
-    progress_seed: int = 0
-    save_every: int | None = None
-    save_every_epochs: int | None = None
-    format: str = "native"
+    progress_every: int = option(500, least=1)
+    progress_seed: int = option(0, least=0, most=MAX_SEED)
+    save_every: int | None = option(None, least=1)
+    save_every_epochs: int | None = option(None, least=1)
+    format: str = option("native", choices=tuple(WRITERS))
     trigger: str | None = None
-    state_every: int = 200
-    keep_states: int = 2
+    state_every: int = option(200, least=1)
+    keep_states: int = option(2, least=1)
 
     def __post_init__(self) -> None:
-        self._check_choices()
-        self._check_numbers()
+        faults = [f"{shown(name)} {fault}" for name, fault in tables.faults_of(self).items()]
         if self.iterations is not None and self.epochs is not None:
-            raise FluxError("give iterations or epochs, not both")
+            faults.append("give iterations or epochs, not both")
         if self.fuse_adapters and not self.adapters:
-            raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
+            faults.append("--fuse-adapter needs an adapter; name it with --adapter")
         if self.shard_base and self.dora:
-            raise FluxError("--shard-base does not go with --dora, which needs whole weights at every step")
+            faults.append("--shard-base does not go with --dora, which needs whole weights at every step")
         if not all(prompt.strip() for prompt in self.progress_prompts):
-            raise FluxError("a progress prompt is empty; say what the picture should show")
+            faults.append("a progress prompt is empty; say what the picture should show")
+        if faults:
+            raise FluxError("; ".join(faults))
         schema.check_defaults(self.data_options)
 
-    def _check_choices(self) -> None:
-        choices = {
-            "quantize": (None, *QUANTIZE),
-            "dtype": (None, "float32", "bfloat16", "float16"),
-            "optimizer": optimizers.OPTIMIZERS,
-            "schedule": optimizers.SCHEDULES,
-            "time_sampling": (AUTO, *losses.TIME_SAMPLING),
-            "loss": tuple(losses.LOSSES),
-            "delta_schedule": DELTA_SCHEDULES,
-            "format": tuple(WRITERS),
-        }
-        for name, known in choices.items():
-            value = getattr(self, name)
-            if value not in known:
-                words = ", ".join(choice for choice in known if choice)
-                raise FluxError(f"{shown(name)} {value!r}: choose {words}")
-
-    def _check_numbers(self) -> None:
-        at_least_1 = ("rank", "iterations", "epochs", "accumulate", "restarts", "last_blocks", "save_every")
-        at_least_1 += ("save_every_epochs", "state_every", "keep_states", "validate_every", "progress_every")
-        for name in at_least_1:
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise FluxError(f"{shown(name)} {getattr(self, name)}: give 1 or more")
-        for name in ("learning_rate", "alpha", "time_scale", "time_std", "delta"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise FluxError(f"{shown(name)} {value}: give a number above 0")
-        for name in ("weight_decay", "clip_norm", "guidance", "prior_weight", "warmup"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise FluxError(f"{shown(name)} {value}: give 0 or more")
-        for name in ("dropout", "ema"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise FluxError(f"{shown(name)} {value}: give 0 or more and less than 1")
-        for name in ("seed", "progress_seed"):
-            if not 0 <= getattr(self, name) < 2**32:
-                raise FluxError(f"{shown(name)} {getattr(self, name)}: give 0 to {2**32 - 1}")
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate, also where the optimizer decides it."""
+        return self.learning_rate or (1.0 if self.optimizer == "prodigy" else 1e-4)
 
     def resolved(self) -> "Options":
         """With what follows from other options filled in, and files by their whole paths."""
-        prodigy, adamw = self.optimizer == "prodigy", self.optimizer == "adamw"
+        adamw = self.optimizer == "adamw"
         model = _absolute(self.model) if registry.find(self.model) is None else self.model
         return replace(
             self,
@@ -159,9 +121,14 @@ class Options:
             adapters=tuple((_absolute(file), strength) for file, strength in self.adapters),
             iterations=ITERATIONS if self.iterations is None and self.epochs is None else self.iterations,
             alpha=float(self.rank) if self.alpha is None else self.alpha,
-            learning_rate=self.learning_rate or (1.0 if prodigy else 1e-4),
+            learning_rate=self.peak_rate,
             weight_decay=(0.01 if adamw else 0.0) if self.weight_decay is None else self.weight_decay,
         )
+
+    @property
+    def quantization(self) -> tuple[int | None, str]:
+        """Bits and mode of the base's weights; None for weights as they are."""
+        return (None, "affine") if self.quantize is None else QUANTIZE[self.quantize]
 
     def with_size(self, image_size: tuple[int, int]) -> dict[str, Any]:
         """The data set's options where the model's pictures have this (height, width) by default.
@@ -266,6 +233,3 @@ def _absolute(path: str) -> str:
     """A path that exists, from the root: the run may be resumed from another folder."""
     expanded = Path(path).expanduser()
     return str(expanded.absolute()) if expanded.exists() else path
-
-
-NAMES = {option.name for option in fields(Options)}

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from flux import generation, images
 from flux.generation import Request
-from flux.training.finetune.features import Features, sample_key
+from flux.training.finetune.features import Features
 from flux.training.finetune.model import Base, Network
 from flux.training.flow_matching import FlowLoss
 
@@ -17,15 +18,17 @@ VALIDATION_SEED = 0x56414C49  # the same in every run, so that runs can be compa
 
 def validation_loss(network: Network, features: Features, loss: FlowLoss) -> float:
     """The mean loss of the pictures held out, each at all TIMES, with noise that is always the same."""
-    total, count = 0.0, 0
+    sums: list[Any] = []
+    count = 0
     network.eval()  # no dropout
     for batch in features.plan.validation():
-        arrays = features.batch(batch, lambda position: sample_key(VALIDATION_SEED, position))
+        arrays = features.batch(batch, VALIDATION_SEED)
         for time in TIMES:
             losses = loss.per_sample(network, arrays | {"times": mx.full((len(batch.entries),), time)})
-            total, count = total + losses.sum().item(), count + len(batch.entries)
+            sums.append(losses.sum().item())
+            count += len(batch.entries)
     network.train()
-    return total / count
+    return sum(sums) / count
 
 
 class Pictures:

@@ -3,53 +3,70 @@
     python -m flux.training.pretrain CONFIG [--validate-pipeline] [--resume]
     mlx.launch -n 2 --backend ring -- python -m flux.training.pretrain CONFIG
 
-A run may be killed at any moment; with --resume it goes on to the result that it would have had.
+A run may be stopped (by Ctrl-C or SIGTERM, which save its state) or killed at any moment; with --resume it
+goes on to the result that it would have had.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
+from flux.arguments import Parser, on_stop_signals, run_program
 from flux.distributed.ranks import Ranks
-from flux.errors import FluxError
-from flux.training.pretrain.config import ConfigError
+from flux.training.callbacks import Stop, Stopped
+from flux.training.pretrain.config import Config, ConfigError
 from flux.training.pretrain.run import Run
 from flux.training.pretrain.validate import load
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m flux.training.pretrain",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("config", type=Path, help="a YAML, TOML or JSON file")
-    parser.add_argument(
-        "--validate-pipeline", action="store_true", help="check the config and name its faults"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the latest checkpoint")
-    arguments = parser.parse_args()
+    """Run the program; its exit status: 0, 2 for bad input or a failed training, 130 when interrupted."""
+    return run_program(run)
+
+
+def run(ranks: Ranks) -> int:
+    """Do what the command line asks for; the exit status."""
+    arguments = ranks.on_all_ranks(lambda: build_parser().parse_args(sys.argv[1:]))
     try:
         config = load(arguments.config)
-        if arguments.validate_pipeline:
-            for number, step in enumerate(config.steps, 1):
-                print(f"{number}. {step.name}: trains {', '.join(sorted(step.trained))}")
-            return 0
-        ranks = Ranks()
-        with ranks.waiting(None):
-            run = Run(config, arguments.resume)
-            result = run.execute()
-            ranks.barrier()  # until rank 0 has written everything
-        if run.first:
-            print(result)
     except ConfigError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
         return 2
-    except FluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not arguments.validate_pipeline:
+        return train(config, arguments.resume, ranks)
+    for number, step in enumerate(config.steps, 1):
+        print(f"{number}. {step.name}: trains {', '.join(sorted(step.trained))}")
     return 0
+
+
+def build_parser() -> Parser:
+    """The parser of the command line."""
+    parser = Parser(
+        prog="python -m flux.training.pretrain",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("config", type=Path, help="a YAML, TOML or JSON file")
+    add("--validate-pipeline", action="store_true", help="check the config and name its faults")
+    add("--resume", action="store_true", help="go on from the newest checkpoint")
+    return parser
+
+
+def train(config: Config, resume: bool, ranks: Ranks) -> int:
+    """Run all steps; the exit status. A signal ends it with its state saved."""
+    stop = Stop(ranks)
+    with ranks.waiting(None), on_stop_signals(stop.ask):
+        run = Run(config, resume, stop=stop)
+        try:
+            result, status = str(run.execute()), 0
+        except Stopped:
+            result, status = "stopped; go on with the same command and --resume", 130
+        ranks.barrier()  # until rank 0 has written everything
+    if ranks.is_rank_zero:
+        print(result, file=sys.stderr if status else sys.stdout)
+    return status
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from flux.tables import option
 
 @dataclass(frozen=True)
 class DiscriminatorParams:
+    """Sizes of the discriminator."""
+
     channels: int = option(64, least=1)  # of the first layer; each next one has twice as many, up to 8 times
     layers: int = option(3, least=1)  # each halves the size
     norm_groups: int = option(32, least=1)

@@ -29,8 +29,8 @@ def open_dataset(config: Any) -> Pictures:
 
 
 @dataclass(frozen=True)
-class Share:
-    """This process's share of the data: the `rank`-th part of each epoch's `size`."""
+class Shard:
+    """This process's shard of the data: the `rank`-th part of each epoch's `size`."""
 
     rank: int = 0
     size: int = 1
@@ -48,14 +48,14 @@ class Batches:
         index: int,
         source: Pictures,
         tokenizers: Tokenizers | None,
-        share: Share,
+        shard: Shard,
         encoded: Encoded | None = None,
     ):
         self._step: Step = config.steps[index]
         self._source = source
         self._captions = source.captions
         self._tokenizers = tokenizers if self._step.train_diff else None
-        self._share = share
+        self._shard = shard
         self._encoded = encoded
         self._seed = (config.training.seed, index)
         self._sides = (config.data.img_size, *config.data.reduced_min_sizes)
@@ -64,12 +64,12 @@ class Batches:
         self._pool = ThreadPoolExecutor(workers) if workers else None
         self._ahead: tuple[int, list[Future]] | None = None
         self._order = lru_cache(maxsize=2)(self._permutation)
-        self._tokens = lru_cache(maxsize=100_000)(self._tokenize)
-        self.epoch_length = len(self._captions) // (self._step.batch_size * share.size)
+        self._tokens = lru_cache(maxsize=100_000)(_tokenize)
+        self.epoch_length = len(self._captions) // (self._step.batch_size * shard.size)
         if self.epoch_length == 0:
             raise FluxError(
-                f'step "{self._step.name}": {len(self._captions)} pictures are no batch of '
-                f"{self._step.batch_size} for each of {share.size} process(es)"
+                f'step "{self._step.name}": {len(self._captions)} pictures cannot fill a batch of '
+                f"{self._step.batch_size} for each of {shard.size} process(es)"
             )
 
     def __call__(self, step: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Batches:
             # A Python value: the trainer compiles a step with and one without the penalty.
             batch["r1"] = self._step.gan_training and step % self._step.r1_interval == 0
         if self._tokenizers is not None:
-            clip, t5 = zip(*(self._tokens(text) for text in self.texts(step)), strict=True)
+            clip, t5 = zip(*(self._tokens(self._tokenizers, text) for text in self.texts(step)), strict=True)
             batch["clip"], batch["t5"] = mx.array(np.array(clip)), mx.array(np.array(t5))
         return batch
 
@@ -92,7 +92,7 @@ class Batches:
 
     def _rows(self, step: int) -> np.ndarray:
         epoch, place = divmod(step, self.epoch_length)
-        first = (place * self._share.size + self._share.rank) * self._step.batch_size
+        first = (place * self._shard.size + self._shard.rank) * self._step.batch_size
         return self._order(epoch)[first : first + self._step.batch_size]
 
     def _permutation(self, epoch: int) -> np.ndarray:
@@ -103,19 +103,19 @@ class Batches:
         return int(np.random.default_rng((*self._seed, step, 2)).choice(self._sides))
 
     def _random(self, step: int, purpose: int) -> np.random.Generator:
-        return np.random.default_rng((*self._seed, step, purpose, self._share.rank))
+        return np.random.default_rng((*self._seed, step, purpose, self._shard.rank))
 
     def _images(self, step: int, rows: np.ndarray, side: int) -> dict[str, Any]:
         """The batch's pictures, or their latents' mean and log variance."""
         found = self._pictures(step, rows, side)
         if self._encoded is None:
             return {"pictures": mx.array(np.stack(found))}
-        return dict(zip(("mean", "logvar"), self._latents(rows, found), strict=True))
+        return dict(zip(("mean", "logvar"), self._latents(self._encoded, rows, found), strict=True))
 
-    def _latents(self, rows: Iterable[int], found: list[np.ndarray]) -> mx.array:
+    def _latents(self, encoded: Encoded, rows: Iterable[int], found: list[np.ndarray]) -> mx.array:
         """(2, B, h, w, z), float32, of records and of pictures, which are encoded."""
         records = [
-            self._encoded.make(int(row), each) if each.dtype == np.uint8 else each
+            encoded.make(int(row), each) if each.dtype == np.uint8 else each
             for row, each in zip(rows, found, strict=True)
         ]
         return mx.array(np.stack(records, axis=1))
@@ -125,13 +125,13 @@ class Batches:
         if self._pool is None:
             return [self._load(row, side) for row in rows]
         ahead, self._ahead = self._ahead, None
-        futures = ahead[1] if ahead is not None and ahead[0] == step else self._begin(step)
-        self._ahead = (step + 1, self._begin(step + 1))
+        futures = ahead[1] if ahead is not None and ahead[0] == step else self._begin(self._pool, step)
+        self._ahead = (step + 1, self._begin(self._pool, step + 1))
         return [future.result() for future in futures]
 
-    def _begin(self, step: int) -> list[Future]:
+    def _begin(self, pool: ThreadPoolExecutor, step: int) -> list[Future]:
         side = self._side(step)
-        return [self._pool.submit(self._load, row, side) for row in self._rows(step)]
+        return [pool.submit(self._load, row, side) for row in self._rows(step)]
 
     def _load(self, row: int, side: int) -> np.ndarray:
         """A picture (side, side, 3), uint8; its record (2, h, w, z), float32, if it has been encoded."""
@@ -139,9 +139,6 @@ class Batches:
         if record is not None:
             return record
         return images.fit(self._source.picture(int(row)), (side, side))
-
-    def _tokenize(self, text: str) -> tuple[list[int], list[int]]:
-        return self._tokenizers.clip.encode(text), self._tokenizers.t5.encode(text)
 
     def first(self, count: int, size: tuple[int, int]) -> list[np.ndarray]:
         """The data's first pictures, fitted to (height, width): for samples and measurements."""
@@ -156,3 +153,7 @@ class Batches:
         """Ends the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+def _tokenize(tokenizers: Tokenizers, text: str) -> tuple[list[int], list[int]]:
+    return tokenizers.clip.encode(text), tokenizers.t5.encode(text)

@@ -7,7 +7,6 @@ table, then in `pipeline.defaults`, then in `training`, then here.
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +18,9 @@ from flux.models.clip import CLIPTextParams
 from flux.models.t5 import T5Params
 from flux.models.transformer import FluxParams
 from flux.tables import Faults, limits, nearest, option, read
+from flux.training.optimizers import CONFIGURED, DEFAULT_RATE
 from flux.training.pretrain.adversary import DiscriminatorParams
-from flux.training.schedules import DEFAULT_RATE, OPTIMIZERS, SCHEDULERS
+from flux.training.schedules import SCHEDULERS
 
 # What a step can train, and the groups that have an optimizer each.
 GROUPS = {
@@ -31,7 +31,7 @@ GROUPS = {
 }
 COMPONENTS = tuple(component for group in GROUPS.values() for component in group)
 FREEZABLE = tuple(dict.fromkeys([*COMPONENTS, *GROUPS]))
-UNSCALED = {"scale_factor": 1.0, "shift_factor": 0.0}  # of the latents, before they have been measured
+UNSCALED = AutoEncoderParams(scale_factor=1.0, shift_factor=0.0)  # before latents have been measured
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,11 @@ class LpipsFiles:
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes. Channels that two networks share follow from one of them and are no keys."""
+    """Sizes. Channels that two networks share follow from one of them and are not keys."""
 
-    autoencoder: AutoEncoderParams = field(default_factory=lambda: AutoEncoderParams(**UNSCALED))
+    autoencoder: AutoEncoderParams = field(
+        default_factory=lambda: AutoEncoderParams(scale_factor=1.0, shift_factor=0.0)
+    )
     discriminator: DiscriminatorParams = field(default_factory=DiscriminatorParams)
     transformer: FluxParams = field(default_factory=FluxParams)
     clip: CLIPTextParams = field(default_factory=CLIPTextParams)
@@ -107,6 +109,8 @@ DATASETS = {"local": Local, "webdataset": WebDataset, "huggingface": HuggingFace
 
 @dataclass(frozen=True)
 class Data:
+    """The pictures of the default data set, and how they are shown."""
+
     data_path: str | None = None
     captions_file: str | None = None
     img_size: int = option(256, least=8)
@@ -116,6 +120,8 @@ class Data:
 
 @dataclass(frozen=True)
 class Output:
+    """Where a run writes, how often, and what it draws."""
+
     output_path: str
     log_interval: int = option(10, least=1)  # steps
     checkpoint_save_interval: int | str = 500  # steps, or "10 minutes"
@@ -129,8 +135,10 @@ class Output:
 
 @dataclass(frozen=True)
 class Optimization:
+    """Optimizers and schedulers by group; AdamW and a constant rate where none is given."""
+
     optimizers: dict[str, Any] = field(
-        default_factory=dict, metadata=limits(choices=tuple(GROUPS), kinds=OPTIMIZERS)
+        default_factory=dict, metadata=limits(choices=tuple(GROUPS), kinds=CONFIGURED)
     )
     schedulers: dict[str, Any] = field(
         default_factory=dict, metadata=limits(choices=tuple(GROUPS), kinds=SCHEDULERS)
@@ -149,6 +157,8 @@ class Transition:
 
 @dataclass(frozen=True)
 class Step:
+    """One step of the pipeline: what it trains, on which losses, for how long."""
+
     name: str
     description: str = ""
     n_epochs: int | None = option(None, least=1)
@@ -210,6 +220,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Training:
+    """What holds for all steps."""
+
     seed: int = option(0, least=0, most=2**31 - 1)
     workers: int = option(2, least=0)  # threads that read pictures
     use_fp16: bool = False  # networks compute in bfloat16; parameters and optimizers stay in float32
@@ -217,6 +229,8 @@ class Training:
 
 @dataclass(frozen=True)
 class Config:
+    """A whole config, read."""
+
     model: Model
     data: Data
     training: Training
@@ -226,6 +240,7 @@ class Config:
     output: Output
 
     def dataset_of(self, step: Step) -> str:
+        """The name of the data set that a step is trained on."""
         return step.dataset or self.default_dataset or next(iter(self.datasets))
 
 
@@ -241,43 +256,6 @@ def expand(names: tuple[str, ...]) -> set[str]:
     """Components and groups -> components. `spade` comes by its own name only, being off by default."""
     parts = {part for name in names for part in GROUPS.get(name, (name,))}
     return parts - {"spade"} | {"spade"} & set(names)
-
-
-def parse(path: Path) -> dict[str, Any]:
-    """The tables of a YAML, TOML or JSON file. Raises FluxError for a file that is none."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FluxError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    readers = {".yaml": _yaml, ".yml": _yaml, ".toml": _toml, ".json": json.loads}
-    if path.suffix not in readers:
-        raise FluxError(f"{path}: a config's suffix is one of {', '.join(readers)}")
-    try:
-        tables = readers[path.suffix](text)
-    except ValueError as error:
-        raise FluxError(f"{path}: {' '.join(str(error).split())}") from None
-    if not isinstance(tables, dict):
-        raise FluxError(f"{path}: a config is a table with the keys model, data, training, output")
-    return tables
-
-
-def _yaml(text: str) -> Any:
-    try:
-        import yaml  # comes with huggingface-hub
-    except ImportError:
-        raise FluxError("PyYAML is missing: pip install pyyaml, or write the config in TOML") from None
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(error) from None
-
-
-def _toml(text: str) -> Any:
-    try:
-        import tomllib
-    except ImportError:
-        raise FluxError("TOML needs Python 3.11 or newer; write the config in YAML") from None
-    return tomllib.loads(text)
 
 
 def read_config(raw: dict[str, Any], faults: Faults) -> Config | None:

@@ -8,10 +8,11 @@ from threading import Lock
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
+from flux import images
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder
+from flux.trees import named_arrays
 
 Encode = Callable[[mx.array], tuple[mx.array, mx.array]]  # (1, H, W, 3) in -1..1 -> mean, log variance
 
@@ -45,8 +46,7 @@ class Encoded:
 
     def make(self, row: int, picture: np.ndarray) -> np.ndarray:
         """The record of a picture (side, side, 3), uint8, which is kept. FluxError where the disk refuses."""
-        pixels = mx.array(picture[None]).astype(mx.float32) / 127.5 - 1
-        mean, logvar = self._encode(pixels)
+        mean, logvar = self._encode(images.normalize(picture[None]))
         record = np.array(mx.concatenate([mean, logvar]).astype(mx.float32))
         data, path = record.tobytes(), self._path(len(picture))
         try:
@@ -67,6 +67,6 @@ class Encoded:
 def identity(model: AutoEncoder, *settings: object) -> str:
     """Tells encoders and data from others."""
     total = zlib.crc32(repr(settings).encode())
-    for name, array in sorted(tree_flatten(model.encoder.parameters())):
+    for name, array in sorted(named_arrays(model.encoder.parameters())):
         total = zlib.crc32(np.array(array).tobytes(), zlib.crc32(name.encode(), total))
     return f"{total:08x}"

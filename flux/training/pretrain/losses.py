@@ -10,13 +10,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from flux import sampler
+from flux import images, sampler
 from flux.training import losses
+from flux.training.flow_matching import random_guidance_loss
 from flux.training.pretrain.adversary import hinge, r1
 from flux.training.pretrain.config import Step
 from flux.training.pretrain.networks import WHOLE, Networks, mapped
+from flux.training.trainer import Metrics
 
-Metrics = dict[str, mx.array]
 Moments = tuple[mx.array, mx.array]  # mean and log variance of latents
 Perceptual = Callable[[mx.array, mx.array], mx.array]  # two (B, H, W, 3) -> distances (B,)
 
@@ -47,10 +48,11 @@ class Objective:
 
     def __call__(self, model: Networks, batch: dict[str, Any], key: mx.array) -> tuple[mx.array, Metrics]:
         vae_key, flow_key = mx.random.split(key)
-        total, metrics = mx.array(0.0), {}
+        total = mx.array(0.0)
+        metrics: Metrics = {}
         with mapped(model, _to_bfloat16) if self._half else nullcontext():
             if "pictures" in batch:
-                x = batch["pictures"].astype(mx.float32) / 127.5 - 1
+                x = images.normalize(batch["pictures"])
             if self._step.decodes:
                 loss, more = self._autoencoder(model, x, batch, vae_key)
                 total, metrics = total + loss, metrics | more
@@ -66,7 +68,7 @@ class Objective:
         step = self._step
         latent_key, noise_key = mx.random.split(key)
         mean, logvar = moments(model, x)
-        z = mean + mx.exp(0.5 * logvar) * mx.random.normal(mean.shape, key=latent_key)
+        z = losses.posterior(mean, logvar, mx.random.normal(mean.shape, key=latent_key))
         y = model.ae.decoder(z.astype(model.dtype)).astype(mx.float32)
         error, mse = losses.reconstruction(y, x, step.mse_weight)
         kl = losses.kl(mean, logvar, step.kl_free_bits)
@@ -74,7 +76,7 @@ class Objective:
         metrics = {"mse": mse, "kl": kl, "beta": batch["beta"]}
         if step.train_vae or step.train_spade:
             total, metrics["vae"] = total + error, error
-            if step.use_lpips:
+            if step.use_lpips and self._perceptual is not None:
                 metrics["lpips"] = self._perceptual(y, x).mean()
                 total = total + step.lambda_lpips * metrics["lpips"]
         if step.gan_training:
@@ -112,29 +114,23 @@ def adversarial_loss(
 def flow_loss(
     model: Networks, encoded: Moments, batch: dict[str, Any], key: mx.array, time_shift: float, end: int
 ) -> mx.array:
-    """Mean squared error of the velocity noise - x0, x0 the scaled latent with these moments (B, h, w, z).
-
-    The guidance is random and means nothing, so that every value of it gives the same picture.
-    """
+    """The flow's error for latents with these moments (B, h, w, z), at the autoencoder's scale."""
     latent_key, noise_key, time_key, guidance_key = mx.random.split(key, 4)
     mean, logvar = encoded
-    z = mean + mx.exp(0.5 * logvar) * mx.random.normal(mean.shape, key=latent_key)
+    z = losses.posterior(mean, logvar, mx.random.normal(mean.shape, key=latent_key))
     params = model.ae.params
     latent = mx.stop_gradient(params.scale_factor * (z - params.shift_factor))  # (B, h, w, z)
-    x0 = sampler.pack(latent)  # (B, L, 4z)
-    noise = mx.random.normal(x0.shape, key=noise_key)
-    times = losses.flow_times(len(x0), time_shift, time_key)
-    half = len(x0) // 2  # so many as the network rounds them in 16-bit types: it learns to know both
-    rounded = (1000 * times[:half]).astype(mx.bfloat16).astype(mx.float32) / 1000
-    times = mx.concatenate([rounded, times[half:]])
-    guidance = mx.random.uniform(0, 5, (len(x0),), key=guidance_key)
     text = model.t5(batch["t5"])
     pooled = model.clip(batch["clip"], end).pooled_output
-    positions = sampler.image_positions(latent.shape[1:3]), sampler.text_positions(text.shape[1])
-    velocity = model.flow(
-        losses.noised(x0, noise, times), positions[0], text, positions[1], times, pooled, guidance
+    positions = (
+        sampler.image_positions((latent.shape[1], latent.shape[2])),
+        sampler.text_positions(text.shape[1]),
     )
-    return mx.square(velocity.astype(mx.float32) - (noise - x0)).mean()
+
+    def predict(x: mx.array, times: mx.array, guidance: mx.array) -> mx.array:
+        return model.flow(x, positions[0], text, positions[1], times, pooled, guidance)
+
+    return random_guidance_loss(predict, latent, (noise_key, time_key, guidance_key), time_shift)
 
 
 def encode(model: Networks, x: mx.array, half: bool) -> Moments:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from flux.errors import FluxError
+from flux.trees import named_arrays
 from flux.weights import checkpoints, tensors, torchfile
 
 # torchvision's `features`: the number of each convolution and its channels, a tuple a resolution. What is
@@ -78,7 +78,7 @@ def load(vgg: str, linear: str) -> LPIPS:
     model = LPIPS()
     numbers = [number for level in VGG16 for number, _ in level]
     wrong, weights = [], []
-    for name, own in tree_flatten(model.parameters()):
+    for name, own in named_arrays(model.parameters()):
         part, index, *kind = name.split(".")
         named = (
             f"lin{index}.model.1.weight" if part == "linear" else f"features.{numbers[int(index)]}.{kind[0]}"

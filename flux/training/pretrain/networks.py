@@ -84,17 +84,17 @@ def group_of(parameter: str) -> str:
 
 @contextmanager
 def mapped(module: nn.Module, function: Callable[[mx.array], mx.array]) -> Iterator[None]:
-    """Within the block the module computes with function(parameter) in the place of each parameter.
+    """Within the block the module computes with function(parameter) instead of each parameter.
 
     In a loss this gives a network that lets gradients through but takes none (`mx.stop_gradient`), or one
     that computes in another type and takes its gradients in its own.
     """
-    own = module.parameters()
-    module.update(tree_map(function, own))
+    before = module.parameters()
+    module.update(tree_map(function, before))
     try:
         yield
     finally:
-        module.update(own)
+        module.update(before)
 
 
 class Tokenizers:

@@ -1,19 +1,20 @@
 """One step of the pipeline: its batches, optimizers and rates, and the trainer that takes its steps."""
 
-import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
-from flux.distributed.gradients import average_gradients
-from flux.training.ema import EMA
+from flux.distributed.gradients import average_gradients, average_metrics
+from flux.distributed.ranks import Ranks
+from flux.training.ema import EMA, Trainable
+from flux.training.optimizers import AdamW
 from flux.training.pretrain.batches import Batches
 from flux.training.pretrain.config import Config, Step
 from flux.training.pretrain.losses import Objective
 from flux.training.pretrain.networks import Networks, group_of
 from flux.training.pretrain.state import Progress
-from flux.training.schedules import AdamW, Constant, Plateau, ReduceOnPlateau
-from flux.training.trainer import Metrics, Trainer
+from flux.training.schedules import Constant, Plateau, ReduceOnPlateau
+from flux.training.trainer import Trainer
 
 
 class Stage:
@@ -26,17 +27,16 @@ class Stage:
         networks: Networks,
         batches: Batches,
         objective: Objective,
-        group: mx.distributed.Group,
+        ranks: Ranks,
     ):
         self.step: Step = config.steps[index]
         self.batches = batches
         self.epochs = self.step.n_epochs or self.step.transition_on.max_epochs
-        self.total = self.step.max_steps or self.epochs * batches.epoch_length
-        self._group = group
-        self._metrics: dict[str, float] = {}
+        self.total = self.step.max_steps or (self.epochs or 0) * batches.epoch_length
+        self.rates: dict[str, float] = {}  # the learning rate of each group, as set last
         networks.train_only(self.step.trained)
         self._optimizers = {name: self._optimizer(name) for name in self.step.groups}
-        seed = np.random.SeedSequence((config.training.seed, index, group.rank())).generate_state(1)[0]
+        seed = np.random.SeedSequence((config.training.seed, index, ranks.rank)).generate_state(1)[0]
         self.trainer = Trainer(
             networks,
             objective,
@@ -44,7 +44,8 @@ class Stage:
             split_by_group(self._optimizers),
             seed=int(seed),
             ema=PartEMA(networks, self.step.ema_decay) if self.step.use_ema else None,
-            average=average_gradients(group) if group.size() > 1 else None,
+            average=average_gradients(ranks.group) if ranks.size > 1 else None,
+            average_metrics=average_metrics(ranks) if ranks.size > 1 else None,
         )
 
     def _optimizer(self, group: str) -> optim.Optimizer:
@@ -54,31 +55,15 @@ class Stage:
     def _base_rate(self, group: str) -> float:
         return getattr(self.step.optimization.optimizers.get(group), "lr", None) or self.step.lr
 
-    def rates(self, progress: Progress) -> dict[str, float]:
-        """The learning rate of each group in the step that comes next."""
-        rates = {}
-        for group in self._optimizers:
+    def set_rates(self, progress: Progress) -> None:
+        """Sets the learning rates of the step that comes next."""
+        for group, optimizer in self._optimizers.items():
             scheduler = self.step.optimization.schedulers.get(group, Constant())
             factor = scheduler.factor(self.trainer.step, self.total)
             factor *= progress.plateaus.get(group, Plateau()).factor
-            rates[group] = factor * self._base_rate(group)
-        return rates
+            self.rates[group] = optimizer.learning_rate = factor * self._base_rate(group)
 
-    def advance(self, rates: dict[str, float]) -> dict[str, float]:
-        """Takes one step at these rates; its metrics, averaged over all processes."""
-        for group, rate in rates.items():
-            self._optimizers[group].learning_rate = rate
-        self.trainer.run(self.trainer.step + 1, (self._collect,))
-        return self._metrics
-
-    def _collect(self, trainer: Trainer, metrics: Metrics) -> None:
-        names = sorted(metrics)
-        values = mx.stack([metrics[name] for name in names])
-        if self._group.size() > 1:
-            values = mx.distributed.all_sum(values, group=self._group) / self._group.size()
-        self._metrics = dict(zip(names, values.tolist(), strict=True))
-
-    def place(self) -> dict[str, int]:
+    def position(self) -> dict[str, int]:
         """The epoch and the batch in it, from 1, of the step taken last."""
         epoch, batch = divmod(self.trainer.step - 1, self.batches.epoch_length)
         return {"epoch": epoch + 1, "batch": batch + 1}
@@ -91,11 +76,13 @@ class Stage:
                 before = progress.plateaus.get(group, Plateau())
                 progress.plateaus[group] = scheduler.after_epoch(before, means[scheduler.metric])
         transition = self.step.transition_on
-        return transition.mode == "loss_threshold" and means[transition.metric] <= transition.threshold
+        if transition.metric is None or transition.threshold is None:
+            return False
+        return means[transition.metric] <= transition.threshold
 
 
 def split_by_group(optimizers: dict[str, optim.Optimizer]) -> optim.MultiOptimizer:
-    """One optimizer that gives each group's parameters to the group's own."""
+    """One optimizer that gives the parameters of each group to the optimizer of the group."""
     filters = [lambda name, _, group=group: group_of(name) == group for group in optimizers]
     return optim.MultiOptimizer(list(optimizers.values()), filters[:-1])
 
@@ -106,12 +93,12 @@ class PartEMA(EMA):
     def __init__(self, model: nn.Module, decay: float):
         super().__init__(_View(model), decay)
 
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: Trainable) -> None:
         super().update(_View(model))
 
 
 class _View:
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Trainable):
         self._model = model
 
     def trainable_parameters(self) -> dict:

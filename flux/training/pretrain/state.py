@@ -6,28 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from flux.errors import FluxError
+from flux.training.callbacks import Window
 from flux.training.pretrain.config import Config
 from flux.training.schedules import Plateau
-from flux.training.states import States
-
-
-@dataclass
-class Means:
-    """Sums and counts of metrics, so that the mean of some of them goes on after a resume."""
-
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def take(self) -> dict[str, float]:
-        """The means, and none are left."""
-        means = {name: total / self.counts[name] for name, total in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        return means
+from flux.training.states import State, States
 
 
 @dataclass
@@ -46,15 +28,16 @@ class Progress:
     scale: float = 1.0
     shift: float = 0.0
     measured: bool = False
-    epoch: Means = field(default_factory=Means)
-    window: Means = field(default_factory=Means)
+    epoch: Window = field(default_factory=Window)
+    window: Window = field(default_factory=Window)
     plateaus: dict[str, Plateau] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, table: dict[str, Any]) -> "Progress":
+        """The inverse of `asdict`."""
         table = dict(table)
         for name in ("epoch", "window"):
-            table[name] = Means(**table[name])
+            table[name] = Window(**table[name])
         table["plateaus"] = {group: Plateau(**plateau) for group, plateau in table["plateaus"].items()}
         return cls(**table)
 
@@ -67,19 +50,22 @@ class Checkpoints(States):
         self._identity = identity
 
     def save_progress(self, progress: Progress, save_arrays: Callable[[Path], None]) -> None:
+        """Writes a state; `save_arrays(file)` writes the arrays."""
         name = f"{progress.global_step:09d}-{progress.index:03d}"
         self.save(name, {"identity": self._identity, "progress": asdict(progress)}, save_arrays)
 
-    def read_progress(self, path: Path) -> Progress:
-        """The progress of a checkpoint. FluxError if it is of another config."""
-        table = self.read(path)
-        own, found = self._identity, table["identity"]
-        if other := [name for name in own if found.get(name) != own[name]]:
+    def newest(self) -> State[Progress] | None:
+        """The state to go on from, if there is one. FluxError if it is of another config."""
+        found = self.newest_whole(lambda table: (table["identity"], Progress.from_json(table["progress"])))
+        if found is None:
+            return None
+        theirs, progress = found.value
+        if other := [name for name, value in self._identity.items() if theirs.get(name) != value]:
             names = ", ".join(other)
             raise FluxError(
-                f"{path} is of a run with another {names}: give the config that it was begun with"
+                f"{found.path} is of a run with another {names}: give the config that it was begun with"
             )
-        return Progress.from_json(table["progress"])
+        return State(found.path, progress, found.damaged)
 
 
 def identity(config: Config, processes: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from flux.data.sources import open_folder
 from flux.data.webdataset import shards
 from flux.errors import FluxError
 from flux.models.clip import ACTIVATIONS
-from flux.tables import Faults, nearest
+from flux.tables import Faults, nearest, read_file
 from flux.training.pretrain.config import (
     Config,
     ConfigError,
@@ -17,7 +17,6 @@ from flux.training.pretrain.config import (
     Step,
     WebDataset,
     expand,
-    parse,
     read_config,
 )
 from flux.training.pretrain.losses import threshold_metrics
@@ -30,10 +29,10 @@ LPIPS_SIDE = 16  # VGG16 halves a picture four times
 def load(path: Path) -> Config:
     """Reads and checks a config. ConfigError with every fault, each with the name of its step."""
     faults = Faults()
-    config = read_config(parse(path), faults)
+    config = read_config(read_file(path), faults)
     if config is not None:
         check(config, faults)
-    if faults.lines:
+    if config is None or faults.lines:
         raise ConfigError(path, faults.lines)
     return config
 
@@ -52,17 +51,20 @@ def check(config: Config, faults: Faults) -> None:
             faults.add(where, "use_lpips needs model.lpips, the files of VGG16 and of the learned weights")
     _datasets(config, faults)
     _sizes(config, faults)
-    if save_interval(config.output.checkpoint_save_interval) is None:
-        text = f"{config.output.checkpoint_save_interval!r} must be a number of steps or like '10 minutes'"
-        faults.add("output.checkpoint_save_interval", text)
+    try:
+        save_interval(config.output.checkpoint_save_interval)
+    except ValueError as error:
+        faults.add("output.checkpoint_save_interval", str(error))
 
 
-def save_interval(value: int | str) -> tuple[float, float] | None:
-    """(steps, seconds), one of them infinite, between two checkpoints; None for what is neither."""
-    if isinstance(value, int):
-        return (value, math.inf) if value > 0 else None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:m|min|minutes?)", value)
-    return (math.inf, 60 * float(match[1])) if match and float(match[1]) > 0 else None
+def save_interval(value: int | str) -> tuple[float, float]:
+    """(steps, seconds), one of them infinite, between two checkpoints. ValueError for what is neither."""
+    if isinstance(value, int) and value > 0:
+        return value, math.inf
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:m|min|minutes?)", str(value))
+    if match and float(match[1]) > 0:
+        return math.inf, 60 * float(match[1])
+    raise ValueError(f"{value!r} must be a number of steps or like '10 minutes'")
 
 
 def _names(config: Config, faults: Faults) -> None:
@@ -177,14 +179,14 @@ def _sizes(config: Config, faults: Faults) -> None:
     vae = config.model.autoencoder
     for width in sorted({vae.ch, *(vae.ch * mult for mult in vae.ch_mult)}):
         if width % vae.norm_groups:
-            faults.add("model.autoencoder", f"{width} channels are no {vae.norm_groups} equal groups")
+            faults.add("model.autoencoder", f"{width} channels cannot form {vae.norm_groups} equal groups")
     _judge(config, faults)
     clip = config.model.clip
     if clip.hidden_size % clip.num_attention_heads:
         heads = clip.num_attention_heads
         faults.add("model.clip", f"hidden_size {clip.hidden_size} is not a multiple of {heads} heads")
     if clip.hidden_act not in ACTIVATIONS:
-        faults.add("model.clip.hidden_act", f"{clip.hidden_act!r} is none of {', '.join(ACTIVATIONS)}")
+        faults.add("model.clip.hidden_act", f"{clip.hidden_act!r} must be one of {', '.join(ACTIVATIONS)}")
     if clip.max_position_embeddings < CLIP_LENGTH:
         faults.add("model.clip.max_position_embeddings", f"must be at least {CLIP_LENGTH}, a text's tokens")
     for name in ("clip", "t5", "autoencoder", "transformer"):
@@ -206,5 +208,5 @@ def _judge(config: Config, faults: Faults) -> None:
             text = f"{params.layers} layers of the discriminator need pictures of {2**params.layers} pixels"
             faults.add(f'step "{step.name}"', text)
     if any(step.gan_training for step in config.steps) and params.channels % params.norm_groups:
-        text = f"{params.channels} channels are no {params.norm_groups} equal groups"
+        text = f"{params.channels} channels cannot form {params.norm_groups} equal groups"
         faults.add("model.discriminator", text)

@@ -13,7 +13,7 @@ from flux.training.flow_matching import FlowLoss
 from flux.training.gradient_checkpointing import checkpoint_blocks, plain_blocks
 from flux.weights.quantize import quantize
 
-from .test_objective import KEY, make_batch
+from .test_flow_matching import KEY, make_batch
 from .tiny import FLUX, parameters, randomize
 
 LOSS = FlowLoss(0.1, 0.4)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from flux.training.pretrain.batches import Batches, Share, open_dataset
+from flux.training.pretrain.batches import Batches, Shard, open_dataset
 from flux.training.pretrain.config import COMPONENTS, Config, Step
 from flux.training.pretrain.losses import Objective, moments, threshold_metrics
 from flux.training.pretrain.networks import Networks, Tokenizers, group_of, mapped
@@ -40,7 +40,7 @@ class World:
     def batches(self, **options) -> Batches:
         config = dataclasses.replace(self.config, steps=(self.step(**options),))
         source = open_dataset(config.datasets["data"])
-        return Batches(config, 0, source, self.tokenizers, Share())
+        return Batches(config, 0, source, self.tokenizers, Shard())
 
     def step(self, **options) -> Step:
         off = {name: False for name in EVERY_MODE if isinstance(EVERY_MODE[name], bool)}
@@ -136,10 +136,10 @@ def test_the_loss_is_the_sum_that_the_options_say(world):
         "lambda_lpips": 0.2,
         "r1_gamma": 4.0,
     }
-    for number, r1_share in ((16, 2.0), (17, 0.0)):
+    for number, r1_shard in ((16, 2.0), (17, 0.0)):
         loss, m, _ = world.loss(number, difference, **options)
         expected = m["vae"] + 0.3 * m["kl"] + 0.2 * m["lpips"] + 0.7 * m["generator"] + m["discriminator"]
-        assert loss == pytest.approx(expected + r1_share * m.get("r1", 0), rel=1e-5)
+        assert loss == pytest.approx(expected + r1_shard * m.get("r1", 0), rel=1e-5)
         assert ("r1" in m) == (number == 16)
         assert m["beta"] == pytest.approx(0.3)
         assert m["lpips"] > 1

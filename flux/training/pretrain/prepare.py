@@ -1,0 +1,122 @@
+"""What a run of pretraining needs before its steps: data, vocabularies, networks, the scale of latents."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from flux.data.sources import Pictures
+from flux.distributed.ranks import Ranks
+from flux.errors import FluxError
+from flux.training.matmul_convolution import use_products
+from flux.training.pretrain import lpips
+from flux.training.pretrain.batches import Batches, open_dataset
+from flux.training.pretrain.config import Config, Step
+from flux.training.pretrain.encoded import Encoded
+from flux.training.pretrain.encoded import identity as encoded_identity
+from flux.training.pretrain.losses import encode
+from flux.training.pretrain.networks import Networks, Tokenizers
+from flux.training.vocabularies import save_clip, train_clip, train_t5
+
+LATENTS = "latents"  # the folder
+MEASURED_PICTURES = 1024  # for the latents' mean and deviation
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """sources: the data sets by name. perceptual: LPIPS, where a step uses it."""
+
+    sources: dict[str, Pictures]
+    tokenizers: Tokenizers | None
+    networks: Networks
+    perceptual: lpips.LPIPS | None
+
+
+def prepare(config: Config, folder: Path, ranks: Ranks) -> Prepared:
+    """Opens the data, trains vocabularies that are not there yet, makes networks with random weights."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FluxError(f"output.output_path: {folder} cannot be made: {error.strerror}") from None
+    used = dict.fromkeys(config.dataset_of(step) for step in config.steps)
+    sources = {name: open_dataset(config.datasets[name]) for name in used}
+    tokenizers = open_tokenizers(config, folder, sources, ranks)
+    mx.random.seed(config.training.seed)
+    networks = Networks(config, tokenizers)
+    perceptual = None
+    if config.model.lpips is not None and any(step.use_lpips for step in config.steps):
+        perceptual = lpips.load(config.model.lpips.vgg, config.model.lpips.linear)
+    if mx.default_device() == mx.cpu:  # elsewhere MLX's own convolutions are the faster ones
+        use_products(networks.ae)
+        if perceptual is not None:
+            use_products(perceptual)
+    return Prepared(sources, tokenizers, networks, perceptual)
+
+
+# --- vocabularies ---
+
+
+def open_tokenizers(
+    config: Config, folder: Path, sources: dict[str, Pictures], ranks: Ranks
+) -> Tokenizers | None:
+    """The config's, or ones that are trained on the captions; None where no step trains the flow."""
+    texts = {
+        config.data.fixed_prompt_prefix + caption
+        for step in config.steps
+        if step.train_diff
+        for caption in sources[config.dataset_of(step)].captions
+    }
+    if not texts:
+        return None
+    clip, t5 = (folder / "vocabularies" / name for name in ("tokenizer", "tokenizer_2"))
+
+    def train() -> None:
+        if config.model.tokenizer is None and not clip.is_dir():
+            vocab, merges = train_clip(sorted(texts), config.model.clip_merges)
+            _whole(clip, lambda new: save_clip(vocab, merges, new))
+        if config.model.tokenizer_2 is None and not t5.is_dir():
+            size = config.model.t5_vocabulary
+            _whole(t5, lambda new: train_t5(sorted(texts), size, new / "spiece.model"))
+
+    ranks.rank_zero_only(train)  # the others wait for the files
+    given = config.model.tokenizer, config.model.tokenizer_2
+    return Tokenizers(
+        Path(given[0]).expanduser() if given[0] else clip,
+        Path(given[1]).expanduser() if given[1] else t5,
+        config.model.t5_length,
+    )
+
+
+def _whole(folder: Path, write: Callable[[Path], None]) -> None:
+    """A folder that is there only when it is complete."""
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    write(new)
+    new.rename(folder)
+
+
+# --- latents ---
+
+
+def latent_store(config: Config, step: Step, networks: Networks, folder: Path) -> Encoded:
+    """Where the latents of a step's data are kept, for as long as its autoencoder is the same."""
+    half, name = config.training.use_fp16, config.dataset_of(step)
+    key = encoded_identity(networks.ae, name, config.datasets[name], half)
+    downscale, channels = networks.ae.downscale, config.model.autoencoder.z_channels
+
+    def shape(side: int) -> tuple[int, ...]:
+        return (2, side // downscale, side // downscale, channels)
+
+    return Encoded(folder / LATENTS, key, shape, lambda x: encode(networks, x, half))
+
+
+def measure_latents(batches: Batches, encoded: Encoded, side: int) -> tuple[float, float]:
+    """Scale and shift with which the latents of the data's first pictures have deviation 1 and mean 0."""
+    pictures = batches.first(MEASURED_PICTURES, (side, side))
+    records = [encoded.make(row, picture) for row, picture in enumerate(pictures)]
+    mean, logvar = np.stack(records, axis=1).astype(np.float64)
+    return float(1 / np.sqrt(mean.var() + np.exp(logvar).mean())), float(mean.mean())
