@@ -494,6 +494,7 @@ def write(path: Path, stem: str = "img_in") -> None:
         (["dog.safetensors", "dog_000000500.safetensors", "dog_000001000.safetensors"], "dog"),  # ai-toolkit
         (["dog-000002.safetensors", "dog-000010.safetensors"], "dog-000010"),  # sd-scripts
         (["adapters-step00000100.safetensors", "adapters-step00000200.safetensors"], "adapters-step00000200"),
+        (["adapters-step00000100.safetensors", "final_adapters.safetensors"], "final_adapters"),  # ours
         (["lora.safetensors"], "lora"),  # Replicate
         (["pytorch_lora_weights.safetensors", "other.safetensors"], "pytorch_lora_weights"),
         (

@@ -37,7 +37,8 @@ def adapter_file(path: Path) -> Path:
         raise FluxError(
             f"{path}: a folder without an adapter ({', '.join(FOLDER_FILES[:2])} or *.safetensors)"
         )
-    if len({re.sub(STEP, "", file.stem) for file in found}) > 1:
+    last = [file for file in found if not re.search(STEP, file.stem)]
+    if len(last) != 1 and len({re.sub(STEP, "", file.stem) for file in found}) > 1:
         shown = ", ".join(file.name for file in found[:8])
         raise FluxError(f"{path}: a folder with several adapters; give one of them: {shown}")
     if len(found) > 1:
