@@ -95,8 +95,9 @@ def _found(layers: Sequence[str], item: str) -> Spellings:
 
 def _literal(item: str) -> list[Callable[[str], object]]:
     """A name, or whole parts of one; of kohya's names, which have no dots, the first parts."""
-    prefix = PREFIX.match(item)
-    bare = item[prefix.end() :] if prefix else item
+    bare = item
+    while prefix := PREFIX.match(bare):
+        bare = bare[prefix.end() :]
     return [lambda name: f".{bare}." in f".{name}.", lambda name: f"{name}_".startswith(f"{KOHYA}{bare}_")]
 
 
