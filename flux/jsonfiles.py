@@ -3,6 +3,7 @@
 `json` itself takes any size and depth, the last of two equal keys, NaN, and text that is not Unicode.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -42,7 +43,8 @@ def write(path: Path, table: Mapping[str, Any]) -> None:
         beside.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise FluxError(f"{path}: cannot be written: {error.strerror}") from None
 
 

@@ -10,6 +10,7 @@ import pytest
 from flux.training.finetune import begin, doubts, finetune
 
 from . import finetuning
+from .datasets import write_pictures
 from .finetuning import options
 
 OFF = {"learning_rate": 1e-3}
@@ -109,6 +110,14 @@ def test_the_disk_that_a_cache_takes(monkeypatch, tmp_path):
     found = "the cache takes about 6.0 GB (2 pictures, 7 captions): --cache-dir puts it elsewhere"
     assert doubts.of_cache(plan, int(6e9), 7, folder) == [found]
     assert "and the disk has 10.0 GB" in doubts.of_cache(plan, int(11e9), 7, folder)[0]
+
+
+def test_a_run_says_that_a_loss_is_zero(model, tmp_path):
+    """Regularisation pictures of weight 0 leave nothing to learn in their batches."""
+    write_pictures(tmp_path / "set/img/1_sks dog", {"a.png": (64, 64)})
+    write_pictures(tmp_path / "set/reg/1_dog", {"b.png": (64, 64)})
+    lines = said(model, str(tmp_path / "set"), tmp_path / "run", iterations=2, prior_weight=0.0)
+    assert [line for line in lines if "has a loss of exactly 0" in line], lines
 
 
 def test_updates_that_cannot_move_anything():

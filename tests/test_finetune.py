@@ -382,6 +382,23 @@ def test_a_finished_run_that_the_new_one_needs_is_not_moved(model, data, tmp_pat
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_a_run_that_is_to_be_longer_is_not_finished(model, data, tmp_path):
+    """Though its adapter from before is there."""
+    folder = tmp_path / "run"
+    run(options(model, data, folder, iterations=4, accumulate=2))
+    with pytest.raises(Stopped):
+        finetune(resume(folder, {"iterations": 10}), stop=StopsInTheFourth(Ranks(), quiet=True))
+    assert (folder / "final_adapters.safetensors").is_file()
+    with pytest.raises(FluxError, match="run holds a run"):
+        run(options(model, data, folder))
+
+
+def test_the_optimizer_is_made_as_the_options_say(model, data, tmp_path):
+    chosen = options(model, data, tmp_path, adam_beta1=0.5, adam_beta2=0.75, adam_epsilon=1e-3)
+    made = runs.make_optimizer(chosen.resolved(), 10)
+    assert (list(made.betas), made.eps, made.weight_decay) == ([0.5, 0.75], 1e-3, 0.01)
+
+
 def test_bad_data_leaves_a_finished_run_where_it_is(model, data, tmp_path):
     folder = tmp_path / "run"
     run(options(model, data, folder, iterations=1))

@@ -138,6 +138,10 @@ def test_check_data(call, folder):
     assert (status, err) == (0, [])
     assert "3 steps an epoch" in out
     assert "caption (3): an sks dog" in out
+    out = call("--check-data", "pictures", "--resolution", 64, "--class-prompt", "a dog", "--trigger", "sks")[
+        1
+    ]
+    assert any(line.startswith("warning: the trigger 'sks' is in no caption") for line in out)
     (folder / "pictures/d.png").write_bytes(b"no picture")
     status, out, _ = call("--check-data", "pictures", "--resolution", 64)
     assert status == 2

@@ -184,9 +184,14 @@ def translated(name: str, value: Any) -> tuple[Any, str]:
     return (value if name not in ("optimizer", "quantize") else text), said
 
 
+def in_iterations(name: str) -> str:
+    """Our option of a name that may be the one in updates."""
+    return IN_UPDATES.get(name, name)
+
+
 def iterations(given: dict[str, Any], accumulate: int) -> dict[str, Any]:
     """With what was given in updates as iterations, of which an update takes `accumulate`."""
     return {
-        IN_UPDATES.get(name, name): value * accumulate if name in IN_UPDATES else value
+        in_iterations(name): value * accumulate if name in IN_UPDATES else value
         for name, value in given.items()
     }

@@ -34,8 +34,8 @@ def read(path: Path, texts: Mapping[str, Converter]) -> tuple[dict[str, Any], li
         name = _ours(key)
         if name is None:
             _unknown(key, value, faults, notes)
-        elif name in given:
-            faults.add(key, f"{_called(name)} is given twice")
+        elif foreign.in_iterations(name) in map(foreign.in_iterations, given):
+            faults.add(key, f"{_called(foreign.in_iterations(name))} is given twice")
         elif value is not None:
             value, note = foreign.translated(name, value)
             notes += [f"{key}: {note}"] * bool(note)
@@ -54,9 +54,6 @@ def merged(file: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     for one_of in (("iterations", "epochs", "max_updates"), ("data", "config")):
         if given.keys() & set(one_of):
             left = {name: value for name, value in left.items() if name not in one_of}
-    for updates, ours in foreign.IN_UPDATES.items():
-        if ours in given:
-            left.pop(updates, None)
     both = {**left, **given}
     return foreign.iterations(both, both.get("accumulate", 1))
 
