@@ -53,9 +53,9 @@ def added(tokenizer: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
 def model(tokenizer: Mapping[str, Any], kind: str, what: str) -> Mapping[str, Any]:
     """The model of a tokenizer.json; FluxError where it is of another kind than "BPE" or "Unigram"."""
     found = tokenizer.get("model")
-    own = found.get("type") if isinstance(found, dict) else found
-    if own != kind:
-        raise FluxError(f"{what}; its model is {shown(own)}, expected {kind}")
+    found_kind = found.get("type") if isinstance(found, dict) else found
+    if not isinstance(found, dict) or found_kind != kind:
+        raise FluxError(f"{what}; its model is {shown(found_kind)}, expected {kind}")
     return found
 
 

@@ -98,8 +98,8 @@ def embedding_frequencies(dim: int, max_period: float) -> mx.array:
     BFL's and diffusers' code computes the exponents in float32; up to 4e-7 of a frequency hang on that.
     """
     half = dim // 2
-    exponents = mx.arange(half, dtype=mx.float32) * -math.log(max_period) / half
-    frequencies = [math.exp(exponent) for exponent in exponents.tolist()]
+    exponents: Any = (mx.arange(half, dtype=mx.float32) * -math.log(max_period) / half).tolist()
+    frequencies = [math.exp(exponent) for exponent in exponents]
     for i in _ROUNDED_UP.get((dim, max_period), ()):
         frequencies[i] *= 1 + 2**-24
     return mx.array(frequencies, dtype=mx.float32)

@@ -79,7 +79,7 @@ LANGUAGE_DEFAULTS = LanguageParams(
 )
 # What other networks of these families may have and ours has not: anything else than these would load, and
 # err.
-FIXED = {
+FIXED: dict[str, dict[str, Any]] = {
     "text_config": {"activation_function": "gelu", "scale_embedding": False},
     "vision_config": {
         "activation_function": "gelu",
@@ -101,13 +101,13 @@ def to_ours(found: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """A file's tensors, in either scheme or ours, under our names and in MLX's layout; the embedding once."""
     out: dict[str, mx.array] = {}
     for name, tensor in found.items():
-        own = rename(rename(name, TRANSFORMERS), ORIGINAL)
+        ours = rename(rename(name, TRANSFORMERS), ORIGINAL)
         if name == "image_projection":  # a bare matrix, (in, out)
             tensor = tensor.T
         if tensor.ndim == 4:  # convolutions: (O, I, H, W) -> (O, H, W, I)
             tensor = tensor.transpose(0, 2, 3, 1)
-        if own not in UNUSED:
-            out[own] = tensor
+        if ours not in UNUSED:
+            out[ours] = tensor
     copies = [out.pop(name) for name in COPIES if name in out]
     if EMBEDDING not in out and copies:
         out[EMBEDDING] = copies[0]
@@ -136,7 +136,7 @@ def params(config: Mapping[str, Any]) -> Florence2Params:
             "max_temporal_embeddings", 100
         ),
     }
-    lengths = {name: jsonfiles.count(vision.get(name, own), name) for name, own in nested.items()}
+    lengths = {name: jsonfiles.count(vision.get(name, default), name) for name, default in nested.items()}
     shape = Florence2Params(
         vision=VisionParams(**_shape(VISION_DEFAULTS, vision, "vision_config")),
         language=LanguageParams(**_shape(LANGUAGE_DEFAULTS, text, "text_config")),
@@ -177,7 +177,7 @@ def _table(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _shape(defaults: VisionParams | LanguageParams, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    shape = {}
+    shape: dict[str, Any] = {}
     for field in fields(defaults):
         name = field.name if field.name in config else VISION_NAMES.get(field.name, field.name)
         if name in config:

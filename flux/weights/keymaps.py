@@ -181,7 +181,7 @@ def from_diffusers(rows: tuple[Row, ...], tensors: Mapping[str, mx.array]) -> Te
         module, _, parameter = name.rpartition(".")
         place = _find_ours(patterns, module)
         renamed = {theirs: ours for ours, theirs in place.row.parameters} if place else {}
-        if parameter not in renamed:
+        if place is None or parameter not in renamed:
             out[name] = tensor
         else:
             target = f"{place.module}.{renamed[parameter]}"
@@ -206,7 +206,7 @@ def to_diffusers(rows: tuple[Row, ...], tensors: Mapping[str, mx.array], hidden:
         module, _, parameter = name.rpartition(".")
         row, modules = _find_theirs(patterns, module) or (None, ())
         renamed = dict(row.parameters) if row else {}
-        if parameter not in renamed:
+        if row is None or parameter not in renamed:
             out[name] = tensor
             continue
         if row.swapped:

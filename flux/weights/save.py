@@ -261,14 +261,14 @@ def t5_config(params: T5Params) -> dict[str, Any]:
 
 
 def scheduler_config(spec: ModelSpec) -> dict[str, Any]:
-    points = spec.shift if isinstance(spec.shift, Shift) else DEV_SHIFT
-    dynamic = spec.shift is True or isinstance(spec.shift, Shift)
+    shift = DEV_SHIFT if spec.shift is True else spec.shift
+    points = shift if isinstance(shift, Shift) else DEV_SHIFT
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": 1000,
-        "shift": 3.0 if dynamic else float(spec.shift or 1.0),
-        "use_dynamic_shifting": dynamic,
+        "shift": 3.0 if isinstance(shift, Shift) else float(shift or 1.0),
+        "use_dynamic_shifting": isinstance(shift, Shift),
         "base_shift": points.base,
         "max_shift": points.most,
         "base_image_seq_len": points.base_tokens,
