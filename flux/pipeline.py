@@ -27,7 +27,7 @@ from flux.generation import OnStep, Request, ResolvedRequest
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
-from flux.models.transformer import Flux, Modulation
+from flux.models.transformer import Flux, ModulationVectors
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import checkpoints
 from flux.weights.fit import check_fit
@@ -59,7 +59,7 @@ class Branch(NamedTuple):
 
     text: mx.array  # (1, Lt, hidden)
     positions: mx.array  # rotary tables
-    modulation: list[Modulation]  # one a step
+    modulation: list[ModulationVectors]  # one a step
 
 
 class Plan(NamedTuple):

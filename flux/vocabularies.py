@@ -1,6 +1,6 @@
 """What a tokenizer's file says, checked before a text is read with it.
 
-An id beyond the rows of a network's embedding reads memory that is none of its business; `size` of the
+An id beyond the rows of a network's embedding reads memory beyond the table; `size` of the
 tokenizers says how many rows they need.
 """
 

@@ -217,8 +217,8 @@ def test_a_tokenizer_of_another_size(model, tmp_path):
     for name in ("tokenizer", "tokenizer_2"):
         (folder / name).rename(tmp_path / name)
     line = fault(folder)
-    assert "embeds 514 pieces of text, its tokenizer has 49408: put the model's own tokenizer/" in line
-    assert "embeds 200 pieces of text, its tokenizer has 32000: put the model's own tokenizer_2/" in line
+    assert "embeds 514 pieces of text, its tokenizer has 49408: put the model's tokenizer/" in line
+    assert "embeds 200 pieces of text, its tokenizer has 32000: put the model's tokenizer_2/" in line
 
 
 def test_channels_of_the_published_models():

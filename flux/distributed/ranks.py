@@ -1,4 +1,4 @@
-"""The processes that mlx.launch starts: what they tell each other, and how one that is lost ends them all.
+"""The processes that mlx.launch starts: what they send each other, and how one that is lost ends them all.
 
 A rank is a process; rank 0 is the one that prints and writes. Nothing here knows a model.
 """

@@ -64,7 +64,7 @@ WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # whole or in shards; th
 MAX_BEAMS = 100  # which a checkpoint may ask for; Florence-2's ask for 3
 UNUSED = ("language_model.final_logits_bias",)  # zeros; transformers drops it as well
 
-# config.json -> Florence2Params. Where a file lacks a field, transformers' own default is meant.
+# config.json -> Florence2Params. Where a file lacks a field, transformers' default is meant.
 VISION_NAMES = {"embed_dim": "dim_embed"}  # ours -> Microsoft's
 VISION_DEFAULTS = VisionParams()
 LANGUAGE_DEFAULTS = LanguageParams(
@@ -194,7 +194,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def generation_params(folder: Path) -> GenerationParams:
-    """How the checkpoint wants answers searched: generation_config.json over Florence-2's own settings."""
+    """How the checkpoint wants answers searched: generation_config.json over Florence-2's settings."""
     config = read_json(folder, "generation_config.json")
     known = {field.name: config[field.name] for field in fields(GenerationParams) if field.name in config}
     where = folder / "generation_config.json"
@@ -204,7 +204,7 @@ def generation_params(folder: Path) -> GenerationParams:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights: safetensors, whole or in shards, else PyTorch's own format."""
+    """The files with the weights: safetensors, whole or in shards, else PyTorch's format."""
     files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHTS)), [])
     if not files:
         raise FluxError(f"{folder}: no captioner here; expected config.json and model.safetensors")

@@ -391,7 +391,7 @@ def clip_models() -> tuple["torch.nn.Module", CLIPTextModel]:
     randomize(reference, 9)
     ours = CLIPTextModel(CLIPTextParams(**TEXT))
     tensors = {name: mx.array(p.detach().numpy()) for name, p in reference.state_dict().items()}
-    ours.load_weights([(name, tensors[old]) for old, name in prefixes.own_names("clip", tensors).items()])
+    ours.load_weights([(name, tensors[old]) for old, name in prefixes.bare_names_of("clip", tensors).items()])
     return reference.eval(), ours
 
 
