@@ -4,11 +4,13 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import flux  # before mlx.core, so that OpenBLAS is there first
 
 # isort: split
+from PIL import Image
 from tqdm import tqdm
 
 from flux.arguments import Parser, count
@@ -93,7 +95,7 @@ FORMAT = "jsonl: train.jsonl in the folder (default); txt: a file beside each pi
 def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Caption what is to be captioned, and print where the captions are. Returns the exit status."""
     # Rank 0 alone looks at the disk: another might look later, when the first captions are written.
-    todo, kept = ranks.on_all_ranks(lambda: plan(args) if ranks.rank == 0 else ([], {}))
+    todo, kept, carried = ranks.on_all_ranks(lambda: plan(args) if ranks.rank == 0 else ([], {}, {}))
     todo = [Picture(Path(path), Path(home), name) for path, home, name in ranks.gather(as_text(todo))[0]]
     if args.dry_run:
         if ranks.rank == 0:
@@ -101,6 +103,7 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
             report(f"{len(todo)} to caption, {len(kept)} captioned already; nothing written")
         return 0
     skipped: dict[str, str] = {}
+    ranks.rank_zero_only(partial(records.write, carried, args.format, overwrite=False))
     if todo:
         captioner = ranks.on_all_ranks(lambda: load(args))
         if args.quantize and ranks.is_rank_zero:
@@ -113,20 +116,28 @@ def run(args: argparse.Namespace, ranks: Ranks) -> int:
     report(f"{done} captioned, {len(kept)} kept, {len(skipped)} skipped")
     for fault in skipped.values():
         report(f"skipped: {fault}")
+    for path in records.goes_before([*kept, *todo], args.format):
+        report(f"{path} is there too, and goes before these captions in training: move it away to use them")
     if not done and not kept:
         raise FluxError("no picture could be captioned")
     return 0
 
 
-def plan(args: argparse.Namespace) -> tuple[list[Picture], dict[Picture, str]]:
-    """What is to be captioned, and the captions that stay; FluxError for what will not work."""
+def plan(args: argparse.Namespace) -> tuple[list[Picture], dict[Picture, str], dict[Picture, str]]:
+    """What is to be captioned, the captions that stay, and those of them that are in another form so far.
+
+    FluxError for what will not work.
+    """
     found = files.find(args.paths, [args.contact_sheet] if args.contact_sheet else [])
     if args.contact_sheet:
         sheet.check(args.contact_sheet, len(found))
     records.check(found, args.format)
     captions = records.read(found, args.format)  # to overwrite too: a damaged list is seen at once
-    kept = {} if args.overwrite else captions
-    return [picture for picture in found if picture not in kept], kept
+    if args.overwrite:
+        return found, {}, {}
+    kept = records.read_elsewhere(found) | captions
+    carried = {picture: text for picture, text in kept.items() if picture not in captions}
+    return [picture for picture in found if picture not in kept], kept, carried
 
 
 def as_text(pictures: Iterable[Picture]) -> list[tuple[str, str, str]]:
@@ -156,21 +167,18 @@ def caption(
         for start in range(0, len(todo), args.batch_size * ranks.size):
             batch = todo[start : start + args.batch_size * ranks.size]
             share = batch[ranks.rank :: ranks.size]
-            own = ranks.on_all_ranks(lambda share=share: caption_batch(captioner, share, task, args.prompt))
-            answers, faults = (merge(dicts) for dicts in zip(*ranks.gather(own), strict=True))
-            skipped |= faults
+            own = ranks.on_all_ranks(partial(caption_batch, captioner, share, task, args.prompt))
+            gathered = ranks.gather(own)
+            answers = merge(found for found, _ in gathered)
+            skipped |= merge(faults for _, faults in gathered)
             captions = {
                 picture: wording(answers[str(picture.path)])
                 for picture in batch
                 if str(picture.path) in answers
             }
-            ranks.rank_zero_only(lambda new=captions: save(new, args))
+            ranks.rank_zero_only(partial(records.write, captions, args.format, args.overwrite))
             bar.update(len(batch))
     return skipped
-
-
-def save(captions: dict[Picture, str], args: argparse.Namespace) -> None:
-    records.write(captions, args.format, args.overwrite)
 
 
 def merge(dicts: Iterable[dict[str, str]]) -> dict[str, str]:
@@ -181,7 +189,8 @@ def caption_batch(
     captioner: Captioner, batch: list[Picture], task: Task, text: str | None
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The answers by the pictures' paths, and what is wrong with those that cannot be read."""
-    images, faults = {}, {}
+    images: dict[str, Image.Image] = {}
+    faults: dict[str, str] = {}
     for picture in batch:
         name = str(picture.path)
         try:
@@ -194,7 +203,7 @@ def caption_batch(
             faults[name] = f"{name!r} has a name that is not UTF-8"
     texts = [text] * len(images) if text else None
     answers = captioner.answers(list(images.values()), task, texts) if images else []
-    return dict(zip(images, answers, strict=True)), faults
+    return {name: str(answer) for name, answer in zip(images, answers, strict=True)}, faults
 
 
 # --- The end ---

@@ -11,6 +11,7 @@ from flux.arguments import Parser, adapter, count, finite, on_stop_signals, run_
 from flux.data import check, samples
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
+from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.training import losses, optimizers, schedules
 from flux.training.finetune import Options, Stop, Stopped, begin, finetune, resume
 from flux.training.finetune.options import ITERATIONS, PARTS, QUANTIZE, WARMUP
@@ -20,7 +21,7 @@ from flux.weights import registry
 DATA_OPTIONS = (
     *("resolution", "batch_size", "num_repeats", "class_tokens", "enable_bucket", "bucket_no_upscale"),
     *("flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens", "caption_dropout_rate"),
-    *("alpha_mask", "validation_split"),
+    *("alpha_mask", "mask_floor", "validation_split", "caption_column", "uncaptioned"),
 )
 ON: dict[str, Any] = {"action": "store_true"}
 SEVERAL = (
@@ -72,9 +73,17 @@ def check_data(given: dict[str, Any]) -> int:
         raise FluxError("--check-data needs a data set; name a folder, a data.toml or a data set of the Hub")
     options = Options(**given)
     spec = registry.find(options.model) or registry.get("dev")
-    report = check.check(samples.load(options.data, options.with_size(spec.image_size)))
+    dataset = samples.load(options.data, options.with_size(spec.image_size))
+    report = check.check(dataset, tokenizers(spec))
     print(check.render(report))
     return 2 if report.errors else 0
+
+
+def tokenizers(spec: registry.ModelSpec) -> dict[str, check.Tokenizer]:
+    """Those of the model; all but the built-in one have those that ship with the package."""
+    folder = registry.TOKENIZERS_FOLDER if spec.repo else registry.TINY_FOLDER
+    t5 = T5Tokenizer.from_folder(folder / "tokenizer_2", spec.t5_length)
+    return {"T5": t5, "CLIP": CLIPTokenizer.from_folder(folder / "tokenizer")}
 
 
 # --- Arguments ---
@@ -116,8 +125,8 @@ def build_parser() -> Parser:
 
 def add_data(parser: Parser) -> None:
     add = parser.add_argument_group("what to learn").add_argument
-    add("data", nargs="?", metavar="DATA", help="a folder (train.jsonl, index.json, data.toml, or pictures "
-        "with caption files), one of these files, or a data set of the Hub")  # fmt: skip
+    add("data", nargs="?", metavar="DATA", help="a folder (train.jsonl, metadata.csv, data.toml and others, "
+        "or pictures with caption files), one of these files, or a data set of the Hub")  # fmt: skip
     add("--config", metavar="FILE", help="the same, for a data.toml")
     add("--check-data", **ON, help="report all that is wrong with the data set, without a model, and end")
     add("--resume", metavar="DIR", help="go on with the run in DIR, with its own options")
@@ -127,6 +136,9 @@ def add_data(parser: Parser) -> None:
     add("--batch-size", type=count, metavar="N", help="pictures an iteration (default 1)")
     add("--repeats", dest="num_repeats", type=count, metavar="N", help="of every picture an epoch (1)")
     add("--class-prompt", dest="class_tokens", metavar="TEXT", help="caption of pictures that have none")
+    add("--caption-column", metavar="NAME", help="of a list or table: where the captions are (default: "
+        "prompt, text, caption ...)")  # fmt: skip
+    add("--uncaptioned", **ON, help="pictures without a caption are meant; else they are an error")
     add("--buckets", dest="enable_bucket", **ON, help="keep aspect ratios: pictures of several shapes")
     add("--no-upscale", dest="bucket_no_upscale", **ON, help="with --buckets: only ever shrink pictures")
     add("--flip", dest="flip_aug", **ON, help="mirror pictures, by chance")
@@ -136,6 +148,8 @@ def add_data(parser: Parser) -> None:
     add("--keep-tokens", type=int, metavar="N", help="but leave the first N (0) in their places")
     add("--caption-dropout", dest="caption_dropout_rate", type=finite, metavar="P", help="drop captions (0)")
     add("--alpha-mask", **ON, help="learn only where pictures are opaque")
+    add("--mask-floor", type=finite, metavar="X", help="weight of what a mask covers, 0 (default) to 1; "
+        "masks: alpha, x-masklabel.png beside x.jpg, a folder masks")  # fmt: skip
     add("--validation-split", type=finite, metavar="P", help="hold out this share of the pictures (0)")
 
 

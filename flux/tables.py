@@ -80,6 +80,8 @@ class Bounds:
     above: float | None = None
     most: float | None = None
     below: float | None = None
+    multiple: int | None = None
+    filled: bool = False  # of a text: not empty
     choices: tuple[str, ...] = ()
     kinds: Mapping[str, type] | None = None
 
@@ -97,6 +99,10 @@ class Bounds:
             return f"must be at most {self.most}"
         if self.below is not None and not value < self.below:
             return f"must be below {self.below}"
+        if self.multiple is not None and value % self.multiple:
+            return f"must be a multiple of {self.multiple}"
+        if self.filled and not value:
+            return "must not be empty"
         return None
 
 
@@ -137,12 +143,9 @@ def read(cls: type, table: Any, where: str, faults: Faults, derived: tuple[str, 
     for name in table:
         if name not in fields:
             faults.add(where, f"unknown key {name!r}{nearest(str(name), fields)}")
-    hints, values = typing.get_type_hints(cls), {}
+    values = given(cls, {name: table[name] for name in fields if name in table}, where, faults)
     for name, f in fields.items():
-        if name in table:
-            bounds = f.metadata.get("bounds", Bounds())
-            values[name] = _value(hints[name], table[name], bounds, f"{where}.{name}".strip("."), faults)
-        elif f.default is MISSING and f.default_factory is MISSING:
+        if name not in table and f.default is MISSING and f.default_factory is MISSING:
             faults.add(where, f"the key {name!r} is missing")
     if len(faults.lines) > before:
         return None
@@ -153,10 +156,27 @@ def read(cls: type, table: Any, where: str, faults: Faults, derived: tuple[str, 
         return None
 
 
+def given(cls: type, table: Mapping[str, Any], where: str, faults: Faults) -> dict[str, Any]:
+    """The values of a data class's fields that a table has; those with faults are left out of it."""
+    hints, found = typing.get_type_hints(cls), {}
+    bounds = {f.name: f.metadata.get("bounds", Bounds()) for f in dataclasses.fields(cls)}
+    for name, value in table.items():
+        before = len(faults.lines)
+        read_value = _value(hints[name], value, bounds[name], f"{where}.{name}".strip("."), faults)
+        if len(faults.lines) == before:
+            found[name] = read_value
+    return found
+
+
 def nearest(name: str, known: Any) -> str:
     """ "; did you mean X?", or what there is to choose from."""
-    close = difflib.get_close_matches(name, list(known), 1, 0.7)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+    return close(name, known) or f"; known: {', '.join(known)}"
+
+
+def close(name: str, known: Any) -> str:
+    """ "; did you mean X?" where a name is near; else ""."""
+    found = difflib.get_close_matches(name, list(known), 1, 0.7)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _value(hint: Any, value: Any, bounds: Bounds, where: str, faults: Faults) -> Any:

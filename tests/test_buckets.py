@@ -262,6 +262,32 @@ def test_only_crops_and_colours_make_variants(dataset):
     assert set(crops.variants()) == variants
 
 
+def test_regularisation_pictures_go_round_with_new_variants(tmp_path):
+    """Repeats are counted on over the laps: a second lap does not crop as the first did."""
+    write_pictures(tmp_path / "a", {f"{i}.png": (64, 64) for i in range(5)})
+    write_pictures(tmp_path / "r", {"r.png": (64, 128), "s.png": (64, 129)})
+    toml = write_toml(
+        tmp_path,
+        """[[datasets]]
+resolution = 64
+[[datasets.subsets]]
+image_dir = "a"
+class_tokens = "x"
+num_repeats = 2
+[[datasets.subsets]]
+image_dir = "r"
+class_tokens = "y"
+is_reg = true
+random_crop = true
+num_repeats = 2
+""",
+    )
+    entries = [entry for entry in entries_of(Plan(samples.load(toml, {}), 1).epoch(0)) if entry.is_reg]
+    variants = sorted((name(entry), entry.repeat) for entry in entries)
+    # Laps of r0 r1 s0 s1: two whole ones, then r4 and r5.
+    assert variants == [("r.png", i) for i in range(6)] + [("s.png", i) for i in range(4)]
+
+
 def test_validation_is_without_chance(tmp_path):
     write_pictures(tmp_path / "a", {f"{i}.png": (64, 64) for i in range(10)})
     toml = write_toml(

@@ -25,13 +25,15 @@ def test_without_options_a_caption_stays_as_it_is(text):
     assert compose(text) == text
 
 
-def test_first_line_is_the_caption():
-    assert compose("\n one \ntwo\n") == "one"
+def test_all_paragraphs_are_the_caption():
+    text = "First paragraph.\n\nSecond, with a \u2028 and a comma."
+    assert compose(text) == text
+    assert compose(text, caption_prefix="p") == f"p {text}"
 
 
 def test_prefix_and_suffix():
     assert compose("dog", caption_prefix="sks", caption_suffix="in the rain") == "sks dog in the rain"
-    assert compose("one\ntwo", caption_prefix="p", caption_suffix="s") == "p one s"
+    assert compose("one\ntwo", caption_prefix="p", caption_suffix="s") == "p one\ntwo s"
     assert compose("", caption_prefix="p") == "p"
 
 

@@ -64,12 +64,12 @@ def test_depth_is_exact():
     ids=range(17),
 )
 def test_refused(text, line):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ValueError, match=line) as error:
         jsonfiles.parse(text)
     assert len(str(error.value)) < 200
     assert "\n" not in str(error.value)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(

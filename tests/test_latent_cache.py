@@ -1,5 +1,7 @@
 """The cache of latents and text features: encoded once, found again, redone when damaged or out of date."""
 
+import os
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -113,6 +115,34 @@ def test_masks_are_averaged_and_flipped(tmp_path, cache):
         assert np.array_equal(mask, np.tile(row[::-1] if entry.flip else row, (8, 1)))
         flips.add(entry.flip)
     assert flips == {True, False}
+
+
+def test_masks_of_files_have_a_floor(tmp_path, cache):
+    """The floor is not in the cache: another one needs no new encoding."""
+    folder = write_pictures(tmp_path / "p", {"a.png": (SIDE, SIDE)})
+    half = np.zeros((SIDE, SIDE), np.uint8)
+    half[: SIDE // 2] = 255
+    (folder / "masks").mkdir()
+    Image.fromarray(half).save(folder / "masks/a.png")
+    assert fill(cache, make_plan(folder))[0] == 1
+    for floor in (0.0, 0.25, 1.0):
+        plan = make_plan(folder, mask_floor=floor)
+        encoded, store = fill(cache, plan)
+        assert encoded == 0
+        mask = np.array(store.load(entries(plan, 0)[0])["mask"])
+        assert np.array_equal(mask, np.repeat([1.0] * 4 + [floor] * 4, 8).reshape(8, 8))
+    Image.fromarray(255 - half).save(folder / "masks/a.png")
+    assert fill(cache, make_plan(folder))[0] == 1, "another mask is another entry"
+
+
+def test_a_reader_beside_never_sees_half_an_entry(folder, cache, tmp_path):
+    key = {"kind": "text"}
+    for content in (b"old", b"new, and longer"):
+        cache.add(key, content)
+        link = tmp_path / content.decode()[:3]
+        os.link(cache.path(key), link)
+    assert (tmp_path / "old").read_bytes() == b"old"
+    assert (tmp_path / "new").read_bytes() == b"new, and longer"
 
 
 @pytest.mark.parametrize(

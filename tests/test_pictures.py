@@ -11,7 +11,7 @@ from tests.datasets import OPTIONS, random_picture, write_pictures
 
 def placed(path, **options):
     dataset = samples.load(path, {**OPTIONS, "class_tokens": "x", **options})
-    return pictures.place(dataset.samples, dataset.groups)
+    return pictures.place(dataset)
 
 
 def test_pictures_of_all_kinds(tmp_path):
@@ -81,18 +81,27 @@ def test_colours_vary_a_little(tmp_path):
 
 
 def test_damaged_pictures_are_refused_by_name(tmp_path):
+    """All at once, before the training: absent, cut short, no picture, nothing to see."""
     write_pictures(tmp_path, {"good.png": (64, 64), "cut.jpg": (64, 64)})
-    content = (tmp_path / "cut.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
-    cut, good = placed(tmp_path)
-    with pytest.raises(FluxError, match=r"cut\.jpg: image file is truncated"):
-        pictures.prepare(cut, 0, 0)
+    (good,) = [each for each in placed(tmp_path) if each.sample.name.endswith("good.png")]
     Image.fromarray(random_picture(seed=9)).save(tmp_path / "good.png")
     with pytest.raises(FluxError, match=r"good\.png has changed"):
         pictures.prepare(good, 0, 0)
+    content = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
     (tmp_path / "none.png").write_bytes(b"nothing")
-    (tmp_path / "train.jsonl").write_text(
-        '{"image": "none.png", "prompt": "x"}\n{"image": "absent.png", "prompt": "x"}'
-    )
-    with pytest.raises(FluxError, match=r"2 picture.*none\.png is not a picture.*absent\.png: No such file"):
+    Image.new("RGBA", (64, 64), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    rows = [
+        f'{{"image": "{name}", "prompt": "x"}}' for name in ("none.png", "absent.png", "cut.jpg", "clear.png")
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(rows))
+    with pytest.raises(FluxError) as error:
         placed(tmp_path)
+    for words in (
+        "4 picture(s)",
+        "none.png is not a picture",
+        "absent.png: No such file",
+        "cut.jpg: image file is truncated",
+        "clear.png: the picture is all transparent",
+    ):
+        assert words in str(error.value)

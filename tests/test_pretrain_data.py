@@ -12,7 +12,9 @@ from PIL import Image
 from flux.data.sources import open_folder, open_hugging_face
 from flux.data.webdataset import open_shards, shards
 from flux.errors import FluxError
+from flux.training.pretrain import validate
 from flux.training.pretrain.batches import Batches, Shard, open_dataset
+from flux.training.pretrain.config import ConfigError
 
 from . import pretraining
 
@@ -59,13 +61,14 @@ def test_what_is_transparent_is_white(tmp_path):
     ("files", "captions", "message"),
     [
         ({}, None, "no pictures"),
-        ({"a.png": b"", "b.png": b"", "b.txt": b"x"}, None, r"no caption for a\.png"),
-        ({"c.tsv": b"a.png a cat"}, "c.tsv", r"c\.tsv, line 1: should be name<TAB>caption"),
-        ({"c.tsv": b"a.png\ta cat"}, "c.tsv", r"no picture a\.png"),
-        ({"c.tsv": b""}, "c.tsv", "empty"),
+        ({"a.png": b"", "b.png": b"", "b.txt": b"x"}, None, r"no caption for .*a\.png"),
+        ({"c.tsv": b"a.png a cat"}, "c.tsv", r"c\.tsv: its first line should name the columns"),
+        ({"c.tsv": b"a.png\ta cat\nb.png a dog"}, "c.tsv", r"c\.tsv, line 2: should be one object"),
+        ({"c.tsv": b"a.png\ta cat"}, "c.tsv", r"no picture .*a\.png"),
+        ({"c.tsv": b""}, "c.tsv", "lists no pictures"),
         ({}, "c.tsv", r"c\.tsv: cannot be read"),
-        ({"train.jsonl": b'{"image": "a.png"}'}, None, r"train\.jsonl, line 1: should be an object with"),
-        ({"train.jsonl": b"[]"}, None, r"train\.jsonl, line 1"),
+        ({"train.jsonl": b'{"image": "a.png"}'}, None, r"no caption for .*a\.png.*; no picture .*a\.png"),
+        ({"train.jsonl": b"[]"}, None, r"train\.jsonl: lists no pictures"),
     ],
 )
 def test_a_folder_with_a_fault(tmp_path, files, captions, message):
@@ -140,8 +143,8 @@ def test_a_saved_data_set_of_hugging_face(tmp_path):
     assert source.picture(2)[0, 0].tolist() == [2, 0, 0]
     with pytest.raises(FluxError, match="has no column 'caption'; it has image, text, n"):
         open_hugging_face(str(tmp_path / "set"), None, "train", "image", "caption")
-    with pytest.raises(FluxError, match="holds int, not pictures"):
-        open_hugging_face(str(tmp_path / "set"), None, "train", "n", "text").picture(0)
+    with pytest.raises(FluxError, match="no column 'n' that holds pictures"):
+        open_hugging_face(str(tmp_path / "set"), None, "train", "n", "text")
     with pytest.raises(FluxError, match="the data set nobody/nothing, split 'train', cannot be had"):
         open_hugging_face("nobody/nothing", None, "train", "image", "text")
 
@@ -194,6 +197,56 @@ def test_reduced_sizes_and_the_prompt_prefix(tmp_path):
     sides = {batches(step)["pictures"].shape[1:3] for step in range(10)}
     assert sides == {(16, 16), (8, 8)}
     assert all(text.startswith("an icon, a picture") for text in batches.texts(0) if text)
+
+
+def test_one_of_several_captions_is_drawn_each_epoch(tmp_path):
+    folder = pretraining.write_pictures(tmp_path / "data")
+    rows = [{"image": f"{i}.png", "prompt": [f"a {i}", f"b {i}"]} for i in range(12)]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    steps = {"pipeline": {"steps": [{**VAE, "cfg_dropout_prob": 0, "batch_size": 4}]}}
+
+    def texts(shard=None) -> list[list[str]]:
+        batches = make(tmp_path, shard, training=steps, data={"captions_file": "train.jsonl"})
+        assert len(batches._source.captions) == 24, "both are in the vocabulary"
+        return [batches.texts(step) for step in range(9)]
+
+    straight = texts()
+    assert straight == texts()
+    assert {text for batch in straight for text in batch} > {"a 0"}
+    epochs = [sorted(text for batch in straight[3 * e : 3 * e + 3] for text in batch) for e in range(3)]
+    assert all(sorted(int(text.split()[1]) for text in epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    shared_out = [text for rank in range(3) for batch in texts(Shard(rank, 3))[:1] for text in batch]
+    assert sorted(shared_out) == epochs[0], "whoever draws it, in whatever batch"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_everything_wrong_with_the_data_in_one_go(tmp_path):
+    """A wrong key hides no picture, a picture no other, and a data set no other."""
+    folder = pretraining.write_pictures(tmp_path / "data", 3)
+    (folder / "1.png").write_bytes(b"no picture")
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:60])
+    (tmp_path / "empty").mkdir()
+
+    def faults(**step) -> list[str]:
+        sets = {"b": {"type": "local", "path": str(tmp_path / "empty")}}
+        tables = pretraining.tables(tmp_path, {**VAE, **step}, datasets=sets) | {"default_dataset": "data"}
+        (tmp_path / "c.json").write_text(json.dumps(tables))
+        with pytest.raises(ConfigError) as error:
+            validate.load(tmp_path / "c.json", decode=True)
+        return error.value.faults
+
+    data = [
+        "empty: no pictures in it",
+        "1.png is not a picture",
+        "2.png: ",
+        "3 pictures are less than a batch of 4",
+    ]
+    found = faults()
+    assert len(found) == len(data)
+    assert all(any(words in fault for fault in found) for words in data)
+    found = faults(lr=-1)
+    assert all(any(words in fault for fault in found) for words in [*data[:3], "-1 must be above 0"])
 
 
 def test_too_few_pictures_for_a_batch(tmp_path):

@@ -92,6 +92,17 @@ def test_t5_batch_without_padding_is_as_long_as_its_longest(t5_folder):
     assert t5(["a", "a red apple"]).shape == (2, 16)
 
 
+def test_t5_padding_to_another_length(t5_folder):
+    """ComfyUI pads to 256 tokens whatever the model's length, and cuts no longer prompt."""
+    t5 = T5Tokenizer.from_folder(t5_folder, 32)
+    text = t5.encode("a red apple", pad=False)
+    t5.padded_length = 16
+    assert t5.encode("a red apple") == text + [0] * (16 - len(text))
+    assert len(t5.encode("apple " * 100)) == 32
+    t5.padded_length = 64
+    assert len(t5.encode("a red apple")) == 32
+
+
 def test_t5_tells_what_was_cut(t5_folder):
     words = "A photo of an astronaut riding a horse on Mars 火星 ꙮ"
     long = T5Tokenizer.from_folder(t5_folder, 512)

@@ -27,10 +27,10 @@ def view(offset: int, shape: tuple, strides: tuple) -> bytes:
 def fault(path: Path) -> str:
     """The one line, after a short time and without much memory."""
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(FluxError, match="not a PyTorch file of weights") as error:
         torchfile.load([path])
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert tracemalloc.get_traced_memory()[1] < 200e6
     tracemalloc.stop()
     line = str(error.value)

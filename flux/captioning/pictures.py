@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from flux import images
+from flux.data.pictures import over_white
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,7 @@ def load(path: str | Path) -> Image.Image:
 
     Raises FluxError for a file that is absent or no picture.
     """
-    colours, alpha = images.load(path)
-    picture = Image.fromarray(colours)
-    if alpha is not None:
-        picture = Image.composite(picture, Image.new("RGB", picture.size, "white"), Image.fromarray(alpha))
-    return picture
+    return Image.fromarray(over_white(*images.load(path)))
 
 
 def prepare(pictures: list[Image.Image], params: PictureParams | None = None) -> mx.array:

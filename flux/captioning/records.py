@@ -1,7 +1,8 @@
 """Captions on the disk: a train.jsonl, a captions.csv, or a .txt beside each picture.
 
 Each write reads what is there, adds to it, and puts the whole in its place at once: a process that is killed
-leaves the old file or the new one, and what was edited in the meantime, by hand, is kept.
+leaves the old file or the new one, and what was edited in the meantime, by hand, is kept. Rows are read by
+the rules of flux.data, under any of its keys; new rows have `image` and `prompt`.
 """
 
 import csv
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from flux.captioning.files import Picture
+from flux.data import files, folders, lists
+from flux.data.files import nfc
 from flux.errors import FluxError
 
 LISTS = {"jsonl": "train.jsonl", "csv": "captions.csv"}
@@ -47,19 +50,39 @@ def check(pictures: Iterable[Picture], format: str) -> None:
 
 
 def read(pictures: Iterable[Picture], format: str) -> dict[Picture, str]:
-    """The captions that are there already. Raises FluxError for a list that cannot be read."""
-    found = {}
+    """The captions that are there already in this form. Raises FluxError for a list that cannot be read."""
+    found: dict[Picture, str] = {}
     for path, group in _by_place(pictures, format).items():
+        captions: dict[str, str | None]
         if format == "txt":
             captions = dict.fromkeys(_names(group), _text(path))
         else:
-            captions = {_normal(row[IMAGE]): row[PROMPT] for row in _rows(path)}
-        found |= {
-            picture: captions[name]
-            for name, picture in _names(group).items()
-            if captions.get(name) is not None
-        }
+            captions = {_normal(_image(row)): _caption(row) for row in _rows(path)}
+        found |= {picture: text for name, picture in _names(group).items() if (text := captions.get(name))}
     return found
+
+
+def read_elsewhere(pictures: Iterable[Picture]) -> dict[Picture, str]:
+    """The captions in whatever form the trainer would read them: other lists, other caption files."""
+    pictures = list(pictures)
+    found: dict[Path, str] = {}
+    for home in dict.fromkeys(picture.home for picture in pictures):
+        try:
+            rows = folders.read(home, folders.Rules()).rows
+        except FluxError:  # only pictures that cannot be read
+            continue
+        found |= {row.picture.resolve(): row.captions[0] for row in rows
+                  if row.captions and isinstance(row.picture, Path)}  # fmt: skip
+    known = ((picture, found.get(picture.path.resolve())) for picture in pictures)
+    return {picture: text for picture, text in known if text}
+
+
+def goes_before(pictures: Iterable[Picture], format: str) -> list[Path]:
+    """The lists that the trainer reads in the place of what `write` writes in this form."""
+    order = lists.LISTS if format == "txt" else lists.LISTS[: lists.LISTS.index(LISTS[format])]
+    homes = dict.fromkeys(picture.home for picture in pictures)
+    firsts = ([home / name for name in order if (home / name).is_file()] for home in homes)
+    return [found[0] for found in firsts if found]
 
 
 def write(captions: Mapping[Picture, str], format: str, overwrite: bool) -> None:
@@ -69,15 +92,16 @@ def write(captions: Mapping[Picture, str], format: str, overwrite: bool) -> None
     """
     for path, group in _by_place(captions, format).items():
         if format == "txt":
-            if overwrite or not path.exists():
+            if overwrite or not _text(path):
                 _replace(path, captions[group[0]] + "\n")
             continue
         new = {name: captions[picture] for name, picture in _names(group).items()}
         rows = _rows(path)
-        known = {_normal(row[IMAGE]) for row in rows}
+        known = {_normal(_image(row)) for row in rows}
         for row in rows:
-            if overwrite and _normal(row[IMAGE]) in new:
-                row[PROMPT] = new[_normal(row[IMAGE])]
+            name = _normal(_image(row))
+            if name in new and (overwrite or not _caption(row)):
+                row[_caption_key(row)] = new[name]
         rows += [{IMAGE: name, PROMPT: text} for name, text in new.items() if name not in known]
         _replace(path, _as_csv(rows) if format == "csv" else _as_lines(rows))
 
@@ -95,7 +119,49 @@ def _names(pictures: Iterable[Picture]) -> dict[str, Picture]:
 
 def _normal(name: str) -> str:
     """One spelling of a path for the many there are, such as ./a.jpg."""
-    return Path(os.path.normpath(name)).as_posix()
+    return nfc(Path(os.path.normpath(name.replace("\\", "/"))).as_posix())
+
+
+# --- Rows ---
+
+
+def _image(row: Row) -> str:
+    return next((row[key] for key in lists.IMAGE_KEYS if row.get(key)), "")
+
+
+def _caption(row: Row) -> str | None:
+    """The first of a row's captions."""
+    return next(iter(lists.captions_of(row)), None)
+
+
+def _caption_key(row: Row) -> str:
+    """The key that the row's caption is under, or would be."""
+    filled = (key for key in lists.CAPTION_KEYS if row.get(key))
+    return next(filled, next((key for key in lists.CAPTION_KEYS if key in row), PROMPT))
+
+
+def _rows(path: Path) -> list[Row]:
+    """A list's rows; none where there is no file. FluxError for the lines that are wrong."""
+    if not path.exists():
+        return []
+    objects = lists.read_objects(path)
+    faults = [where for where, row in objects if not _is_row(row)]
+    if faults:
+        raise FluxError(
+            f"{path}, {files.some(faults)}: should have an {IMAGE} and a {PROMPT}, both texts: "
+            "mend it, or move the file away"
+        )
+    return [dict(row) for _, row in objects]
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, Mapping) or not isinstance(name := _image(dict(row)), str):
+        return False
+    try:
+        lists.captions_of(row)
+    except FluxError:
+        return False
+    return bool(name)
 
 
 # --- Files ---
@@ -103,14 +169,7 @@ def _normal(name: str) -> str:
 
 def _text(path: Path) -> str | None:
     """A file's text; None where there is none."""
-    try:
-        return path.read_bytes().decode("utf-8-sig").strip()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise FluxError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise FluxError(f"{path}: the captions in it are not UTF-8 text") from None
+    return files.read_text(path).strip() if path.exists() else None
 
 
 def _replace(path: Path, text: str) -> None:
@@ -123,45 +182,6 @@ def _replace(path: Path, text: str) -> None:
         raise FluxError(f"cannot write {path}: {error.strerror}") from None
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _rows(path: Path) -> list[Row]:
-    """A list's rows; none where there is no file."""
-    text = _text(path) or ""
-    places, rows = _from_csv(path, text) if path.suffix == ".csv" else _from_lines(text)
-    for where, row in zip(places, rows, strict=True):
-        if not (isinstance(row, dict) and all(isinstance(row.get(key), str) for key in (IMAGE, PROMPT))):
-            raise FluxError(
-                f"{path}, line {where}: should have an {IMAGE} and a {PROMPT}, both texts: "
-                "mend it, or move the file away"
-            )
-    return rows
-
-
-def _from_lines(text: str) -> tuple[list[int], list[Any]]:
-    lines = {number: line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
-    return list(lines), [_json(line) for line in lines.values()]
-
-
-def _json(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
-
-
-def _from_csv(path: Path, text: str) -> tuple[list[int], list[Row]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    places, rows = [], []
-    try:
-        for row in reader:
-            if None in row:  # more values than the header has names
-                row[PROMPT] = None
-            places.append(reader.line_num)
-            rows.append(row)
-    except csv.Error as error:
-        raise FluxError(f"{path}, line {reader.line_num}: no CSV: {error}") from None
-    return places, rows
 
 
 def _as_lines(rows: list[Row]) -> str:

@@ -18,7 +18,7 @@ from flux.data.pictures import Placed
 from flux.data.samples import Dataset
 from flux.errors import FluxError
 
-ORDER, FLIP, CAPTION = range(3)  # what a generator is for
+ORDER, FLIP, CAPTION, TEXT = range(4)  # what a generator is for
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,18 @@ class Item:
 class Plan:
     """The batches of a training on a data set.
 
-    Reads every picture's file and size. FluxError names all that cannot be read.
+    Decodes every picture once, so that all that cannot be read is known before the long work. FluxError names
+    it, with the errors of the data set.
     """
 
-    def __init__(self, dataset: Dataset, seed: int):
+    def __init__(self, dataset: Dataset, seed: int, placed: list[Placed] | None = None):
+        """placed: the data set's pictures, if they have been looked at."""
         if seed < 0:
             raise FluxError(f"the seed {seed} should be 0 or more")
         self.seed = seed
         self.groups = dataset.groups
-        self.placed = pictures.place(dataset.samples, dataset.groups)
-        self.held_out = pictures.place(dataset.validation, dataset.groups)
+        placed = pictures.place(dataset) if placed is None else placed
+        self.placed, self.held_out = placed[: len(dataset.samples)], placed[len(dataset.samples) :]
         self.items = epoch_items(self.placed, len(dataset.groups))
         counts = self.bucket_table()
         self.batches_per_epoch = sum(-(-n // self.groups[g].batch_size) for (g, _), n in counts.items())
@@ -73,14 +75,16 @@ class Plan:
     @property
     def masked(self) -> bool:
         """Whether any picture's loss is masked."""
-        return any(placed.sample.subset.alpha_mask for placed in self.placed + self.held_out)
+        return any(placed.sample.subset.alpha_mask or placed.mask for placed in self.placed + self.held_out)
 
     def digest(self) -> str:
         """What tells this training's data from others: contents, texts and options, not names or places."""
-        parts = [
-            (placed.digest, placed.bucket, placed.sample.text, placed.sample.subset, self.groups)
-            for placed in self.placed + self.held_out
-        ]
+        parts = []
+        for placed in self.placed + self.held_out:
+            options = replace(placed.sample.subset, mask_dir=None)
+            parts.append(
+                (placed.digest, placed.mask, placed.bucket, placed.sample.texts, options, self.groups)
+            )
         return hashlib.sha256(repr((len(self.placed), parts)).encode()).hexdigest()
 
     def bucket_table(self) -> dict[tuple[int, Size], int]:
@@ -127,7 +131,10 @@ class Plan:
 
     def _caption(self, number: int, epoch: int) -> str:
         sample = self.items[number].placed.sample
-        return captions.compose(sample.text, sample.subset, epoch, self._rng(CAPTION, epoch, number))
+        text = sample.text
+        if len(sample.texts) > 1:
+            text = sample.texts[int(self._rng(TEXT, epoch, number).integers(len(sample.texts)))]
+        return captions.compose(text, sample.subset, epoch, self._rng(CAPTION, epoch, number))
 
     def captions(self, epochs: int) -> list[str]:
         """All captions of the first epochs and of the validation, each once: what must be encoded."""

@@ -9,7 +9,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import mlx.core as mx
 import numpy as np
@@ -49,7 +49,7 @@ class Cache:
             return None
         try:
             metadata = tensors.read_header(path).metadata
-            found = mx.load(str(path), format="safetensors")
+            found = cast(Tensors, mx.load(str(path), format="safetensors"))
             mx.eval(found)
         except (FluxError, OSError, RuntimeError, ValueError):
             return None
@@ -158,7 +158,10 @@ class Latents(Store[tuple[Placed, int]]):
         self._cache.save(self._key((placed, repeat)), entry)
 
     def load(self, entry: Entry) -> Tensors:
-        """mean and logvar (h, w, z), and mask (h, w) where there is one, flipped as the entry says."""
+        """mean and logvar (h, w, z), and mask (h, w) where there is one, flipped as the entry says.
+
+        The mask is at least the subset's mask_floor; it is kept without, so that the floor may change.
+        """
         found = self._cache.load(self._key((entry.placed, entry.repeat)))
         if found is None:
             raise FluxError(
@@ -167,7 +170,8 @@ class Latents(Store[tuple[Placed, int]]):
         suffix = FLIPPED if entry.flip else ""
         out = {"mean": found["mean" + suffix], "logvar": found["logvar" + suffix]}
         if "mask" in found:
-            out["mask"] = found["mask"][:, ::-1] if entry.flip else found["mask"]
+            mask = found["mask"][:, ::-1] if entry.flip else found["mask"]
+            out["mask"] = mx.maximum(mask, entry.placed.sample.subset.mask_floor)
         return out
 
     def _key(self, item: tuple[Placed, int]) -> dict[str, Any]:
@@ -181,6 +185,8 @@ class Latents(Store[tuple[Placed, int]]):
             "mask": subset.alpha_mask,
             "encoder": self._identity,
         }
+        if placed.mask:
+            key["mask_file"] = placed.mask
         if pictures.varies(placed.sample):
             varied = {"crop": subset.random_crop, "color": subset.color_aug}
             key |= {**varied, "seed": self._seed, "repeat": repeat}

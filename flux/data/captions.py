@@ -12,12 +12,12 @@ def compose(text: str, options: Subset, epoch: int, rng: np.random.Generator) ->
 
     Prefix and suffix -> dropout -> wildcard -> split, keep, shuffle, drop tags -> join with ", ". All chance
     comes from `rng`. `caption_dropout_every_n_epochs = n` drops the n-th, 2n-th, ... epoch's captions. A text
-    that is neither shuffled nor thinned out is left as it was written.
+    that is neither shuffled nor thinned out is left as it was written, with all its paragraphs; wildcards
+    draw one of its lines.
     """
-    lines = [_framed(line, options) for line in text.splitlines() if line.strip()] or [_framed("", options)]
     if _dropped(options, epoch, rng):
         return ""
-    line = _expanded(_pick(lines, rng), rng) if options.enable_wildcard else lines[0]
+    line = _wild(text, options, rng) if options.enable_wildcard else _framed(text, options)
     kept_apart = options.keep_tokens_separator and options.keep_tokens_separator in line
     if not (options.shuffle_caption or options.caption_tag_dropout_rate or kept_apart):
         return line
@@ -29,8 +29,14 @@ def compose(text: str, options: Subset, epoch: int, rng: np.random.Generator) ->
     return ", ".join([*head, *middle, *tail])
 
 
+def _wild(text: str, options: Subset, rng: np.random.Generator) -> str:
+    """One of the text's lines with its wildcards replaced."""
+    lines = [line for line in text.split("\n") if line.strip()] or [""]
+    return _expanded(_framed(_pick(lines, rng), options), rng)
+
+
 def _framed(line: str, options: Subset) -> str:
-    """A line with its prefix and suffix: each line, as any of them may become the caption."""
+    """A text with its prefix and suffix."""
     return " ".join(part for part in (options.caption_prefix, line.strip(), options.caption_suffix) if part)
 
 

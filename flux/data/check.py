@@ -1,21 +1,29 @@
 """Everything wrong with a data set, without a model: what `dreambooth.py --check-data` prints."""
 
-import hashlib
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-import numpy as np
+from typing import Any, Protocol
 
 from flux.data import batches, buckets, pictures
-from flux.data.datasets import some
-from flux.data.pictures import Placed
-from flux.data.samples import Dataset, Sample
-from flux.errors import FluxError
+from flux.data.files import some
+from flux.data.pictures import Look, Placed
+from flux.data.samples import Dataset
 
 # What is worth a word: a picture enlarged more than so many times, a crop that takes more of the area.
 ENLARGED = 1.25
 LOST_SHARE = 1 / 3
+LATENT = 8, 16  # pixels of a side to one of the latent, and its channels: of FLUX's autoencoder
+T5_WIDTH, CLIP_WIDTH = 4096, 768  # of FLUX's text encoders
+
+
+class Tokenizer(Protocol):
+    """What this file knows of a tokenizer."""
+
+    max_length: int
+
+    def truncated(self, text: str) -> str:
+        """The end of a text that does not fit."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +46,10 @@ class Report:
     pictures: int = 0
     regularisation: int = 0
     validation: int = 0
+    masked: int = 0  # pictures whose loss is masked
     samples_per_epoch: int = 0
     steps_per_epoch: int = 0  # batches
+    cache_bytes: int = 0  # of the disk, for the captions of one epoch
     buckets: list[BucketRow] = field(default_factory=list)
     captions: dict[str, int] = field(default_factory=dict)  # the first epoch's, with their counts
     errors: list[str] = field(default_factory=list)
@@ -50,57 +60,41 @@ class Report:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class _Picture:
-    """A picture that could be decoded."""
+def check(dataset: Dataset, tokenizers: Mapping[str, Tokenizer] | None = None) -> Report:
+    """Decodes every picture and reports all faults at once; raises for none of them.
 
-    placed: Placed
-    pixels: str  # a digest of what is seen: equal for copies in other formats
-    has_alpha: bool
-    animated: bool
-
-
-def check(dataset: Dataset) -> Report:
-    """Decodes every picture and reports all faults at once; raises for none of them."""
-    report = Report(dataset.name, warnings=list(dataset.warnings))
-    samples = dataset.samples + dataset.validation
-    found = [picture for sample in samples if (picture := _open(sample, dataset, report))]
+    tokenizers: "T5" and "CLIP", to find captions that are too long.
+    """
+    tokenizers = tokenizers or {}
+    report = Report(dataset.name, errors=list(dataset.errors), warnings=list(dataset.warnings))
+    looks, faults = pictures.look_at_all(dataset)
+    report.errors += faults
     report.pictures = sum(not sample.subset.is_reg for sample in dataset.samples)
     report.regularisation = len(dataset.samples) - report.pictures
     report.validation = len(dataset.validation)
-    _check_duplicates(found, report)
-    _check_sizes(found, dataset, report)
-    _check_kinds(found, report)
+    report.masked = sum(look.placed.mask != "" or look.placed.sample.subset.alpha_mask for look in looks)
+    _check_duplicates(looks, report)
+    _check_sizes(looks, dataset, report)
+    _check_kinds(looks, report)
     if not report.errors:
-        _count(dataset, report)
+        text_tokens = tokenizers["T5"].max_length if "T5" in tokenizers else 512
+        _count(dataset, [look.placed for look in looks], report, text_tokens)
+    _check_lengths(dataset, tokenizers, report)
     return report
 
 
-def _open(sample: Sample, dataset: Dataset, report: Report) -> _Picture | None:
-    try:
-        placed = pictures.place_one(sample, dataset.groups[sample.group])
-        content = pictures.read(sample)
-        picture, alpha = pictures.load(sample, content)
-    except FluxError as error:
-        report.errors.append(str(error))
-        return None
-    digest = hashlib.sha256(repr(picture.shape).encode() + picture.tobytes())
-    digest.update(b"" if alpha is None else alpha.tobytes())
-    has_alpha = alpha is not None and bool(np.any(alpha < 255))
-    return _Picture(placed, digest.hexdigest(), has_alpha, pictures.is_animated(content))
-
-
-def _check_duplicates(found: list[_Picture], report: Report) -> None:
-    names: dict[str, list[str]] = defaultdict(list)
-    for picture in found:
-        names[picture.pixels].append(picture.placed.sample.name)
+def _check_duplicates(looks: list[Look], report: Report) -> None:
+    """Equal pictures of one group; several groups have the same ones where they train several sizes."""
+    names: dict[tuple[int, str], list[str]] = defaultdict(list)
+    for look in looks:
+        names[look.placed.sample.group, look.pixels].append(look.placed.sample.name)
     same = [" = ".join(group) for group in names.values() if len(group) > 1]
     report.warnings += [f"the same picture more than once: {group}" for group in same]
 
 
-def _check_sizes(found: list[_Picture], dataset: Dataset, report: Report) -> None:
-    for picture in found:
-        placed = picture.placed
+def _check_sizes(looks: list[Look], dataset: Dataset, report: Report) -> None:
+    for look in looks:
+        placed = look.placed
         (height, width), bucket = placed.size, placed.bucket
         name = f"{placed.sample.name} ({height}x{width})"
         scale = buckets.scale_to_cover(placed.size, bucket)
@@ -112,26 +106,38 @@ def _check_sizes(found: list[_Picture], dataset: Dataset, report: Report) -> Non
             report.warnings.append(f"{name} loses {lost:.0%} of its area to the crop{hint}")
 
 
-def _check_kinds(found: list[_Picture], report: Report) -> None:
+def _check_kinds(looks: list[Look], report: Report) -> None:
     """Pictures that are more than colours, and what is made of them."""
 
-    def names(kind: list[_Picture]) -> str:
-        return some(picture.placed.sample.name for picture in kind)
+    def names(kind: list[Look]) -> str:
+        return some(look.placed.sample.name for look in kind)
 
-    masked = [picture for picture in found if picture.placed.sample.subset.alpha_mask]
-    if opaque := [picture for picture in masked if not picture.has_alpha]:
+    masked = [look for look in looks if look.placed.sample.subset.alpha_mask]
+    if opaque := [look for look in masked if not look.has_alpha and not look.placed.mask]:
         report.warnings.append(f"alpha_mask, but nothing is transparent: {names(opaque)}")
-    if laid := [picture for picture in found if picture.has_alpha and picture not in masked]:
+    if laid := [look for look in looks if look.has_alpha and look not in masked]:
         report.warnings.append(f"transparent, laid over white (alpha_mask masks the loss): {names(laid)}")
-    if animated := [picture for picture in found if picture.animated]:
+    if animated := [look for look in looks if look.animated]:
         report.warnings.append(f"animated, the first frame is taken: {names(animated)}")
 
 
-def _count(dataset: Dataset, report: Report) -> None:
-    plan = batches.Plan(dataset, seed=0)
-    files = defaultdict(int)
-    for placed in plan.placed:
-        files[placed.sample.group, placed.bucket] += 1
+def _check_lengths(dataset: Dataset, tokenizers: Mapping[str, Tokenizer], report: Report) -> None:
+    """Captions of which a text encoder does not see the end."""
+    texts = [(sample.name, text) for sample in dataset.samples for text in sample.texts]
+    for name, tokenizer in tokenizers.items():
+        cut = [
+            f"{sample} ({tokenizer.truncated(text)!r})" for sample, text in texts if tokenizer.truncated(text)
+        ]
+        if cut:
+            tokens = f"{tokenizer.max_length} tokens of {name}, which does not see their end"
+            report.warnings.append(f"captions longer than the {tokens}: {some(cut)}")
+
+
+def _count(dataset: Dataset, placed: list[Placed], report: Report, text_tokens: int) -> None:
+    plan = batches.Plan(dataset, 0, placed)
+    files: dict[tuple, int] = defaultdict(int)
+    for each in plan.placed:
+        files[each.sample.group, each.bucket] += 1
     for (group, (height, width)), samples in plan.bucket_table().items():
         batch_count = -(-samples // dataset.groups[group].batch_size)
         count = files[group, (height, width)]
@@ -142,8 +148,21 @@ def _count(dataset: Dataset, report: Report) -> None:
         for entry in batch.entries:
             report.captions[entry.caption] = report.captions.get(entry.caption, 0) + 1
     used = {item.placed for item in plan.items}
-    if unused := [placed.sample.name for placed in plan.placed if placed not in used]:
+    if unused := [each.sample.name for each in plan.placed if each not in used]:
         report.warnings.append(f"regularisation pictures beyond the training's count, unused: {some(unused)}")
+    report.cache_bytes = cache_bytes(plan, epochs=1, text_tokens=text_tokens)
+
+
+def cache_bytes(plan: batches.Plan, epochs: int, text_tokens: int, element_size: int = 2) -> int:
+    """The disk that the encoded pictures and texts of so many epochs take, about; for FLUX's encoders."""
+    downscale, channels = LATENT
+    total = 0
+    for placed, _ in plan.variants():
+        area = placed.bucket[0] * placed.bucket[1] // downscale**2
+        views = 2 if placed.sample.subset.flip_aug else 1
+        masked = placed.mask or placed.sample.subset.alpha_mask
+        total += area * (2 * views * channels * element_size + (4 if masked else 0))
+    return total + len(plan.captions(epochs)) * (text_tokens * T5_WIDTH + CLIP_WIDTH) * element_size
 
 
 def render(report: Report) -> str:
@@ -155,6 +174,8 @@ def render(report: Report) -> str:
         lines.append(f"{report.regularisation} regularisation pictures")
     if report.validation:
         lines.append(f"{report.validation} pictures held out for validation")
+    if report.masked:
+        lines.append(f"{report.masked} pictures with a masked loss")
     if report.buckets:
         lines.append("dataset  height x width  pictures  samples  batches")
     for row in report.buckets:
@@ -162,6 +183,7 @@ def render(report: Report) -> str:
         lines.append(f"{row.group:7}  {size:>14}  {row.pictures:8}  {row.samples:7}  {row.batches:7}")
     if report.buckets:
         lines.append(f"{report.steps_per_epoch} steps an epoch")
+        lines.append(f"cache: about {report.cache_bytes / 1e9:.2g} GB on disk (captions of one epoch)")
     lines += [f"caption ({count}): {caption}" for caption, count in sorted(report.captions.items())]
     lines += [f"error: {error}" for error in report.errors]
     lines += [f"warning: {warning}" for warning in report.warnings]

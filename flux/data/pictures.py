@@ -2,24 +2,24 @@
 
 import hashlib
 import io
-from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 
 from flux import images
 from flux.data import buckets
 from flux.data.buckets import Size
-from flux.data.samples import Sample
-from flux.data.schema import Group
+from flux.data.samples import Dataset, Sample
 from flux.errors import FluxError
 
-TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange height and width
 HUE_SHIFT = 8 / 180  # of the circle, either way, as sd-scripts' color_aug
 GAMMA = 0.05  # either way
 SHOWN = 10  # faults in a line
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+THREADS = 8  # that decode
+SAME_RATIO = 0.02  # a mask's ratio of width to height may differ so much from its picture's
 
 
 class NamedBytes(io.BytesIO):
@@ -41,50 +41,86 @@ class Placed:
     size: Size  # (height, width) of the upright picture
     bucket: Size
     digest: str  # SHA-256 of the encoded picture, in hexadecimal
+    mask: str = ""  # that of the mask's file; "" where there is none
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is seen of a picture when it is decoded."""
+
+    placed: Placed
+    pixels: str  # a digest of what is seen: equal for copies in other formats
+    has_alpha: bool
+    animated: bool
 
 
 def read(sample: Sample) -> bytes:
     """The encoded picture. FluxError, by name, where its file is absent or cannot be read."""
-    if isinstance(sample.picture, bytes):
-        return sample.picture
+    return sample.picture if isinstance(sample.picture, bytes) else _bytes(sample.picture, "picture")
+
+
+def _bytes(path: Path, kind: str) -> bytes:
     try:
-        return sample.picture.read_bytes()
-    except OSError as error:
-        raise FluxError(f"cannot read the picture {sample.name}: {error.strerror}") from None
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # the latter: a name that cannot be
+        raise FluxError(f"cannot read the {kind} {path}: {getattr(error, 'strerror', error)}") from None
 
 
-def place(samples: Iterable[Sample], groups: Sequence[Group]) -> list[Placed]:
-    """The samples in their buckets, by the pictures' sizes. FluxError names all that cannot be read."""
-    placed, faults = [], []
-    for sample in samples:
-        try:
-            placed.append(place_one(sample, groups[sample.group]))
-        except FluxError as error:
-            faults.append(str(error))
-    if faults:
-        raise FluxError(f"{len(faults)} picture(s) cannot be read: {'; '.join(faults[:SHOWN])}")
-    return placed
+def place(dataset: Dataset) -> list[Placed]:
+    """The samples and those of the validation, in their buckets.
 
-
-def place_one(sample: Sample, group: Group) -> Placed:
-    """As `place`, for one."""
-    content = read(sample)
-    own = size(content, sample.name)
-    return Placed(sample, own, buckets.choose(own, group), hashlib.sha256(content).hexdigest())
-
-
-def size(content: bytes, name: str) -> Size:
-    """(height, width) of the upright picture. FluxError, by name, for what is no picture.
-
-    Only a PNG without EXIF at its front is decoded: it may have it at its end.
+    FluxError names all that is wrong with the data set and all pictures that cannot be used.
     """
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
-            return image.size if turned else (image.height, image.width)
-    except UNREADABLE:
-        images.load(NamedBytes(content, name))  # has the words for what is wrong
-        raise FluxError(f"the header of the picture {name} is damaged") from None
+    looks, faults = look_at_all(dataset)
+    if dataset.errors:
+        raise FluxError("; ".join([*dataset.errors, *faults[:SHOWN]]))
+    if faults:
+        raise FluxError(f"{len(faults)} picture(s) cannot be used: {'; '.join(faults[:SHOWN])}")
+    return [look.placed for look in looks]
+
+
+def look_at_all(dataset: Dataset) -> tuple[list[Look], list[str]]:
+    """Decodes every picture; those that can be used, and what is wrong with the others."""
+
+    def one(sample: Sample) -> Look | str:
+        try:
+            return look(sample, dataset)
+        except FluxError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(one, dataset.samples + dataset.validation))
+    return [each for each in found if isinstance(each, Look)], [
+        each for each in found if isinstance(each, str)
+    ]
+
+
+def look(sample: Sample, dataset: Dataset) -> Look:
+    """Decodes a picture and its mask, and finds its bucket.
+
+    FluxError, by name, where they are damaged or nothing of the picture would be seen or trained.
+    """
+    content = read(sample)
+    picture, alpha = load(sample, content)
+    height, width, _ = picture.shape
+    bucket = buckets.choose((height, width), dataset.groups[sample.group])
+    digest = hashlib.sha256(content).hexdigest()
+    mask_digest = ""
+    if sample.mask is not None:
+        mask_content = _bytes(sample.mask, "mask")
+        mask_digest = hashlib.sha256(mask_content).hexdigest()
+        if not read_mask(sample.mask, mask_content, (height, width)).any() and not sample.subset.mask_floor:
+            raise FluxError(
+                f"{sample.mask}: the mask is all black: nothing of {sample.name} would be trained"
+            )
+    if alpha is not None and not alpha.any():
+        raise FluxError(f"{sample.name}: the picture is all transparent: there is nothing to see in it")
+    pixels = hashlib.sha256(repr(picture.shape).encode())
+    pixels.update(np.ascontiguousarray(picture).data)
+    pixels.update(b"" if alpha is None else np.ascontiguousarray(alpha).data)
+    has_alpha = alpha is not None and bool(np.any(alpha < 255))
+    placed = Placed(sample, (height, width), bucket, digest, mask_digest)
+    return Look(placed, pixels.hexdigest(), has_alpha, is_animated(content))
 
 
 def load(sample: Sample, content: bytes) -> tuple[np.ndarray, np.ndarray | None]:
@@ -103,17 +139,22 @@ def varies(sample: Sample) -> bool:
 def prepare(placed: Placed, seed: int, repeat: int) -> tuple[np.ndarray, np.ndarray | None]:
     """The picture (h, w, 3) in its bucket, and its mask (h, w) or None, uint8.
 
-    Crops and colours that vary come from (seed, content, repeat). The mask is the alpha with `alpha_mask`;
-    without it, transparency is laid over white, as the colours below it are arbitrary.
+    Crops and colours that vary come from (seed, content, repeat). The mask is that of its file, or the alpha
+    with `alpha_mask`; without that, transparency is laid over white, as the colours below it are arbitrary.
     FluxError where the file is not what it was when it was placed.
     """
     sample = placed.sample
     content = read(sample)
-    if hashlib.sha256(content).hexdigest() != placed.digest:
-        raise FluxError(f"the picture {sample.name} has changed since the start: start again")
+    mask_content = b"" if sample.mask is None else _bytes(sample.mask, "mask")
+    for kind, data, digest in (("picture", content, placed.digest), ("mask", mask_content, placed.mask)):
+        if digest and hashlib.sha256(data).hexdigest() != digest:
+            raise FluxError(f"the {kind} {sample.mask if kind == 'mask' else sample.name} has changed since "
+                            "the start: start again")  # fmt: skip
     picture, alpha = load(sample, content)
     mask = alpha if sample.subset.alpha_mask else None
-    if mask is None:
+    if sample.mask is not None:
+        mask = read_mask(sample.mask, mask_content, picture.shape[:2])
+    if not sample.subset.alpha_mask:
         picture = over_white(picture, alpha)
     # From the content, not from the place in the list: more pictures must not change those there were.
     origin = [seed, int(placed.digest[:16], 16), repeat]
@@ -126,6 +167,24 @@ def prepare(placed: Placed, seed: int, repeat: int) -> tuple[np.ndarray, np.ndar
         return buckets.fit(array, placed.bucket, rng)
 
     return cut(picture), None if mask is None else cut(mask)
+
+
+def read_mask(path: Path, content: bytes, size: Size) -> np.ndarray:
+    """A mask's file as (H, W), uint8, of the picture's size: white is trained, black is not.
+
+    FluxError where it is damaged or of another shape than the picture.
+    """
+    colours, alpha = images.load(NamedBytes(content, str(path)))
+    height, width, _ = colours.shape
+    if abs(width / height * size[0] / size[1] - 1) > SAME_RATIO:
+        raise FluxError(
+            f"{path}: the mask is {height}x{width} (height x width) and its picture {size[0]}x{size[1]}: "
+            "they should have one shape"
+        )
+    mask = Image.fromarray(colours).convert("L")
+    if alpha is not None:  # what is transparent in a mask is not trained
+        mask = Image.fromarray(np.minimum(np.array(mask), alpha))
+    return np.array(mask.resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def over_white(picture: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:

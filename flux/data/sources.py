@@ -1,21 +1,28 @@
-"""Pictures with captions, by number, for a training from scratch: folders, train.jsonl, data sets of the Hub.
+"""Pictures with captions, by number, for a training from scratch: folders, lists, data sets of the Hub.
 
 Every source is a sequence, so that a training can ask for any picture at any time, and for the same one again
-after it was stopped.
+after it was stopped. Files are read by the same rules as for fine-tuning (folders.py).
 """
 
+import os
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
 from flux import images
-from flux.data.datasets import SUFFIXES, load_table, read_list, some
-from flux.data.pictures import over_white
+from flux.data import datasets, pictures, samples
+from flux.data.files import some
+from flux.data.folders import Rules
+from flux.data.lists import captions_of
 from flux.errors import FluxError
+
+THREADS = 8  # that decode
 
 
 class Pictures(Protocol):
@@ -23,97 +30,136 @@ class Pictures(Protocol):
 
     @property
     def captions(self) -> Sequence[str]:
-        """All captions, in order."""
+        """All captions, also the several of a picture: what a vocabulary is made of."""
+
+    def __len__(self) -> int:
+        """How many pictures there are."""
+
+    def texts(self, index: int) -> Sequence[str]:
+        """The captions of a picture: none, one or several."""
 
     def picture(self, index: int) -> np.ndarray:
         """The picture (H, W, 3), uint8, in its own size."""
+
+
+def unreadable(source: Pictures) -> list[str]:
+    """Decodes all pictures; what is wrong with those that cannot be read."""
+
+    def fault(index: int) -> str | None:
+        try:
+            source.picture(index)
+        except FluxError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [each for each in pool.map(fault, range(len(source))) if each]
 
 
 @dataclass(frozen=True)
 class Files:
     """Pictures in files of their own."""
 
-    paths: list[Path]
-    captions: list[str]
+    paths: list[Path | bytes]
+    names: list[str]
+    of_each: list[tuple[str, ...]]  # the captions of each picture
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """All captions, also the several of a picture."""
+        return [caption for texts in self.of_each for caption in texts]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """The captions of a picture: none, one or several."""
+        return self.of_each[index]
 
     def picture(self, index: int) -> np.ndarray:
-        return over_white(*images.load(self.paths[index]))
+        """The picture (H, W, 3), uint8, over white. FluxError where it cannot be read."""
+        found = self.paths[index]
+        file = pictures.NamedBytes(found, self.names[index]) if isinstance(found, bytes) else found
+        return pictures.over_white(*images.load(file))
 
 
-def open_folder(folder: str | Path, captions_file: str | Path | None = None) -> Files:
-    """A folder's pictures, with the captions of the first that is there:
+def open_folder(
+    folder: str | Path,
+    captions_file: str | Path | None = None,
+    caption_column: str | None = None,
+    uncaptioned: bool = False,
+) -> Files:
+    """The pictures of a folder or a list, as `samples.read_source` finds them.
 
-    `captions_file`, lines of `name<TAB>caption` (relative to the folder, or a path of its own);
-    `train.jsonl`, lines of {"image": name, "prompt": caption}; a text file beside each picture, `name.txt`.
-    FluxError names the file and line, or the pictures, that are wrong.
+    Where a folder is named as kohya does, its class is the caption of those that have none. captions_file:
+    a list, such as lines of `name<TAB>caption` (relative to the folder, or a path of its own). uncaptioned:
+    pictures without a caption are meant. FluxError names the files, lines and pictures that are
+    wrong, all of them; what is left out is a warning.
     """
-    folder = Path(folder).expanduser()
-    if not folder.is_dir():
-        raise FluxError(f"no folder {folder}")
-    if captions_file is not None:
-        given = Path(captions_file).expanduser()
-        return _listed(folder, _read_tsv(given if given.is_file() else folder / given))
-    if (folder / "train.jsonl").is_file():
-        rows = read_list(folder / "train.jsonl")
-        return _listed(folder, [(str(row.picture.absolute()), row.caption) for row in rows])
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    if not paths:
-        raise FluxError(f"{folder}: no pictures ({', '.join(SUFFIXES)})")
-    without = [path.name for path in paths if not path.with_suffix(".txt").is_file()]
-    if without:
-        raise FluxError(
-            f"{folder}: no caption for {some(without)}: give captions_file, train.jsonl, or a .txt each"
+    given = None if captions_file is None else str(captions_file)
+    reading = samples.read_source(str(folder), Rules(caption_column=caption_column), given)
+    rows, captions = [], []
+    for part in reading.parts:
+        words = part.options.get("class_tokens")
+        for row in part.rows:
+            rows.append(row)
+            captions.append(row.captions or ((words,) if words else ()))
+    errors = list(reading.errors)
+    without = [row.name for row, texts in zip(rows, captions, strict=True) if not texts]
+    if without and not uncaptioned:
+        errors.append(
+            f"no caption for {some(without)}: give captions_file, train.jsonl, or a .txt each "
+            "(or uncaptioned: true, if that is meant)"
         )
-    texts = [path.with_suffix(".txt").read_text(encoding="utf-8").strip() for path in paths]
-    return Files(paths, texts)
-
-
-def _read_tsv(path: Path) -> list[tuple[str, str]]:
-    rows = []
-    for number, line in enumerate(_lines(path), 1):
-        name, tab, caption = line.partition("\t")
-        if not tab:
-            raise FluxError(f"{path}, line {number}: should be name<TAB>caption")
-        rows.append((name, caption.strip()))
-    return rows
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise FluxError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _listed(folder: Path, rows: list[tuple[str, str]]) -> Files:
-    if not rows:
-        raise FluxError(f"{folder}: its list of captions is empty")
-    absent = [name for name, _ in rows if not (folder / name).is_file()]
+    absent = [row.name for row in rows if isinstance(row.picture, Path) and not os.path.isfile(row.picture)]
     if absent:
-        raise FluxError(f"{folder}: no picture {some(absent)}")
-    return Files([folder / name for name, _ in rows], [caption for _, caption in rows])
+        errors.append(f"no picture {some(absent)}")
+    if errors:
+        raise FluxError("; ".join(errors))
+    masks = [row.mask for row in rows if row.mask]
+    notes = [f"masks are not used in a training from scratch: {some(masks)}"] if masks else []
+    if any(part.options.get("num_repeats", 1) > 1 for part in reading.parts):
+        notes.append(
+            "a training from scratch has every picture once an epoch, whatever its folder's name says"
+        )
+    for note in [*reading.notes, *notes]:
+        warnings.warn(f"{folder}: {note}", stacklevel=2)
+    return Files([row.picture for row in rows], [row.name for row in rows], captions)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a table of the `datasets` package."""
+    """Rows of a table of the `datasets` package, whose pictures are read when they are asked for."""
 
+    path: str
     table: Any
     image_key: str
     caption_key: str
 
+    @cached_property
+    def _captions(self) -> list[tuple[str, ...]]:
+        key = self.caption_key
+        return [captions_of({key: value}, key) for value in self.table[key]]
+
     @property
-    def captions(self) -> Sequence[str]:
-        return [str(caption) for caption in self.table[self.caption_key]]
+    def captions(self) -> list[str]:
+        """All captions, also the several of a picture."""
+        return [caption for texts in self._captions for caption in texts]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """The captions of a picture: none, one or several."""
+        return self._captions[index]
 
     def picture(self, index: int) -> np.ndarray:
-        image = self.table[index][self.image_key]
-        if not isinstance(image, Image.Image):
-            raise FluxError(f"the column {self.image_key!r} holds {type(image).__name__}, not pictures")
-        if not image.has_transparency_data:
-            return np.array(image.convert("RGB"))
-        rgba = np.array(image.convert("RGBA"))
-        return over_white(rgba[..., :3], rgba[..., 3])
+        """The picture (H, W, 3), uint8, over white. FluxError where it cannot be read."""
+        value = self.table[index][self.image_key] or {}
+        name = f"{self.path}[{index}]"
+        content = value.get("bytes")
+        file = pictures.NamedBytes(content, name) if content else Path(value.get("path") or name)
+        return pictures.over_white(*images.load(file))
 
 
 def open_hugging_face(path: str, name: str | None, split: str, image_key: str, caption_key: str) -> Rows:
@@ -121,9 +167,10 @@ def open_hugging_face(path: str, name: str | None, split: str, image_key: str, c
 
     FluxError for one that cannot be had, or lacks a split or a column.
     """
-    table = load_table(path, name, split)
+    table = datasets.load_table(path, name, split)
     for key in (image_key, caption_key):
         if key not in table.column_names:
             columns = ", ".join(table.column_names)
             raise FluxError(f"the data set {path} has no column {key!r}; it has {columns}")
-    return Rows(table, image_key, caption_key)
+    table, _ = datasets.with_bytes(table, path, image_key)
+    return Rows(path, table, image_key, caption_key)

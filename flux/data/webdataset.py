@@ -3,7 +3,6 @@
 The shards are read through once for the places of their members; after that any sample is at hand.
 """
 
-import io
 import json
 import os
 import re
@@ -16,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from flux import images
-from flux.data.pictures import over_white
+from flux.data.files import some
+from flux.data.pictures import NamedBytes, over_white
 from flux.errors import FluxError
 
 
@@ -41,12 +41,16 @@ class Samples:
     members: list[Member]
     captions: list[str]
 
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def texts(self, index: int) -> tuple[str, ...]:
+        """The caption of a picture; none where it is empty."""
+        return (self.captions[index],) if self.captions[index] else ()
+
     def picture(self, index: int) -> np.ndarray:
         member = self.members[index]
-        try:
-            return over_white(*images.load(io.BytesIO(member.read())))
-        except FluxError:
-            raise FluxError(f"{member.shard}: {member.name} is not a picture that Pillow can read") from None
+        return over_white(*images.load(NamedBytes(member.read(), f"{member.shard}: {member.name}")))
 
 
 def open_shards(path: str | Sequence[str], image_key: str, caption_key: str) -> Samples:
@@ -58,13 +62,19 @@ def open_shards(path: str | Sequence[str], image_key: str, caption_key: str) -> 
     suffixes = set(image_key.split(";"))
     members: list[Member] = []
     captions: list[str] = []
+    faults: list[str] = []
     for shard in shards([path] if isinstance(path, str) else path):
         for key, sample in _samples(shard):
             picture = next((member for suffix, member in sample.items() if suffix in suffixes), None)
             if picture is None:
                 continue
             members.append(picture)
-            captions.append(_caption(shard, key, sample, caption_key))
+            try:
+                captions.append(_caption(shard, key, sample, caption_key))
+            except FluxError as error:
+                faults.append(str(error))
+    if faults:
+        raise FluxError(some(faults))
     if not members:
         raise FluxError(f"{path}: no samples with a picture ({image_key})")
     return Samples(members, captions)

@@ -5,7 +5,8 @@ from functools import cache
 
 import mlx.nn as nn
 
-from flux.adapters.lora import linear_shape, linears
+from flux.adapters.beside import linear_shape
+from flux.adapters.lora import linears
 from flux.adapters.training import DEFAULT_TARGET, targets
 from flux.models.transformer import Flux, FluxParams
 from flux.training.gradient_checkpointing import SCORES

@@ -76,6 +76,7 @@ CAPTIONERS = {  # by name: their repositories on the Hub, "" for the built-in on
 } | {"tiny": ""}
 
 TINY_FOLDER = Path(__file__).parents[1] / "assets" / "tiny"
+TOKENIZERS_FOLDER = TINY_FOLDER.with_name("tokenizers")
 TINY_CAPTIONER_FOLDER = TINY_FOLDER.with_name("tiny-captioner")
 
 

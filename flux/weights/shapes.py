@@ -18,7 +18,7 @@ from flux.models.autoencoder import AutoEncoderParams
 from flux.models.clip import CLIPTextParams
 from flux.models.t5 import T5Params
 from flux.models.transformer import FluxParams
-from flux.weights.headers import block_count
+from flux.weights.headers import MAX_BLOCKS, MAX_LEVELS, block_count
 
 Tensors = Mapping[str, mx.array]
 Params = FluxParams | AutoEncoderParams | CLIPTextParams | T5Params
@@ -80,10 +80,10 @@ def _divided(size: int, parts: int, what: str) -> int:
     return parts
 
 
-def _count(tensors: Tensors, prefix: str) -> int:
+def _count(tensors: Tensors, prefix: str, most: int = MAX_BLOCKS) -> int:
     """How many modules `prefix.0`, `prefix.1`, ... there are."""
     numbers = (re.match(re.escape(prefix) + r"\.(\d+)\.", name) for name in tensors)
-    return block_count([number[1] for number in numbers if number], prefix)
+    return block_count([number[1] for number in numbers if number], prefix, most)
 
 
 def flux_params(tensors: Tensors, known: Mapping[str, Any]) -> FluxParams:
@@ -136,7 +136,7 @@ def autoencoder_params(tensors: Tensors, known: Mapping[str, Any]) -> AutoEncode
             ch,
             *((f"{side}.{i}.{bias}", 0) for side in ("encoder.down", "decoder.up") for bias in biases),
         )
-        for i in range(_count(tensors, "encoder.down") or len(usual.ch_mult))
+        for i in range(_count(tensors, "encoder.down", MAX_LEVELS) or len(usual.ch_mult))
     ]
     if any(width % ch for width in widths):
         raise FluxError(f"the autoencoder's widths {widths} are not multiples of the first, {ch}")
@@ -151,7 +151,7 @@ def autoencoder_params(tensors: Tensors, known: Mapping[str, Any]) -> AutoEncode
         ch=ch,
         out_ch=_size(tensors, usual.out_ch, ("decoder.conv_out.bias", 0), ("decoder.conv_out.weight", 0)),
         ch_mult=tuple(width // ch for width in widths),
-        num_res_blocks=_count(tensors, "encoder.down.0.block") or usual.num_res_blocks,
+        num_res_blocks=_count(tensors, "encoder.down.0.block", MAX_LEVELS) or usual.num_res_blocks,
         z_channels=_size(tensors, usual.z_channels, ("decoder.conv_in.weight", 3)),
         **known,
     )

@@ -176,6 +176,22 @@ def test_other_forms(call, photos):
     assert (photos / "0.txt").read_text() == "by hand"
 
 
+def test_captions_in_another_form_stay(call, photos):
+    """What a person wrote for another program is kept, in the form that is asked for."""
+    rows = [{"file_name": "0.png", "text": "by hand"}, {"file_name": "sub/2.webp", "text": "by hand, too"}]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    status, out, err = call("photos", "--dry-run")
+    assert (status, len(out), err) == (0, 6, ["6 to caption, 2 captioned already; nothing written"])
+    assert call("photos")[2][0] == "5 captioned, 2 kept, 1 skipped"
+    found = captions(photos / "train.jsonl")
+    assert (found["0.png"], found["sub/2.webp"]) == ("by hand", "by hand, too")
+    assert sorted(found) == NAMES
+    (photos / "train.jsonl").unlink()
+    err = call("photos", "--format", "txt")[2]
+    assert err[-1].startswith("photos/metadata.jsonl is there too, and goes before these captions")
+    assert (photos / "0.txt").read_text() == "by hand\n"
+
+
 def test_killed(environment, model, photos):
     """What was saved before is whole and stays; the next run does the rest."""
     for i in range(30):

@@ -16,7 +16,7 @@ from flux.distributed.ranks import Ranks
 from flux.training.callbacks import Stop, Stopped
 from flux.training.pretrain.config import Config, ConfigError
 from flux.training.pretrain.run import Run
-from flux.training.pretrain.validate import load
+from flux.training.pretrain.validate import describe, load
 
 
 def main() -> int:
@@ -28,15 +28,14 @@ def run(ranks: Ranks) -> int:
     """Do what the command line asks for; the exit status."""
     arguments = ranks.on_all_ranks(lambda: build_parser().parse_args(sys.argv[1:]))
     try:
-        config = load(arguments.config)
+        config = load(arguments.config, arguments.validate_pipeline)
     except ConfigError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)
         return 2
     if not arguments.validate_pipeline:
         return train(config, arguments.resume, ranks)
-    for number, step in enumerate(config.steps, 1):
-        print(f"{number}. {step.name}: trains {', '.join(sorted(step.trained))}")
+    print(*describe(config), sep="\n")
     return 0
 
 

@@ -25,7 +25,7 @@ def open_dataset(config: Any) -> Pictures:
         return open_shards(config.path, config.image_key, config.caption_key)
     if isinstance(config, HuggingFace):
         return open_hugging_face(config.path, config.name, config.split, config.image_key, config.caption_key)
-    return open_folder(config.path, config.captions_file)
+    return open_folder(config.path, config.captions_file, config.caption_column, config.uncaptioned)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,6 @@ class Batches:
     ):
         self._step: Step = config.steps[index]
         self._source = source
-        self._captions = source.captions
         self._tokenizers = tokenizers if self._step.train_diff else None
         self._shard = shard
         self._encoded = encoded
@@ -65,10 +64,10 @@ class Batches:
         self._ahead: tuple[int, list[Future]] | None = None
         self._order = lru_cache(maxsize=2)(self._permutation)
         self._tokens = lru_cache(maxsize=100_000)(_tokenize)
-        self.epoch_length = len(self._captions) // (self._step.batch_size * shard.size)
+        self.epoch_length = len(self._source) // (self._step.batch_size * shard.size)
         if self.epoch_length == 0:
             raise FluxError(
-                f'step "{self._step.name}": {len(self._captions)} pictures cannot fill a batch of '
+                f'step "{self._step.name}": {len(self._source)} pictures cannot fill a batch of '
                 f"{self._step.batch_size} for each of {shard.size} process(es)"
             )
 
@@ -87,8 +86,16 @@ class Batches:
     def texts(self, step: int) -> list[str]:
         """The captions of a batch, some of them empty for classifier-free guidance."""
         dropped = self._random(step, 1).random(self._step.batch_size) < self._step.cfg_dropout_prob
-        texts = [self._prefix + self._captions[row] for row in self._rows(step)]
+        texts = [self._prefix + self._caption(step, row) for row in self._rows(step)]
         return ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
+
+    def _caption(self, step: int, row: int) -> str:
+        """A picture's caption; of several one is drawn each epoch."""
+        texts = self._source.texts(int(row))
+        if len(texts) < 2:
+            return texts[0] if texts else ""
+        rng = np.random.default_rng((*self._seed, step // self.epoch_length, 3, int(row)))
+        return texts[int(rng.integers(len(texts)))]
 
     def _rows(self, step: int) -> np.ndarray:
         epoch, place = divmod(step, self.epoch_length)
@@ -96,7 +103,7 @@ class Batches:
         return self._order(epoch)[first : first + self._step.batch_size]
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((*self._seed, epoch)).permutation(len(self._captions))
+        return np.random.default_rng((*self._seed, epoch)).permutation(len(self._source))
 
     def _side(self, step: int) -> int:
         """The pictures' side; the same in all processes, whose batches cost the same time then."""
@@ -142,12 +149,13 @@ class Batches:
 
     def first(self, count: int, size: tuple[int, int]) -> list[np.ndarray]:
         """The data's first pictures, fitted to (height, width): for samples and measurements."""
-        rows = range(min(count, len(self._captions)))
+        rows = range(min(count, len(self._source)))
         return [images.fit(self._source.picture(row), size) for row in rows]
 
     def captions(self, count: int) -> list[str]:
         """The captions of the data's first pictures."""
-        return [self._prefix + caption for caption in self._captions[:count]]
+        rows = range(min(count, len(self._source)))
+        return [self._prefix + caption for row in rows for caption in self._source.texts(row)[:1]]
 
     def close(self) -> None:
         """Ends the threads."""

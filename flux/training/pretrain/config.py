@@ -75,10 +75,15 @@ DERIVED = {
 
 @dataclass(frozen=True)
 class Local:
-    """Pictures in a folder; captions in a file `name<TAB>caption`, train.jsonl, or a text file a picture."""
+    """Pictures of a folder or a list, read as for fine-tuning; captions_file: such as name<TAB>caption lines.
+
+    uncaptioned: pictures without a caption are meant, as for an autoencoder alone.
+    """
 
     path: str
     captions_file: str | None = None
+    caption_column: str | None = None
+    uncaptioned: bool = False
 
 
 @dataclass(frozen=True)
@@ -280,6 +285,12 @@ def read_config(raw: dict[str, Any], faults: Faults) -> Config | None:
         "output": read(Output, tables["output"], "output", faults),
     }
     return None if faults.lines else Config(**parts)
+
+
+def read_datasets(raw: Mapping) -> dict[str, Any]:
+    """The data sets of a file that may have faults elsewhere; none where its tables are wrong."""
+    tables = [raw.get(name) or {} for name in ("datasets", "data")]
+    return _datasets(*tables, Faults()) if all(isinstance(table, Mapping) for table in tables) else {}
 
 
 def _split_training(training: Mapping, faults: Faults) -> tuple[dict, list]:

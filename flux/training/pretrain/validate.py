@@ -3,21 +3,27 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from flux.data.sources import open_folder
+from flux.data.datasets import is_saved_table
+from flux.data.sources import unreadable
 from flux.data.webdataset import shards
 from flux.errors import FluxError
 from flux.models.clip import ACTIVATIONS
 from flux.tables import Faults, nearest, read_file
+from flux.training.pretrain.batches import open_dataset
 from flux.training.pretrain.config import (
     Config,
     ConfigError,
+    HuggingFace,
     Local,
     Step,
     WebDataset,
     expand,
     read_config,
+    read_datasets,
 )
 from flux.training.pretrain.losses import threshold_metrics
 from flux.training.schedules import ReduceOnPlateau
@@ -26,15 +32,42 @@ CLIP_LENGTH = 77  # what CLIPTokenizer pads to
 LPIPS_SIDE = 16  # VGG16 halves a picture four times
 
 
-def load(path: Path) -> Config:
-    """Reads and checks a config. ConfigError with every fault, each with the name of its step."""
+def load(path: Path, decode: bool = False) -> Config:
+    """Reads and checks a config. ConfigError with every fault, each with the name of its step.
+
+    decode: all pictures are looked at, too, and counted.
+    """
     faults = Faults()
-    config = read_config(read_file(path), faults)
+    raw = read_file(path)
+    config = read_config(raw, faults)
     if config is not None:
         check(config, faults)
+    counts = _sources(read_datasets(raw), faults, decode)
+    if config is not None and decode:
+        _batches(config, counts, faults)
     if config is None or faults.lines:
         raise ConfigError(path, faults.lines)
     return config
+
+
+def describe(config: Config) -> list[str]:
+    """What the steps train, and the disk that the latents take that are kept, about; a line each."""
+    lines = []
+    for number, step in enumerate(config.steps, 1):
+        lines.append(f"{number}. {step.name}: trains {', '.join(sorted(step.trained))}")
+        dataset = config.datasets[config.dataset_of(step)]
+        if step.encodes_once and isinstance(dataset, Local):
+            size = len(open_dataset(dataset)) * latent_bytes(config)
+            lines.append(f"   latents: about {size / 1e9:.2g} GB on disk")
+    return lines
+
+
+def latent_bytes(config: Config) -> int:
+    """Of a picture's means and log variances, in all the sizes that it is trained at."""
+    vae = config.model.autoencoder
+    sides = (config.data.img_size, *config.data.reduced_min_sizes)
+    areas = ((side // 2 ** (len(vae.ch_mult) - 1)) ** 2 for side in sides)
+    return sum(2 * 4 * area * vae.z_channels for area in areas)
 
 
 def check(config: Config, faults: Faults) -> None:
@@ -153,14 +186,33 @@ def _datasets(config: Config, faults: Faults) -> None:
     for step in config.steps:
         if step.dataset is not None and step.dataset not in config.datasets:
             faults.add(f'step "{step.name}"', f"dataset {step.dataset!r} is not among the datasets")
-    for name, dataset in config.datasets.items():
+
+
+def _sources(datasets: Mapping[str, Any], faults: Faults, decode: bool) -> dict[str, int]:
+    """What is wrong with the data sets' files, whatever else is; how many pictures each has, if `decode`.
+
+    Data sets of the Hub are not downloaded for this.
+    """
+    counts = {}
+    for name, dataset in datasets.items():
         try:
-            if isinstance(dataset, Local):
-                open_folder(dataset.path, dataset.captions_file)
-            elif isinstance(dataset, WebDataset):
+            if isinstance(dataset, WebDataset) and not decode:
                 shards([dataset.path] if isinstance(dataset.path, str) else dataset.path)
+            elif not isinstance(dataset, HuggingFace) or is_saved_table(Path(dataset.path).expanduser()):
+                source = open_dataset(dataset)
+                counts[name] = len(source)
+                for fault in unreadable(source) if decode else ():
+                    faults.add(f"datasets.{name}", fault)
         except FluxError as error:
             faults.add(f"datasets.{name}", str(error))
+    return counts
+
+
+def _batches(config: Config, counts: Mapping[str, int], faults: Faults) -> None:
+    for step in config.steps if config.datasets else ():
+        count = counts.get(config.dataset_of(step), step.batch_size)
+        if count < step.batch_size:
+            faults.add(f'step "{step.name}"', f"{count} pictures are less than a batch of {step.batch_size}")
 
 
 def _sizes(config: Config, faults: Faults) -> None:
