@@ -53,7 +53,7 @@ def params(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Params:
         for theirs, (ours, checked) in FROM_CONFIG[part].items()
         if config.get(theirs) is not None
     }
-    readers: dict[str, Callable[..., Params]] = {
+    readers: dict[str, Callable[[Tensors, Mapping[str, Any]], Params]] = {
         "transformer": flux_params,
         "ae": autoencoder_params,
         "clip": clip_params,
@@ -141,11 +141,8 @@ def autoencoder_params(tensors: Tensors, known: Mapping[str, Any]) -> AutoEncode
     if any(width % ch for width in widths):
         raise FluxError(f"the autoencoder's widths {widths} are not multiples of the first, {ch}")
     if ch % (groups := known.get("norm_groups", usual.norm_groups)):
-        raise FluxError(
-            f"{ch} channels in {groups} norm groups: its config.json (norm_num_groups) is missing"
-        )
-    for width in widths:
-        _divided(width, known.get("norm_groups", usual.norm_groups), "norm_num_groups")
+        why = "is wrong" if "norm_groups" in known else "is missing"
+        raise FluxError(f"{ch} channels in {groups} norm groups: its config.json (norm_num_groups) {why}")
     return AutoEncoderParams(
         in_channels=_size(tensors, usual.in_channels, ("encoder.conv_in.weight", 3)),
         ch=ch,
