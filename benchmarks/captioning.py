@@ -2,7 +2,7 @@
 
     python -m benchmarks.captioning [--size tiny|mid|base] [--batch N] [--beams N] [--tokens N] [--json FILE]
 
-Weights are random, pictures noise. Every measurement is a process of its own: its peak is the growth of the
+Weights are random, pictures noise. Every measurement is a separate process: its peak is the growth of the
 resident set since the weights' file was about to be read. The outputs of both programs are compared: the
 features of the vision tower by their distance, the answers token by token.
 """
@@ -147,7 +147,7 @@ def measure(part: str, program: str, options: dict, folder: Path, repeats: int) 
 
 
 def run(part: str, options: dict, repeats: int) -> dict:
-    """Both programs on one part, each in a process of its own; seconds are those of one picture."""
+    """Both programs on one part, each in a separate process; seconds are those of one picture."""
     row = {"part": part, **options}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.generation [--size tiny|mid|full-width] [--parts step decode ...] [--json FILE]
 
-Every measurement is a process of its own: its peak is the growth of the resident set since the weights' file
+Every measurement is a separate process: its peak is the growth of the resident set since the weights' file
 was about to be read. The outputs of both programs are compared, so that a fast wrong answer shows.
 """
 
@@ -253,7 +253,7 @@ def measure(part: str, program: str, size: dict, folder: Path, repeats: int) -> 
 
 
 def run(part: str, size: str, repeats: int) -> dict:
-    """Both programs on one part, each in a process of its own."""
+    """Both programs on one part, each in a separate process."""
     row: dict[str, Any] = {"part": part, "size": size}
     arrays: dict[str, Any] = dict(inputs(part, SIZES[size]))
     with tempfile.TemporaryDirectory() as name:

@@ -4,12 +4,12 @@
     python -m benchmarks.training --memory [--size tiny|mid]     # memory alone: quick, also of quantized ones
     python -m benchmarks.training --dev [--sides 512 1024]        # FLUX.1-dev's step, bfloat16 on 4 bits
 
-Every measurement is a process of its own. Two peaks: the growth of the resident set, which can be had of
-both programs, and MLX's own count with its operations one after the other. On a CPU, MLX hands out memory up
+Every measurement is a separate process. Two peaks: the growth of the resident set, which can be had of
+both programs, and MLX's count with its operations one after the other. On a CPU, MLX hands out memory up
 to a hundred operations ahead; the second peak is without that, and is the one that the calculation needs.
 
 The reference is diffusers with PEFT: the same weights, noise and times, and the same layers; its qkv is in
-three parts, each with matrices of its own. An adapter begins as no change, so both losses must be equal.
+three parts, each with separate matrices. An adapter begins as no change, so both losses must be equal.
 """
 
 import argparse
@@ -107,7 +107,7 @@ def _train_adapter(flow: Flux, batch: dict, checkpoint: bool, rank: int, optimiz
     flow.freeze()
     adapters = Adapters(flow)
     new = new_adapter(flow, targets(flow), rank, rank, mx.random.key(1))
-    adapters.add(new, name="new", learns=True)
+    adapters.add(new, name="new", trainable=True)
     adapters.freeze_all_but("new")
     if checkpoint:
         checkpoint_blocks(flow)

@@ -45,7 +45,7 @@ def parse_toml(text: str) -> dict[str, Any]:
         import tomllib
     except ImportError:  # Python 3.10
         try:
-            import tomli as tomllib  # type: ignore[no-redef]
+            import tomli as tomllib  # type: ignore[no-redef]  # the same functions
         except ImportError:
             raise FluxError("TOML needs Python 3.11 or newer, or `pip install tomli`") from None
     return tomllib.loads(text)
@@ -69,6 +69,7 @@ class Faults:
         self.lines: list[str] = []
 
     def add(self, where: str, text: str) -> None:
+        """Adds a line. where: the key, "" for the whole file."""
         self.lines.append(f"{where}: {text}" if where else text)
 
 

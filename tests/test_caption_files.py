@@ -41,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def names(found: list[files.Picture]) -> list[str]:
-    return [f"{picture.home}: {picture.name}" for picture in found]
+    return [f"{picture.folder}: {picture.name}" for picture in found]
 
 
 ALL = ["a.jpg", "b.PNG", "g.gif", "iphone.heic", "sub/c.webp", "sub/deep/d.bmp"]
@@ -168,7 +168,7 @@ def test_a_reader_beside_never_sees_half_a_list(folder: Path, format: str):
     """The old file stays what it was for whoever has it open."""
     found = files.find([folder])
     records.write({found[0]: "old"}, format, overwrite=False)
-    path = records.place(found[0], format)
+    path = records.caption_file(found[0], format)
     before = path.read_bytes()
     os.link(path, folder / "open")
     records.write({found[0]: "new, and longer"}, format, overwrite=True)

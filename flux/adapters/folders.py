@@ -60,10 +60,10 @@ def adapter_files(patterns: Iterable[str | Path]) -> list[Path]:
         else:
             paths = [find_adapter(pattern)]
         for path in paths:
-            own = (_adapters(path) or _checkpoints(path)) if path.is_dir() else [path]
-            if not own:
+            found = (_adapters(path) or _checkpoints(path)) if path.is_dir() else [path]
+            if not found:
                 raise FluxError(f"{path}: a folder without an adapter")
-            out += own
+            out += found
     return list(dict.fromkeys(out))
 
 

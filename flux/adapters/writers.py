@@ -64,15 +64,15 @@ def save(
     if unknown := set(facts or ()) - set(FACTS):
         raise FluxError(f"no fact of an adapter: {', '.join(sorted(unknown))}; one of {', '.join(FACTS)}")
     tensors, metadata = WRITERS[format](adapter)
-    own = {
+    entries = {
         OWN + name: str(value) for name, value in {**read_facts(adapter.metadata), **(facts or {})}.items()
     }
     kept = {name: value for name, value in adapter.metadata.items() if name not in STALE}
     ranks, alphas = adapter.ranks().values(), adapter.alphas().values()
-    own |= {OWN + "rank": _usual(ranks), OWN + "alpha": _usual(alphas)} if ranks else {}
+    entries |= {OWN + "rank": _usual(ranks), OWN + "alpha": _usual(alphas)} if ranks else {}
     if any(delta.magnitude is not None and delta.rule == PEFT for delta in adapter.modules.values()):
-        own[DORA_RULE] = PEFT
-    files.save(Path(path), tensors, {**kept, **metadata(own), **own})
+        entries[DORA_RULE] = PEFT
+    files.save(Path(path), tensors, {**kept, **metadata(entries), **entries})
     return losses(adapter, format)
 
 
@@ -98,16 +98,17 @@ KOHYA = {"flux": "lora_unet_", "clip": "lora_te1_", "t5": "lora_te3_"}
 
 
 def to_native(adapter: Adapter) -> tuple[Tensors, Metadata]:
+    """Tensors under BFL's names, and what makes their metadata. FluxError for what they cannot hold."""
     _refuse_kinds("native", adapter)
     tensors: Tensors = {}
     for module, delta in adapter.modules.items():
-        for stem, own in _native_parts(module, delta):
-            tensors |= _beside(stem, own)
+        for stem, part in _native_parts(module, delta):
+            tensors |= _beside(stem, part)
     tensors |= {NATIVE[part_of(name)] + name: value for name, value in adapter.replaced.items()}
     for name, value in adapter.added.items():
         bare, b = (name.removesuffix(".bias"), "_b") if name.endswith(".bias") else (name, "")
         tensors[f"{NATIVE[part_of(name)]}{bare.removesuffix('.weight')}.diff{b}"] = value
-    return tensors, lambda own: {"format": "pt"}
+    return tensors, lambda facts: {"format": "pt"}
 
 
 def _native_parts(module: str, delta: Delta) -> list[tuple[str, Delta]]:
@@ -115,11 +116,14 @@ def _native_parts(module: str, delta: Delta) -> list[tuple[str, Delta]]:
     if not isinstance(delta.change, Stack):
         return [(NATIVE[part_of(module)] + module, delta)]
     return [
-        ("transformer." + name, own) for name, own in split_names(module, delta) if own.shape != (None, None)
+        ("transformer." + name, part)
+        for name, part in split_names(module, delta)
+        if part.shape != (None, None)
     ]
 
 
 def to_kohya(adapter: Adapter) -> tuple[Tensors, Metadata]:
+    """The same under sd-scripts' names."""
     refuse("kohya", "norms", [*adapter.replaced, *adapter.added])
     modules = {name: _flat(delta) for name, delta in adapter.modules.items()}
     adapter = replace(adapter, modules=modules)
@@ -189,16 +193,16 @@ BESIDE: dict[type, Callable[[Any], Tensors]] = {
 }
 
 
-def _kohya_metadata(own: Mapping[str, str]) -> dict[str, str]:
+def _kohya_metadata(facts: Mapping[str, str]) -> dict[str, str]:
     """What sd-scripts writes and other programs show."""
-    base = own.get(OWN + "base_model")
+    base = facts.get(OWN + "base_model")
     out = {
         "ss_base_model_version": "flux1",
         "ss_network_module": "networks.lora_flux",
         "modelspec.architecture": f"flux-1-{base}/lora" if base else "flux-1/lora",
     }
     names = {"ss_network_dim": "rank", "ss_network_alpha": "alpha"} | {k: n for n, k in KOHYA_FACTS.items()}
-    return out | {theirs: own[OWN + ours] for theirs, ours in names.items() if OWN + ours in own}
+    return out | {theirs: facts[OWN + ours] for theirs, ours in names.items() if OWN + ours in facts}
 
 
 # --- What the readers of a format leave out, seen in sd-scripts and in diffusers 0.42 ---

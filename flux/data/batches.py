@@ -33,6 +33,7 @@ class Entry:
 
     @property
     def is_reg(self) -> bool:
+        """Whether it is a regularization picture."""
         return self.placed.sample.subset.is_reg
 
 
@@ -179,10 +180,10 @@ def epoch_items(placed: Sequence[Placed], groups: int) -> list[Item]:
     """
     items = []
     for group in range(groups):
-        own = [each for each in placed if each.sample.group == group]
-        trained = _repeated(each for each in own if not each.sample.subset.is_reg)
+        of_group = [each for each in placed if each.sample.group == group]
+        trained = _repeated(each for each in of_group if not each.sample.subset.is_reg)
         items += trained
-        regular = _repeated(each for each in own if each.sample.subset.is_reg)
+        regular = _repeated(each for each in of_group if each.sample.subset.is_reg)
         for i in range(len(trained) if regular else 0):
             lap, place = divmod(i, len(regular))
             item = regular[place]

@@ -12,7 +12,7 @@ from flux.data import files
 from flux.data.files import Disk, some
 from flux.errors import FluxError
 
-# In a folder, the first of these that is there: this project's own, Hugging Face's imagefolder, and others.
+# In a folder, the first of these that is there: this project's, Hugging Face's imagefolder, and others.
 LISTS = (
     *("train.jsonl", "index.json", "metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json"),
     *("captions.jsonl", "captions.csv", "captions.tsv", "captions.json"),

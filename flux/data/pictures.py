@@ -132,7 +132,7 @@ def load(sample: Sample, content: bytes) -> tuple[np.ndarray, np.ndarray | None]
 
 
 def varies(sample: Sample) -> bool:
-    """Whether each repeat of the picture is a variant of its own, by its crop or its colours."""
+    """Whether each repeat of the picture is a different variant, by its crop or its colours."""
     return sample.subset.random_crop or sample.subset.color_aug
 
 

@@ -125,7 +125,7 @@ def find_folder(image_dir: str, toml: Path) -> Path | None:
     """The folder (or file) that a data.toml names; None where there is none.
 
     It is looked for from the working folder, as sd-scripts does, then from the data.toml's folder and from
-    the one above, and last by its own name beside the data.toml, so that a data set may be moved as a whole.
+    the one above, and last by its name beside the data.toml, so that a data set may be moved as a whole.
     """
     named = Path(image_dir.replace("\\", "/")).expanduser()
     beside = toml.absolute().parent

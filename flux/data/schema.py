@@ -1,6 +1,6 @@
 """The options of a data set: sd-scripts' schema of data.toml, looked up from the nearest table outwards.
 
-A subset's option is looked for in its own table, then in its [[datasets]] table, in [general], on the command
+A subset's option is looked for in its table, then in its [[datasets]] table, in [general], on the command
 line, and at last here. Sizes are (height, width) in this program, and a side or [width, height] in data.toml.
 """
 

@@ -23,7 +23,7 @@ UNSUPPORTED = {
     "control_dir": "pictures that a ControlNet is given",
     "debug_dataset": "shows the pictures in the place of training",
     "cache_info": "keeps the pictures' sizes in a file",
-    "custom_attributes": "notes for the user's own code",
+    "custom_attributes": "notes for the user's code",
     "dataset_repeats": "repeats of a whole data set (here num_repeats)",
     "color_aug_strength": "how much colours are varied",
     "caption_extention": "an old spelling of caption_extension",

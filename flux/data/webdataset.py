@@ -30,6 +30,7 @@ class Member:
     size: int
 
     def read(self) -> bytes:
+        """The picture's bytes."""
         with self.shard.open("rb") as file:
             return os.pread(file.fileno(), self.size, self.offset)
 
@@ -49,6 +50,7 @@ class Samples:
         return (self.captions[index],) if self.captions[index] else ()
 
     def picture(self, index: int) -> np.ndarray:
+        """The upright picture (H, W, 3), uint8, over white. FluxError where it cannot be read."""
         member = self.members[index]
         return over_white(*images.load(NamedBytes(member.read(), f"{member.shard}: {member.name}")))
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from flux.adapters.beside import Share
+from flux.adapters.beside import AdapterLayer
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.models.transformer import Flux
@@ -29,8 +29,8 @@ def fully_shard(network: Flux, ranks: Ranks) -> None:
     """
     if ranks.size == 1:
         return
-    shares = [module for module in network.modules() if isinstance(module, Share)]
-    if any(own.learns and own.magnitude is not None for own in shares):
+    adapters = [module for module in network.modules() if isinstance(module, AdapterLayer)]
+    if any(layer.trainable and layer.magnitude is not None for layer in adapters):
         raise FluxError("the base cannot be sharded over ranks beside a DoRA in training: choose one")
     kinds = nn.Linear | nn.QuantizedLinear
     for block in (*network.double_blocks, *network.single_blocks):

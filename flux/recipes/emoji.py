@@ -221,6 +221,7 @@ def corners(composition: Composition) -> list[tuple[int, int]]:
 
 
 def main() -> None:
+    """Draw the folder."""
     parser = argparse.ArgumentParser(
         description="Draw a folder of emoji pictures with captions (font: OFL 1.1)."
     )

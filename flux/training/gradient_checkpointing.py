@@ -42,7 +42,7 @@ def _attend(k: mx.array, v: mx.array, q: mx.array, pe: mx.array) -> list[mx.arra
 
 
 class _Checkpointed(nn.Module):
-    """Comes before a block's own class: its call, checkpointed."""
+    """Comes before a block's class: its call, checkpointed."""
 
     attend = staticmethod(attention_by_heads)
     streams = 1  # how many of a call's inputs come from the block before
@@ -89,12 +89,14 @@ def _checkpointed(function: Callable, count: int, wanted: int) -> Callable:
     return run
 
 
-class CheckpointedDoubleStreamBlock(_Checkpointed, DoubleStreamBlock):  # type: ignore[misc]
+class CheckpointedDoubleStreamBlock(_Checkpointed, DoubleStreamBlock):  # type: ignore[misc]  # other `__call__`
+    """A double block whose activations are computed again for the gradient."""
+
     streams = 2
 
 
-class CheckpointedSingleStreamBlock(_Checkpointed, SingleStreamBlock):  # type: ignore[misc]
-    pass
+class CheckpointedSingleStreamBlock(_Checkpointed, SingleStreamBlock):  # type: ignore[misc]  # as above
+    """A single block whose activations are computed again for the gradient."""
 
 
 _CLASSES: dict[type, type] = {

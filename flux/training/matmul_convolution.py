@@ -22,6 +22,8 @@ class ProductConv2d(nn.Conv2d):
 
 
 class ProductConv1x1(nn.Conv2d):
+    """A 1x1 convolution as a product. (B, H, W, I) -> (B, H, W, O)."""
+
     def __call__(self, x: mx.array) -> mx.array:
         return x @ self.weight[:, 0, 0].T + self.bias
 

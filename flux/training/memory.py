@@ -28,6 +28,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """All of them, in bytes."""
         return self.weights + self.adapter + self.activations
 
 

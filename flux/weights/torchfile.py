@@ -98,6 +98,7 @@ class Machine:
         raise ValueError("a pickle without an end")
 
     def step(self, name: str, argument: Any) -> None:
+        """Does one step, by its name in pickletools. ValueError for one that files of weights do not need."""
         if name in VALUES:
             self.stack.append(argument)
         elif name in CONSTANTS:

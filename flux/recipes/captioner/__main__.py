@@ -124,6 +124,7 @@ def train(
 
 
 def main() -> None:
+    """Train the captioner, or go on with it."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: states, logs, vocabulary")
     parser.add_argument("--tower-steps", type=int, default=450, help="(default: %(default)s)")

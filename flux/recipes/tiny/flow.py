@@ -142,6 +142,7 @@ def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
 
 
 def make_model(run: Path, clip: CLIPTokenizer) -> TextToLatent:
+    """The networks of a run, untrained. run: the folder with its tokenizers."""
     vocabulary = json.loads((run / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     return TextToLatent(len(vocabulary), recipe.T5_VOCABULARY, clip.eos_token_id)
 
@@ -153,6 +154,7 @@ def is_edge(name: str, parameter: mx.array) -> bool:
 
 
 def main() -> None:
+    """Train the text encoders and the transformer, or go on with it."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: latents, state, log")
     parser.add_argument("--steps", type=int, required=True)
