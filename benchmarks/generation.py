@@ -9,10 +9,7 @@ was about to be read. The outputs of both programs are compared, so that a fast 
 import argparse
 import json
 import platform
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 
 import flux  # noqa: F401  (before mlx.core: it puts OpenBLAS into the process)
-from benchmarks.measure import peak_memory
+from benchmarks.measure import in_a_process, peak_memory, show, timed
 
 # hidden: the transformer's width (heads of 128), at `tokens` picture tokens; ch: the autoencoder's width.
 SIZES = {
@@ -241,15 +238,10 @@ def measure(part: str, program: str, size: dict, folder: Path, repeats: int) -> 
         evaluate, numpy = (lambda x: x), (lambda x: x.numpy())
     before = peak_memory()
     call = (flux_call if program == "flux" else reference_call)(part, size, folder)
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        result = call()
-        evaluate(result)
-        times.append(time.perf_counter() - start)
+    result, times = timed(call, evaluate, repeats)
     peak = peak_memory() - before
     np.save(folder / f"{program}.npy", numpy(result))
-    return {"seconds": min(times[1:]), "first": times[0], "peak": peak}
+    return times | {"peak": peak}
 
 
 def run(part: str, size: str, repeats: int) -> dict:
@@ -262,25 +254,12 @@ def run(part: str, size: str, repeats: int) -> dict:
         write_weights(part, SIZES[size], folder)
         programs = PROGRAMS if find_spec("diffusers") and part != "modulation" else PROGRAMS[:1]
         for program in programs:
-            command = [sys.executable, "-m", "benchmarks.generation", "--size", size]
-            command += ["--measure", part, program, name, "--repeats", str(repeats)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            row[program] = json.loads(output.splitlines()[-1])
+            options = ["--size", size, "--measure", part, program, name, "--repeats", repeats]
+            row[program] = in_a_process("benchmarks.generation", options)
         if "reference" in row:
             ours, theirs = (np.load(folder / f"{program}.npy") for program in PROGRAMS)
             row["error"] = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
     return row
-
-
-def show(row: dict) -> str:
-    """A row as a line of the table."""
-    ours, theirs = row["flux"], row.get("reference")
-    line = f"{row['part']:<11}{ours['seconds']:>9.3f} s{ours['peak'] / 1e6:>8.0f} MB"
-    if theirs:
-        line += f"{theirs['seconds']:>12.3f} s{theirs['peak'] / 1e6:>8.0f} MB"
-        line += f"{ours['seconds'] / theirs['seconds']:>8.2f} x{ours['peak'] / theirs['peak']:>8.2f} x"
-        line += f"{row['error']:>12.1e}"
-    return line
 
 
 def main() -> None:

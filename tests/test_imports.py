@@ -31,6 +31,7 @@ LEVELS = {
     "flux.arguments": 3,
     "flux.weights": 2,
     "flux.adapters": 2,
+    "flux.adapters.__main__": 3,  # a program
     "flux.distributed": 2,
     "flux.workflows": 2,
     "flux.captioning": 3,

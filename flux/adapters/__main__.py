@@ -3,8 +3,8 @@
 import argparse
 import runpy
 import sys
-import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from flux.adapters.adapter import part_of
 from flux.adapters.folders import adapter_files
 from flux.adapters.report import table
 from flux.adapters.writers import WRITERS
-from flux.arguments import adapter, count
+from flux.arguments import adapter, count, run_command
 from flux.errors import FluxError
 from flux.weights import checkpoints, layouts
 
@@ -249,12 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["grid"]:  # stands above this package, which does not import it
         return runpy.run_module("flux.evaluation")["main"](arguments)
     options = parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        return options.run(options)
-    except FluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(partial(options.run, options))
 
 
 if __name__ == "__main__":

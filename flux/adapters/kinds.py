@@ -9,30 +9,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from flux.adapters import checks
-from flux.adapters.changes import (
-    PEFT,
-    Change,
-    Delta,
-    Dense,
-    GLoRA,
-    Hadamard,
-    Kronecker,
-    LowRank,
-    Replacement,
-    Rotation,
-    Scaling,
-    Stack,
-)
+from flux.adapters import changes, checks
 from flux.adapters.names import Target
 from flux.adapters.peft_config import Configs
 from flux.errors import FluxError
 
 Roles = dict[str, mx.array]  # the tensors of one target, by what names.py calls them
-Reader = Callable[[Target, Roles, Configs], Change]
+Reader = Callable[[Target, Roles, Configs], changes.Change]
 
 
-def read_delta(target: Target, roles: Roles, configs: Configs, dora_rule: str, gaps: bool = False) -> Delta:
+def read_delta(
+    target: Target, roles: Roles, configs: Configs, dora_rule: str, gaps: bool = False
+) -> changes.Delta:
     """Takes what it understands out of roles; what is left there has no partner.
 
     dora_rule: how a `dora_scale` is weighed; gaps: it may be NaN, in rows that are no DoRA. FluxError for
@@ -44,26 +32,28 @@ def read_delta(target: Target, roles: Roles, configs: Configs, dora_rule: str, g
     if change is not None:
         checks.size([side or 1 for side in change.shape], target.theirs)
     bias, factor = roles.pop("bias", None), None
-    if isinstance(change, LowRank) and "up bias" in roles:
+    if isinstance(change, changes.LowRank) and "up bias" in roles:
         scaled = change.scale * roles.pop("up bias").astype(mx.float32)
         bias = scaled if bias is None else bias + scaled
-    if scales_all and isinstance(change, Scaling) and change.factor.shape[1] == 1:
+    if scales_all and isinstance(change, changes.Scaling) and change.factor.shape[1] == 1:
         factor = change.factor[:, 0]
     magnitude, rule = _magnitude(target, roles, change, dora_rule)
     if magnitude is not None:
         _check_magnitude(target, magnitude, gaps)
     new_bias = roles.pop("new bias", None)
-    return Delta(change, bias, magnitude, factor, new_bias, rule)
+    return changes.Delta(change, bias, magnitude, factor, new_bias, rule)
 
 
-def _magnitude(target: Target, roles: Roles, change: Change | None, rule: str) -> tuple[mx.array | None, str]:
+def _magnitude(
+    target: Target, roles: Roles, change: changes.Change | None, rule: str
+) -> tuple[mx.array | None, str]:
     """A DoRA's magnitude, (out,) or (1, in) by the shape that the file has, and how it is weighed."""
     role = next((role for role in ("magnitude", "dora_scale") if role in roles), "")
     if change is None or not role:
-        return None, PEFT
+        return None, changes.PEFT
     found = roles.pop(role)
     rows, columns = change.shape
-    rule = PEFT if role == "magnitude" else rule
+    rule = changes.PEFT if role == "magnitude" else rule
     if role == "dora_scale" and found.ndim > 1 and found.shape[0] == 1 and found.size == columns:
         return found.reshape(1, -1), rule
     if found.size == rows:  # (out, 1) in ComfyUI's files
@@ -108,15 +98,15 @@ def _chain(target: Target, *factors: mx.array) -> None:
 # --- Sums and products of factors ---
 
 
-def _low_rank(target: Target, roles: Roles, configs: Configs) -> LowRank:
+def _low_rank(target: Target, roles: Roles, configs: Configs) -> changes.LowRank:
     down, up = _matrix(target, roles.pop("down")), _matrix(target, roles.pop("up"))
     if "mid" in roles:  # LyCORIS with Tucker's decomposition
         up = up @ _matrix(target, roles.pop("mid"))
     _chain(target, up, down)
-    return LowRank(down, up, _alpha(target, roles, down.shape[0], configs))
+    return changes.LowRank(down, up, _alpha(target, roles, down.shape[0], configs))
 
 
-def _transposed(target: Target, roles: Roles, configs: Configs) -> LowRank:
+def _transposed(target: Target, roles: Roles, configs: Configs) -> changes.LowRank:
     """(in, r) and (r, out), or matrices whose names leave that open."""
     sure = "down transposed" in roles
     suffix = " transposed" if sure else " or transposed"
@@ -134,7 +124,7 @@ def _is_transposed(down: mx.array, up: mx.array) -> bool:
     return turned and (not as_is or down.shape[-1] < down.shape[0])
 
 
-def _hadamard(target: Target, roles: Roles, configs: Configs) -> Hadamard:
+def _hadamard(target: Target, roles: Roles, configs: Configs) -> changes.Hadamard:
     factors = [_tucker(target, roles, f"hada_w{i}", f"hada_t{i}") for i in (1, 2)]
     (a1, b1), (a2, b2) = factors
     if (a1.shape[0], b1.shape[1]) != (a2.shape[0], b2.shape[1]):
@@ -142,7 +132,7 @@ def _hadamard(target: Target, roles: Roles, configs: Configs) -> Hadamard:
     rank = b1.shape[0]
     scale = configs.scale(target)
     alpha = _alpha(target, roles, rank, configs)
-    return Hadamard(a1, b1, a2, b2, alpha / rank if scale is None else scale)
+    return changes.Hadamard(a1, b1, a2, b2, alpha / rank if scale is None else scale)
 
 
 def _tucker(target: Target, roles: Roles, name: str, core: str) -> tuple[mx.array, mx.array]:
@@ -156,7 +146,7 @@ def _tucker(target: Target, roles: Roles, name: str, core: str) -> tuple[mx.arra
     return a, b
 
 
-def _kronecker(target: Target, roles: Roles, configs: Configs) -> Kronecker:
+def _kronecker(target: Target, roles: Roles, configs: Configs) -> changes.Kronecker:
     w1, rank1 = _factor(target, roles, "lokr_w1")
     w2, rank2 = _factor(target, roles, "lokr_w2")
     checks.size((w1.shape[0] * w2.shape[0], w1.shape[1] * w2.shape[1]), target.theirs)
@@ -165,7 +155,7 @@ def _kronecker(target: Target, roles: Roles, configs: Configs) -> Kronecker:
     scale = configs.scale(target)  # PEFT scales a product and a plain factor alike
     if scale is None:
         scale = alpha / rank if rank else 1.0
-    return Kronecker(w1, w2, scale)
+    return changes.Kronecker(w1, w2, scale)
 
 
 def _factor(target: Target, roles: Roles, name: str) -> tuple[mx.array, int | None]:
@@ -176,7 +166,7 @@ def _factor(target: Target, roles: Roles, name: str) -> tuple[mx.array, int | No
     return a.astype(mx.float32) @ b.astype(mx.float32), b.shape[0]
 
 
-def _glora(target: Target, roles: Roles, configs: Configs) -> GLoRA:
+def _glora(target: Target, roles: Roles, configs: Configs) -> changes.GLoRA:
     """W a1 a2 + b1 b2; LyCORIS before 2.0 had the factors of each product in the other order.
 
     A square layer allows both: then the smaller rank is meant.
@@ -193,33 +183,33 @@ def _glora(target: Target, roles: Roles, configs: Configs) -> GLoRA:
     if a1.shape[0] != b2.shape[1] or a2.shape[1] != b2.shape[1]:
         raise FluxError(f"{target.theirs}: the two products of a GLoRA do not fit one layer")
     rank = b2.shape[0]
-    return GLoRA(a1, a2, b1, b2, _alpha(target, roles, rank, configs) / rank)
+    return changes.GLoRA(a1, a2, b1, b2, _alpha(target, roles, rank, configs) / rank)
 
 
 # --- Scalings, whole matrices ---
 
 
-def _ia3(target: Target, roles: Roles, configs: Configs) -> Scaling:
+def _ia3(target: Target, roles: Roles, configs: Configs) -> changes.Scaling:
     """LyCORIS: W (1 + weight), along the rows or, where `on_input`, the columns."""
     role = "weight" if "weight" in roles else "whole weight"
     factor, columns = roles.pop(role).reshape(-1), roles.pop("on_input")
-    return Scaling(factor[None] if columns.reshape(-1)[0].item() else factor[:, None])
+    return changes.Scaling(factor[None] if columns.reshape(-1)[0].item() else factor[:, None])
 
 
-def _ia3_of_peft(target: Target, roles: Roles, configs: Configs) -> Scaling:
+def _ia3_of_peft(target: Target, roles: Roles, configs: Configs) -> changes.Scaling:
     """PEFT: W ia3_l, (out, 1) or (1, in)."""
     factor = roles.pop("ia3_l")
     if factor.ndim != 2 or 1 not in factor.shape:
         raise FluxError(f"{target.theirs}: ia3_l of shape {tuple(factor.shape)}; one axis should be 1")
-    return Scaling(factor.astype(mx.float32) - 1)
+    return changes.Scaling(factor.astype(mx.float32) - 1)
 
 
-def _dense(target: Target, roles: Roles, configs: Configs) -> Dense:
-    return Dense(_matrix(target, roles.pop("diff")))
+def _dense(target: Target, roles: Roles, configs: Configs) -> changes.Dense:
+    return changes.Dense(_matrix(target, roles.pop("diff")))
 
 
-def _replacement(target: Target, roles: Roles, configs: Configs) -> Replacement:
-    return Replacement(_matrix(target, roles.pop("whole weight")))
+def _replacement(target: Target, roles: Roles, configs: Configs) -> changes.Replacement:
+    return changes.Replacement(_matrix(target, roles.pop("whole weight")))
 
 
 # --- Rotations ---
@@ -240,11 +230,11 @@ def _cayley(q: mx.array) -> mx.array:
     return (eye + q) @ mx.linalg.inv(eye - q, stream=mx.cpu)
 
 
-def _rotation(target: Target, blocks: mx.array, **more: Any) -> Rotation:
+def _rotation(target: Target, blocks: mx.array, **more: Any) -> changes.Rotation:
     """blocks (m, n, b, b), computed now: they are small, and come of an inverse."""
     if not mx.all(mx.isfinite(blocks)).item():
         raise FluxError(f"{target.theirs}: rotation blocks so large that they are no rotation")
-    return Rotation(blocks, **more)
+    return changes.Rotation(blocks, **more)
 
 
 def _constrained(q: mx.array, constraint: float) -> mx.array:
@@ -253,7 +243,7 @@ def _constrained(q: mx.array, constraint: float) -> mx.array:
     return q * mx.minimum(1.0, constraint / (norm + 1e-8)) if constraint > 0 else q
 
 
-def _oft(target: Target, roles: Roles, configs: Configs) -> Rotation:
+def _oft(target: Target, roles: Roles, configs: Configs) -> changes.Rotation:
     """LyCORIS and sd-scripts: (n, b, b), W' = R^T W in each block of rows; BOFT (m, n, b, b), R W of stages.
 
     Alpha is the constraint of Q's norm for each row.
@@ -270,7 +260,7 @@ def _oft(target: Target, roles: Roles, configs: Configs) -> Rotation:
     return _rotation(target, rotation.swapaxes(-1, -2)[None], rescale=_column(rescale))
 
 
-def _oft_parts(target: Target, roles: Roles, configs: Configs) -> Stack:
+def _oft_parts(target: Target, roles: Roles, configs: Configs) -> changes.Stack:
     """sd-scripts: an OFT for each part of a fused layer."""
     alpha, parts, at = roles.pop("alpha", None), [], 0
     for i in range(4):
@@ -278,19 +268,19 @@ def _oft_parts(target: Target, roles: Roles, configs: Configs) -> Stack:
             part = {"oft_blocks": roles.pop(f"oft_blocks.{i}")} | ({} if alpha is None else {"alpha": alpha})
             change = _oft(target, part, configs)
             rows = change.shape[0] or 0
-            parts.append((at, at + rows, Delta(change)))
+            parts.append((at, at + rows, changes.Delta(change)))
             at += rows
-    return Stack(tuple(parts), at)
+    return changes.Stack(tuple(parts), at)
 
 
-def _oft_of_old_lycoris(target: Target, roles: Roles, configs: Configs) -> Rotation:
+def _oft_of_old_lycoris(target: Target, roles: Roles, configs: Configs) -> changes.Rotation:
     """LyCORIS 2: the rotations R themselves, W' = R^T W."""
     blocks = roles.pop("oft_diag").astype(mx.float32)
     _skew(target, blocks, 3)
     return _rotation(target, blocks.swapaxes(-1, -2)[None], rescale=_column(roles.pop("rescale", None)))
 
 
-def _oft_of_peft(target: Target, roles: Roles, configs: Configs) -> Rotation:
+def _oft_of_peft(target: Target, roles: Roles, configs: Configs) -> changes.Rotation:
     """PEFT: (n, b (b - 1) / 2), the upper triangles of Q; W' = W R^T in each block of columns."""
     config, upper = configs.of(target), roles.pop("oft_R").astype(mx.float32)
     size = round((1 + (1 + 8 * upper.shape[-1]) ** 0.5) / 2)
@@ -317,7 +307,7 @@ def _neumann(q: mx.array, terms: int) -> mx.array:
     return out
 
 
-def _boft_of_peft(target: Target, roles: Roles, configs: Configs) -> Rotation:
+def _boft_of_peft(target: Target, roles: Roles, configs: Configs) -> changes.Rotation:
     """PEFT without its CUDA extension: (1, n, b, b), W' = boft_s (W R^T) in each block of columns."""
     blocks = roles.pop("boft_R")
     if blocks.ndim != 4 or blocks.shape[0] != 1:

@@ -31,9 +31,9 @@ NOT_LOW_RANK = "changes that are not of low rank, or DoRA along the columns"
 
 
 def refuse(format: str, what: str, modules: list[str]) -> None:
-    """FluxError where some modules have what a format has no place for."""
+    """FluxError where some modules have what a format cannot hold."""
     if modules:
-        raise FluxError(f"{format} files have no place for {what}: {some(modules)}")
+        raise FluxError(f"{format} files cannot hold {what}: {some(modules)}")
 
 
 def to_diffusers(adapter: Adapter) -> tuple[Tensors, Metadata]:
@@ -50,7 +50,7 @@ def to_diffusers(adapter: Adapter) -> tuple[Tensors, Metadata]:
     for name, value in adapter.replaced.items():
         found = find_theirs(TRANSFORMER, name.removesuffix(".scale"))
         if found is None:
-            raise FluxError(f"diffusers files have no place for norms of the text encoders: {name}")
+            raise FluxError(f"diffusers files cannot hold norms of the text encoders: {name}")
         tensors[f"transformer.{found[1][0]}.weight"] = value
     packed = json.dumps(config, indent=2, sort_keys=True)
     return tensors, lambda facts: {"format": "pt", PEFT_METADATA: packed}

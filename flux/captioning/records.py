@@ -1,6 +1,6 @@
 """Captions on the disk: a train.jsonl, a captions.csv, or a .txt beside each picture.
 
-Each write reads what is there, adds to it, and puts the whole in its place at once: a process that is killed
+Each write reads what is there, adds to it, and replaces it by the whole at once: a process that is killed
 leaves the old file or the new one, and what was edited in the meantime, by hand, is kept. Rows are read by
 the rules of flux.data, under any of its keys; new rows have `image` and `prompt`.
 """
@@ -86,7 +86,7 @@ def goes_before(pictures: Iterable[Picture], format: str) -> list[Path]:
 
 
 def write(captions: Mapping[Picture, str], format: str, overwrite: bool) -> None:
-    """Adds captions to what is there; those of pictures that have one take its place only to overwrite.
+    """Adds captions to what is there; those of pictures that have one replace it only to overwrite.
 
     Other rows, and other values in a row, stay as they are.
     """
@@ -173,7 +173,7 @@ def _text(path: Path) -> str | None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes beside the place, then renames into it: the file is never there in part."""
+    """Writes beside the file, then renames: the file is never there in part."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         partial.write_bytes(text.encode())

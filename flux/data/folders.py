@@ -273,7 +273,7 @@ class _Reader:
             first = ", ".join(map(str, self.reading.lists)) or "a caption file"
             return f"not used, as {first} goes first"
         if suffix in lists.SUFFIXES and not of_picture:
-            return "not read as a list (name the file in the place of the folder, if it is one)"
+            return "not read as a list (name the file instead of the folder, if it is one)"
         if suffix not in TEXTS:
             return None
         if not of_picture:

@@ -129,8 +129,8 @@ def find_folder(image_dir: str, toml: Path) -> Path | None:
     """
     named = Path(image_dir.replace("\\", "/")).expanduser()
     beside = toml.absolute().parent
-    places = [Path(image_dir), named, beside / named, beside.parent / named, beside / named.name]
-    return next((place for place in places if os.path.exists(place)), None)
+    candidates = [Path(image_dir), named, beside / named, beside.parent / named, beside / named.name]
+    return next((path for path in candidates if os.path.exists(path)), None)
 
 
 @dataclass

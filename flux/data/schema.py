@@ -74,7 +74,7 @@ class Subset:
 GROUP = {option.name: option for option in fields(Group)}
 SUBSET = {option.name: option for option in fields(Subset)}
 # Keys of a table that are no options: where the pictures are, and other tables.
-PLACES = ("image_dir", "metadata_file")
+PATHS = ("image_dir", "metadata_file")
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,9 @@ def parse(
 def _source(
     where: str, table: Mapping[str, Any], group: int, layers: list[Mapping[str, Any]], faults: Faults
 ) -> list[Source]:
-    options = _table(where, table, SUBSET, PLACES, faults)
+    options = _table(where, table, SUBSET, PATHS, faults)
     subset = _build(where, Subset, [options, *layers], faults)
-    folder, metadata = (table.get(key) for key in PLACES)
+    folder, metadata = (table.get(key) for key in PATHS)
     if not all(value is None or (isinstance(value, str) and value) for value in (folder, metadata)):
         faults.add(where, "image_dir and metadata_file should be paths")
     elif folder is None and metadata is None:

@@ -1,6 +1,6 @@
 """WebDataset shards: tar files in which the members of one sample follow each other and share a name.
 
-The shards are read through once for the places of their members; after that any sample is at hand.
+The shards are read through once for the offsets of their members; after that any sample is at hand.
 """
 
 import json
@@ -109,7 +109,7 @@ def _samples(shard: Path) -> list[tuple[str, dict[str, Member]]]:
     """(name, members by suffix) of each sample. A name ends at the first point of its last part."""
     found: list[tuple[str, dict[str, Member]]] = []
     try:
-        with tarfile.open(shard, "r:") as tar:  # not compressed, so that every member has a place
+        with tarfile.open(shard, "r:") as tar:  # not compressed, so that every member has an offset
             for entry in tar:
                 if not entry.isfile():
                     continue

@@ -2,12 +2,12 @@
 
 import argparse
 import sys
-import warnings
+from functools import partial
 from pathlib import Path
 
 import flux  # before mlx.core, so that OpenBLAS is there first
 from flux import images
-from flux.arguments import finite, size
+from flux.arguments import finite, run_command, size
 from flux.errors import FluxError
 from flux.evaluation import clip_similarity
 from flux.evaluation.grid import STRENGTHS, grid
@@ -95,12 +95,7 @@ def run_grid(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; its exit status: 0, or 2 for bad input."""
     options = parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        return options.run(options)
-    except FluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(partial(options.run, options))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from flux.captioning.tokenizer import FLORENCE_TOKENS, BartTokenizer
 from flux.tokenizers import CLIPTokenizer, byte_letters
 
 BART_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # the last one after all pieces
-IMAGE_TOKEN = "<image>"  # transformers' place for a picture's features
+IMAGE_TOKEN = "<image>"  # in transformers a picture's features replace it
 
 
 def train_clip(captions: Iterable[str], merges: int) -> tuple[dict[str, int], list[str]]:

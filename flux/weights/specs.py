@@ -60,7 +60,7 @@ def _kind(transformer: Part, shift: AnyShift | None, name: str) -> ModelSpec:
         )
     if not has_guidance and spec.name != "schnell":
         warnings.warn(
-            f"{transformer.label}: a {spec.name} without guidance: --cfg-scale 3.5 takes its place",
+            f"{transformer.label}: a {spec.name} without guidance: --cfg-scale 3.5 guides instead",
             stacklevel=2,
         )
     return spec

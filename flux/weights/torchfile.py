@@ -3,7 +3,7 @@
 Such a file is a zip archive, in which `data.pkl` says what tensors there are and `data/KEY` holds the bytes
 of one storage. In the format before PyTorch 1.6 a pickle and then all storages follow each other in the file.
 
-A pickle is a program. Python's own machine for it takes gigabytes for a few bytes (a memo of 2^32 places),
+A pickle is a program. Python's machine for it takes gigabytes for a few bytes (a memo of 2^32 places),
 or never ends (the hash of nested tuples), so that a small one runs here: it makes texts, numbers, tables and
 views of storages, of which none can be larger than the file says it in so many words.
 """

@@ -74,9 +74,9 @@ def locate(name: str, kind: str, folder: Path) -> Path | None:
     if PureWindowsPath(name).anchor or ".." in relative.parts:
         raise FluxError(f"the workflow names {name!r}, which is not a file below a folder of models")
     roots = [root / sub for root in (folder, folder / "models") for sub in FOLDERS[kind]]
-    for place in (*roots, folder):
-        if (place / relative).is_file():
-            return place / relative
+    for root in (*roots, folder):
+        if (root / relative).is_file():
+            return root / relative
     moved = {path for root in roots if root.is_dir() for path in root.rglob(relative.name)}
     return moved.pop() if len(moved) == 1 else None
 
