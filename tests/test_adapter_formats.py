@@ -383,7 +383,7 @@ def test_same_layer_twice():
     [
         ({"double_blocks.0.img_attn.qkv.weight": (4, 4)}, "no adapter for FLUX.1"),
         ({"img_in.lora_A.weight": (2, 4), "img_in.lora_B.weight": (8, 3)}, "no rank in common"),
-        ({"img_in.lora_A.weight": (2, 4, 1), "img_in.lora_B.weight": (8, 2)}, "matrices of shape"),
+        ({"img_in.lora_A.weight": (2, 4, 1), "img_in.lora_B.weight": (8, 2)}, "cannot be a matrix"),
         (
             {"img_in.lora_A.weight": (2, 4), "img_in.lora_B.weight": (8, 2), "img_in.dora_scale": (1, 5)},
             "8 rows or 4 columns",

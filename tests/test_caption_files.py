@@ -134,7 +134,7 @@ def test_tables_edited_by_hand(folder: Path):
         ("jsonl", b"\xff\xfd", "train.jsonl: .* not UTF-8"),
         ("csv", b"name;text\na.jpg;b\n", "captions.csv: its first line should name the columns"),
         ("csv", b"image,prompt\na.jpg,b,c\n", "line 2"),
-        ("csv", b'image,prompt\na.jpg,"b\n', "captions.csv, line 2: is no CSV"),
+        ("csv", b'image,prompt\na.jpg,"b\n', "captions.csv, line 2: cannot be read as CSV"),
     ],
 )
 def test_damaged_lists(folder: Path, format: str, content: bytes, words: str):

@@ -107,7 +107,7 @@ def test_beyond_the_schedule(model, tmp_path):
     ],
 )
 def test_a_scheduler_that_makes_no_sense(scheduler, model, tmp_path):
-    with pytest.raises(FluxError, match=r"scheduler_config\.json: its shift is no time shift"):
+    with pytest.raises(FluxError, match=r"scheduler_config\.json: its shift is not a time shift"):
         spec(write(tmp_path / "m", model, scheduler))
 
 

@@ -80,7 +80,7 @@ class Patterns:
         others = {key: i for i, key in enumerate(table) if key not in self._plain}
         if len(others) > MAX_PATTERNS:
             raise FluxError(
-                f"{what} has {len(others)} patterns that are no names; {MAX_PATTERNS} are the most"
+                f"{what} has {len(others)} patterns that are not names; {MAX_PATTERNS} are the most"
             )
         self._compiled = [(i, self._compile(key)) for key, i in others.items()]
 

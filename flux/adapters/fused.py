@@ -133,7 +133,7 @@ def split(delta: Delta, cuts: Sequence[int]) -> list[Delta]:
             vectors = mx.split(vector, list(cuts))
             parts = [_with(part, {name: vector}) for part, vector in zip(parts, vectors, strict=True)]
         elif vector is not None:  # a DoRA's columns, whose norms are those of the whole layer
-            raise FluxError("a DoRA along the columns of a fused layer is no DoRA of its parts")
+            raise FluxError("a DoRA along the columns of a fused layer cannot be split into its parts")
     return [replace(part, rule=delta.rule) if delta.magnitude is not None else part for part in parts]
 
 

@@ -82,7 +82,7 @@ def _alpha(target: Target, roles: Roles, rank: int, configs: Configs) -> float:
 def _matrix(target: Target, tensor: mx.array) -> mx.array:
     """A factor of a linear layer: (n, m), or (n, m, 1, 1) where it was written as a convolution."""
     if tensor.ndim != 2 and tensor.shape[2:] != (1, 1):
-        raise FluxError(f"{target.theirs}: matrices of shape {tuple(tensor.shape)}")
+        raise FluxError(f"{target.theirs}: a tensor of shape {tuple(tensor.shape)} cannot be a matrix")
     return tensor.reshape(tensor.shape[:2])
 
 
@@ -218,7 +218,7 @@ def _replacement(target: Target, roles: Roles, configs: Configs) -> changes.Repl
 def _skew(target: Target, blocks: mx.array, axes: int) -> mx.array:
     """Q - Q^T in float32; blocks: square matrices, with so many axes in all."""
     if blocks.ndim != axes or blocks.shape[-1] != blocks.shape[-2]:
-        raise FluxError(f"{target.theirs}: rotation blocks of shape {tuple(blocks.shape)}")
+        raise FluxError(f"{target.theirs}: blocks of shape {tuple(blocks.shape)} cannot form a rotation")
     checks.size((blocks.shape[-3] * blocks.shape[-1], blocks.shape[-1]), target.theirs)
     blocks = blocks.astype(mx.float32)
     return blocks - blocks.swapaxes(-1, -2)
@@ -233,7 +233,7 @@ def _cayley(q: mx.array) -> mx.array:
 def _rotation(target: Target, blocks: mx.array, **more: Any) -> changes.Rotation:
     """blocks (m, n, b, b), computed now: they are small, and come of an inverse."""
     if not mx.all(mx.isfinite(blocks)).item():
-        raise FluxError(f"{target.theirs}: rotation blocks so large that they are no rotation")
+        raise FluxError(f"{target.theirs}: rotation blocks too large to form a rotation")
     return changes.Rotation(blocks, **more)
 
 

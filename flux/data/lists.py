@@ -166,7 +166,7 @@ def _separated(path: Path, text: str) -> list[tuple[str, Any]]:
     try:
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
-        raise FluxError(f"{path}, line {reader.line_num}: is no CSV: {error}") from None
+        raise FluxError(f"{path}, line {reader.line_num}: cannot be read as CSV: {error}") from None
     if not rows:
         return []
     pair = files.is_picture(rows[0][1][0])
@@ -192,9 +192,7 @@ def _parquet(path: Path) -> list[tuple[str, Any]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise FluxError(
-            f"{path}: is no parquet file that can be read: {str(error).splitlines()[0]}"
-        ) from None
+        raise FluxError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
     return [(f"row {i}", row) for i, row in enumerate(rows, 1)]
 
 

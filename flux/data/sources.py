@@ -165,7 +165,7 @@ class Rows:
 def open_hugging_face(path: str, name: str | None, split: str, image_key: str, caption_key: str) -> Rows:
     """A data set of the Hub, downloaded first; or a folder that `Dataset.save_to_disk` wrote.
 
-    FluxError for one that cannot be had, or lacks a split or a column.
+    FluxError for one that cannot be loaded, or lacks a split or a column.
     """
     table = datasets.load_table(path, name, split)
     for key in (image_key, caption_key):

@@ -97,7 +97,7 @@ class FlowLoss:
             ("schedule of delta", self.delta_schedule, DELTA_SCHEDULES),
         ):
             if name not in known:
-                raise FluxError(f"no {kind} {name!r}: choose {', '.join(known)}")
+                raise FluxError(f"unknown {kind} {name!r}: choose {', '.join(known)}")
         if self.delta <= 0:
             raise FluxError(f"delta {self.delta}: give a number above 0")
 

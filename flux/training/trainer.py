@@ -213,7 +213,9 @@ class Trainer:
         found = {name: array.shape for name, array in arrays.items()}
         wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
         if wrong:
-            raise FluxError(f"{path} is not a state of this training: other or no shape: {', '.join(wrong)}")
+            raise FluxError(
+                f"{path} is not a state of this training: missing, or of another shape: {', '.join(wrong)}"
+            )
         # Not from the names alone: the optimizer wants the empty entries of frozen layers, too.
         self._put(tree_map_with_path(lambda name, _: arrays[name], self._trees()))
         self.step = step

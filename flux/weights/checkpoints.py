@@ -354,7 +354,7 @@ def _snapshot(repo: str, patterns: list[str], offline: bool) -> Path:
 
 
 def fetch(repo: str, file: str) -> Path:
-    """One file of a repository, in the Hub's cache; FluxError where it cannot be had."""
+    """One file of a repository, in the Hub's cache; FluxError where it cannot be loaded."""
     path = _snapshot(repo, [file], _offline()) / file
     if not path.is_file():
         raise FluxError(f"{repo} has no file {file} on the Hub, or none in the cache")

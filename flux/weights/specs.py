@@ -89,7 +89,7 @@ def _shift(path: Path) -> AnyShift | None:
         factor = sampler.read_shift(config.get("shift", 1.0))
         return factor if factor != 1 else False
     except (FluxError, TypeError, ZeroDivisionError):
-        raise FluxError(f"{path}: its shift is no time shift: {jsonfiles.shown(config)}") from None
+        raise FluxError(f"{path}: its shift is not a time shift: {jsonfiles.shown(config)}") from None
 
 
 def _warn_of_kontext(folder: Path, transformer: Part, name: str) -> None:

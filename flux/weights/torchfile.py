@@ -183,13 +183,13 @@ def _made(function: Any, arguments: Any) -> Any:
     if function == PARAMETER:
         return arguments[0]
     if function not in TENSORS:
-        raise ValueError("it calls what is no function of a file of weights")
+        raise ValueError("it calls a function that files of weights do not need")
     storage, offset, shape, strides, *_ = arguments
     numbers = (offset, *_of(tuple, shape), *_of(tuple, strides))
     if len(shape) != len(strides) or len(shape) > MAX_AXES:
         raise ValueError("a tensor whose shape and strides do not belong together")
     if any(type(n) is not int or not 0 <= n <= MAX_SIDE for n in numbers):
-        raise ValueError("a tensor whose offset, shape or strides are no counts")
+        raise ValueError("a tensor whose offset, shape or strides are not counts")
     return Tensor(_of(Storage, storage), offset, shape, strides)
 
 
