@@ -28,7 +28,7 @@ LEVELS = {
     "flux.distributed.gradients": 1,
     "flux.conditioning": 2,
     "flux.metadata": 2,
-    "flux.arguments": 3,
+    "flux.arguments": 2,
     "flux.weights": 2,
     "flux.adapters": 2,
     "flux.adapters.__main__": 3,  # a program
