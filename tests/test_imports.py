@@ -31,7 +31,6 @@ LEVELS = {
     "flux.arguments": 2,
     "flux.weights": 2,
     "flux.adapters": 2,
-    "flux.adapters.__main__": 3,  # a program
     "flux.distributed": 2,
     "flux.workflows": 2,
     "flux.captioning": 3,
