@@ -118,7 +118,7 @@ def adapter(text: str) -> tuple[str, float]:
     file, colon, number = text.rpartition(":")
     if not colon:
         return text, 1.0
-    try:  # what is no number belongs to the file's name
+    try:  # what is not a number belongs to the file's name
         return file, finite(number)
     except ValueError:
         if Path(file).exists() and not Path(text).exists():

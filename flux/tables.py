@@ -19,7 +19,7 @@ from flux.errors import FluxError
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The tables of a YAML, TOML or JSON file, by its suffix. FluxError for a file that is none of these."""
+    """The tables of a YAML, TOML or JSON file, by its suffix. FluxError for any other file."""
     readers: dict[str, Callable[[str], Any]] = {
         ".yaml": _yaml,
         ".yml": _yaml,

@@ -126,7 +126,7 @@ class CLIPTokenizer:
 
 
 def read_gzip(file: Path, most: int = 2**24) -> str:
-    """The text of a gzipped file, of `most` bytes at most; FluxError where it is none."""
+    """The text of a gzipped file, of `most` bytes at most; FluxError where it is not gzip."""
     try:
         with gzip.open(file) as packed:
             text = packed.read(most).decode("utf-8")

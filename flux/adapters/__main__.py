@@ -113,7 +113,7 @@ def add_arithmetic(commands: argparse._SubParsersAction) -> None:
 
 
 def for_each_file(files: list[str], run: Callable[[Path], int]) -> int:
-    """Runs a command on every adapter; the worst status. A file that is no adapter does not end it."""
+    """Runs a command on every adapter; the worst status. A file that is not an adapter does not end it."""
     worst = 0
     for path in adapter_files(files):
         try:

@@ -31,8 +31,8 @@ class Weighted(NamedTuple):
 def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
     """Reads adapter files, also the Hub's (`owner/name:file`), with their strengths; 1 is as it was trained.
 
-    FluxError for a file that cannot be read or is no adapter, for one that comes twice, and for a strength
-    that is no number.
+    FluxError for a file that cannot be read or is not an adapter, for one that comes twice, and for a strength
+    that is not a number.
     """
     out: list[Weighted] = []
     for file, strength in files:
@@ -103,8 +103,8 @@ def _warn_of(file: str, lost: list[str]) -> None:
 def evaluate(network: nn.Module) -> None:
     """Computes a network's weights one layer at a time, after adapters were fused into them.
 
-    What fusing needs on the way is twice as large as a layer or more. MLX evaluates a whole graph in an order
-    of its own, in which that stands in memory for many layers at once.
+    What fusing needs on the way is twice as large as a layer or more. MLX evaluates a whole graph in an
+    order in which that stands in memory for many layers at once.
     """
     for layer in network.modules():
         if not layer.children():

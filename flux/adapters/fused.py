@@ -29,7 +29,7 @@ from flux.adapters.changes import (
 from flux.errors import FluxError
 from flux.weights.keymaps import swap_halves as swapped
 
-NAN = float("nan")  # in a magnitude: this row is no DoRA; in a new bias: this one stays
+NAN = float("nan")  # in a magnitude: this row is not of a DoRA; in a new bias: this one stays
 Data = TypeVar("Data", bound="Delta | Change")
 GAPS = {
     "bias": 0.0,

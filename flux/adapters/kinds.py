@@ -23,7 +23,7 @@ def read_delta(
 ) -> changes.Delta:
     """Takes what it understands out of roles; what is left there has no partner.
 
-    dora_rule: how a `dora_scale` is weighed; gaps: it may be NaN, in rows that are no DoRA. FluxError for
+    dora_rule: how a `dora_scale` is weighed; gaps: it may be NaN, in rows that are not of a DoRA. FluxError for
     tensors that do not fit each other.
     """
     checks.floats({f"{target.theirs} {role}": t for role, t in roles.items() if role not in NUMBERS})

@@ -29,7 +29,7 @@ def targets(model: nn.Module, which: str = DEFAULT_TARGET, last_blocks: int | No
     """The names of the layers to train.
 
     which: a preset of TARGETS or a regular expression for whole names. last_blocks: only so many blocks from
-    the network's end (single blocks come after double blocks). FluxError where that is no layer.
+    the network's end (single blocks come after double blocks). FluxError where that is not a layer.
     """
     try:
         pattern = re.compile(TARGETS.get(which, which))

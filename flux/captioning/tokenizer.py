@@ -100,7 +100,7 @@ class BartTokenizer:
         return mx.array(ids, dtype=mx.int32), mx.array(mask)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text with special tokens written out; U+FFFD for what is no UTF-8, nothing for unknown ids."""
+        """The text with special tokens written out; U+FFFD for what is not UTF-8, nothing for unknown ids."""
         letters = "".join(self._pieces.get(id, "") for id in ids)
         return bytes(self._bytes[c] for c in letters if c in self._bytes).decode("utf-8", errors="replace")
 

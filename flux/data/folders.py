@@ -265,7 +265,7 @@ class _Reader:
         self.reading.notes += [f"{reason}: {some(paths)}" for reason, paths in reasons.items()]
 
     def _why_not(self, path: Path, stems: set[tuple[Path, str]]) -> str | None:
-        """Why a file is not used; None for one that is no caption and no list."""
+        """Why a file is not used; None for one that is neither a caption nor a list."""
         suffix = path.suffix.lower()
         folder = self.disk.where(path)[0]
         of_picture = {(folder, stem(path.name)), (folder, stem(path.stem))} & stems

@@ -77,7 +77,7 @@ def _row(where: str, entry: Any, folder: Path, disk: Disk, column: str | None) -
 
 
 def captions_of(entry: Mapping[str, Any], column: str | None = None) -> tuple[str, ...]:
-    """The captions of an object: those of the first key that has any. FluxError for what is no text."""
+    """The captions of an object: those of the first key that has any. FluxError for what is not a text."""
     for key in (column,) if column else CAPTION_KEYS:
         value = entry.get(key)
         if value is None:
@@ -125,7 +125,7 @@ def read_objects(path: Path) -> list[tuple[str, Any]]:
 
 
 def parse(text: str) -> Any:
-    """The value of a JSON text; None for what is none."""
+    """The value of a JSON text; None where it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

@@ -81,7 +81,7 @@ def load(source: str | os.PathLike, options: Mapping[str, Any]) -> Dataset:
 
 
 def rules_of(subset: Subset) -> Rules:
-    """How a source is read that is no data.toml's."""
+    """How a source is read other than a data.toml's."""
     return Rules(subset.caption_extension, subset.caption_column, _folder(subset.mask_dir))
 
 
@@ -90,7 +90,7 @@ def _folder(name: str | None) -> Path | None:
 
 
 def read_source(source: str, rules: Rules, captions_file: str | None = None) -> Reading:
-    """What a folder, a list or a repository of the Hub holds. FluxError where it is none of them.
+    """What a folder, a list or a repository of the Hub holds. FluxError where it is neither.
 
     captions_file: the list of a folder's pictures, by its path or its name in the folder.
     """

@@ -73,7 +73,7 @@ class Subset:
 
 GROUP = {option.name: option for option in fields(Group)}
 SUBSET = {option.name: option for option in fields(Subset)}
-# Keys of a table that are no options: where the pictures are, and other tables.
+# Keys of a table that are not options: where the pictures are, and other tables.
 PATHS = ("image_dir", "metadata_file")
 
 
@@ -95,7 +95,7 @@ def read_toml(path: Path, defaults: Mapping[str, Any], faults: Faults) -> tuple[
 
     defaults: options of the command line, `resolution` as (height, width). Into `faults` comes every key that
     is unknown or not supported, every value that cannot be, and what is missing; what is right is read all
-    the same. FluxError for a file that is no TOML.
+    the same. FluxError for a file that is not TOML.
     """
     text = files.read_text(path)
     try:

@@ -160,8 +160,8 @@ class CLIPTextModel(nn.Module):
     def __call__(self, tokens: mx.array, eos_token_id: int) -> CLIPOutput:
         """Encodes tokens (B, L), L at most max_position_embeddings, in the weights' type.
 
-        eos_token_id is the end token's id, at which the pooled vector is read; 2 has a meaning of its
-        own, see `end_positions`.
+        eos_token_id is the end token's id, at which the pooled vector is read; 2 has another
+        meaning, see `end_positions`.
         """
         return self.text_model(tokens, eos_token_id)
 

@@ -159,7 +159,7 @@ def _grammar() -> tuple[dict[str, tuple[str, str]], list[re.Pattern[str]]]:
 
 
 def parse(caption: str) -> Composition | None:
-    """The composition that a caption is one of; None where it is no caption of ours."""
+    """The composition that a caption is one of; None where it is not a caption of ours."""
     nouns, forms = _grammar()
     found = next(filter(None, (form.fullmatch(caption) for form in forms)), None)
     if found is None:

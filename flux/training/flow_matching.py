@@ -131,7 +131,7 @@ class FlowLoss:
         return (error.mean(axis=3) * mask).sum(axis=(1, 2)) / mx.maximum(mask.sum(axis=(1, 2)), 1e-6)
 
     def _draw(self, batch: dict[str, mx.array]) -> tuple[mx.array, mx.array, mx.array]:
-        """x_0 and noise (B, h, w, z) and times (B,), each sample from its own key."""
+        """x_0 and noise (B, h, w, z) and times (B,), each sample from another key."""
         mean, logvar = (batch[name].astype(mx.float32) for name in ("mean", "logvar"))
         keys = [mx.random.split(key, 3) for key in batch["keys"]]
         posterior, noise = (

@@ -1,6 +1,6 @@
 """3x3 convolutions as matrix products: the same function, whose gradient MLX's CPU backend computes faster.
 
-Its own gradient is slow, with stride 2 most of all: 37 ms against 5 for 8 pictures of 32x32x32.
+Its gradient is slow, with stride 2 most of all: 37 ms against 5 for 8 pictures of 32x32x32.
 """
 
 from collections.abc import Callable

@@ -77,7 +77,7 @@ class Trainer:
         save_frozen: bool = True,
     ):
         """average, average_metrics: combine the gradients and the metrics of several processes, once a step;
-        each of them is given its own batches and the same parameters.
+        each of them is given other batches and the same parameters.
         around_step: a context for each step with its callbacks, such as a limit on waiting for others.
         accumulate: batches a step; `batches` counts batches, from 0.
         clip_norm: the gradients' norm is at most this; the metrics then have it as `norm`, as it was.

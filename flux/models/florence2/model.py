@@ -59,7 +59,7 @@ class TemporalEmbedding(nn.Module):
         frequencies = mx.power(10000.0, -mx.arange(width // 2) / (width // 2))
         angles = mx.arange(frames)[:, None] * frequencies  # (frames, C / 2)
         self.pos_idx_to_embed = mx.stack([mx.sin(angles), mx.cos(angles)], axis=-1).flatten(1)
-        self.freeze()  # it is no weight to train
+        self.freeze()  # it is not a weight to train
 
     def __call__(self, frame: int) -> mx.array:
         return self.pos_idx_to_embed[frame]

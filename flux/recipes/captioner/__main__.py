@@ -85,7 +85,7 @@ def caption_loss(
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:
-    """What Muon is no good for: embeddings, the layers at pixels and at names, depthwise convolutions."""
+    """What Muon does not suit: embeddings, the layers at pixels and at names, depthwise convolutions."""
     edges = ("probe", "shared", "embed_positions", "position_embed", "convs.0", "conv1", "conv2")
     return any(edge in name for edge in edges)
 

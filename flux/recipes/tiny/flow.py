@@ -148,7 +148,7 @@ def make_model(run: Path, clip: CLIPTokenizer) -> TextToLatent:
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:
-    """What Muon is no good for (embeddings, layers at latent, text and time) or too slow for (modulation)."""
+    """What Muon does not suit (embeddings, layers at latent, text and time) or too slow for (modulation)."""
     edges = ("embedding", "shared", "relative_attention_bias", "img_in", "txt_in", "in_layer", "final_layer")
     return any(edge in name for edge in (*edges, "img_mod", "txt_mod", "modulation"))
 

@@ -64,7 +64,7 @@ class Base:
 
 
 def inject(network: Network, options: Options) -> dict[str, Adapters]:
-    """Puts a new adapter beside the weights and leaves its own as the only ones that are trained.
+    """Puts a new adapter beside the weights and leaves its weights as the only ones that are trained.
 
     Returns the adapters of each part, "flux" and maybe "clip". FluxError for targets that name no layers.
     """
