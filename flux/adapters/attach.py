@@ -31,8 +31,8 @@ class Weighted(NamedTuple):
 def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
     """Reads adapter files, also the Hub's (`owner/name:file`), with their strengths; 1 is as it was trained.
 
-    FluxError for a file that cannot be read or is not an adapter, for one that comes twice, and for a strength
-    that is not a number.
+    FluxError for a file that cannot be read or is not an adapter, for one that comes twice, and for a
+    strength that is not a number.
     """
     out: list[Weighted] = []
     for file, strength in files:

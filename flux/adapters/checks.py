@@ -65,8 +65,8 @@ def size(shape: Sequence[int], what: str) -> None:
 class Patterns:
     """PEFT's `alpha_pattern` or `rank_pattern`: regular expression for a module's name, or its end -> number.
 
-    table: as the config has it. what: its name, for errors. FluxError for anything but such a table, for a value
-    that is not a number, and for patterns that may take very long.
+    table: as the config has it. what: its name, for errors. FluxError for anything but such a table, for a
+    value that is not a number, and for patterns that may take very long.
     """
 
     def __init__(self, table: Any, what: str):

@@ -23,8 +23,8 @@ def read_delta(
 ) -> changes.Delta:
     """Takes what it understands out of roles; what is left there has no partner.
 
-    dora_rule: how a `dora_scale` is weighed; gaps: it may be NaN, in rows that are not of a DoRA. FluxError for
-    tensors that do not fit each other.
+    dora_rule: how a `dora_scale` is weighed; gaps: it may be NaN, in rows that are not of a DoRA. FluxError
+    for tensors that do not fit each other.
     """
     checks.floats({f"{target.theirs} {role}": t for role, t in roles.items() if role not in NUMBERS})
     scales_all = "ia3_l" in roles  # PEFT scales all that comes out of a layer, its bias too

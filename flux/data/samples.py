@@ -90,7 +90,7 @@ def _folder(name: str | None) -> Path | None:
 
 
 def read_source(source: str, rules: Rules, captions_file: str | None = None) -> Reading:
-    """What a folder, a list or a repository of the Hub holds. FluxError where it is neither.
+    """What a folder, a list or a repository of the Hub holds. FluxError for anything else.
 
     captions_file: the list of a folder's pictures, by its path or its name in the folder.
     """
