@@ -47,8 +47,8 @@ def prepare(config: Config, folder: Path, ranks: Ranks) -> Prepared:
     mx.random.seed(config.training.seed)
     networks = Networks(config, tokenizers)
     perceptual = None
-    if config.model.lpips is not None and any(step.use_lpips for step in config.steps):
-        perceptual = lpips.load(config.model.lpips.vgg, config.model.lpips.linear)
+    if any(step.use_lpips for step in config.steps):
+        perceptual = lpips.load(*lpips.find(config.model.lpips.vgg, config.model.lpips.linear))
     if mx.default_device() == mx.cpu:  # elsewhere MLX's own convolutions are the faster ones
         use_products(networks.ae)
         if perceptual is not None:
@@ -64,7 +64,7 @@ def open_tokenizers(
 ) -> Tokenizers | None:
     """The config's, or ones that are trained on the captions; None where no step trains the flow."""
     texts = {
-        config.data.fixed_prompt_prefix + caption
+        config.data.prompt(caption)
         for step in config.steps
         if step.train_diff
         for caption in sources[config.dataset_of(step)].captions
@@ -104,7 +104,7 @@ def _whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 def latent_store(config: Config, step: Step, networks: Networks, folder: Path) -> Encoded:
     """Where the latents of a step's data are kept, for as long as its autoencoder is the same."""
-    half, name = config.training.use_fp16, config.dataset_of(step)
+    half, name = step.use_fp16, config.dataset_of(step)
     key = encoded_identity(networks.ae, name, config.datasets[name], half)
     downscale, channels = networks.ae.downscale, config.model.autoencoder.z_channels
 

@@ -1,13 +1,17 @@
 """Pictures during a training, and the trained model as files. Neither touches the training's random state."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
 from flux import generation, images, sampler
+from flux.data.pictures import over_white
 from flux.generation import Request
 from flux.pipeline import FluxPipeline, Parts
+from flux.training import losses
 from flux.training.pretrain.batches import Batches
 from flux.training.pretrain.config import Config, Step
 from flux.training.pretrain.networks import Networks, Tokenizers
@@ -26,22 +30,39 @@ def write_samples(
     batches: Batches,
     name: str,
 ) -> None:
-    """PNGs in `samples/`, called `name` and the size: pictures over their reconstructions, drawn captions."""
-    folder = Path(config.output.output_path) / "samples"
+    """Pictures in `samples/`, called `{name}_{hash}{suffix}.webp`; the hash is that of what is shown.
+
+    Of the autoencoder `-original`, `-nr_o` (reconstructed from the latents' mean) and `_ns_o` (from latents
+    drawn at random about it); of the flow `-flow`, a picture of a caption.
+    """
+    folder = Path(config.output.output_path).expanduser() / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     count = config.output.samples_per_checkpoint
-    if count == 0:
-        return
-    for height, width in sample_sizes(config):
+    for size in sample_sizes(config) if count else ():
         if step.decodes:
-            pictures = np.stack(batches.first(count, (height, width)))
-            pair = np.concatenate([pictures, reconstruct(networks, pictures)])
-            images.save(folder / f"{name}_vae_{width}x{height}.png", images.grid(list(pair), 2))
+            for i, picture in enumerate(originals(config, batches, size)):
+                shown = (picture, *reconstruct(networks, picture, SEED + i))
+                for suffix, array in zip(("-original", "-nr_o", "_ns_o"), shown, strict=True):
+                    images.save(folder / f"{name}_{digest(picture.tobytes())}{suffix}.webp", array)
         if step.train_diff:
             assert tokenizers is not None  # whoever trains a flow has read them
-            texts = list(config.output.sample_captions) or list(batches.captions(count))
-            drawn = draw(config, networks, tokenizers, texts[:count], (height, width))
-            images.save(folder / f"{name}_flow_{width}x{height}.png", images.grid(drawn))
+            texts = (list(config.output.sample_captions) or list(batches.captions(count)))[:count]
+            drawn = draw(config, networks, tokenizers, texts, size)
+            for i, (text, array) in enumerate(zip(texts, drawn, strict=True)):
+                images.save(folder / f"{name}_{digest(f'{i} {size} {text}'.encode())}-flow.webp", array)
+
+
+def digest(data: bytes) -> str:
+    """Six hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()[:6]
+
+
+def originals(config: Config, batches: Batches, size: tuple[int, int]) -> list[np.ndarray]:
+    """The pictures that are reconstructed, (height, width) in size: the config's, or the data's first."""
+    files = config.output.test_image_address
+    if not files:
+        return batches.first(config.output.samples_per_checkpoint, size)
+    return [images.fit(over_white(*images.load(Path(file).expanduser())), size) for file in files]
 
 
 def sample_sizes(config: Config) -> list[tuple[int, int]]:
@@ -50,10 +71,13 @@ def sample_sizes(config: Config) -> list[tuple[int, int]]:
     return [(size[1], size[0]) if isinstance(size, tuple) else (size, size) for size in sizes]
 
 
-def reconstruct(networks: Networks, pictures: np.ndarray) -> np.ndarray:
-    """(B, H, W, 3) uint8 through encoder and decoder."""
-    mean, _ = networks.ae.moments(images.normalize(pictures))
-    return images.to_uint8(images.denormalize(networks.ae.decoder(mean)))
+def reconstruct(networks: Networks, picture: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture (H, W, 3) uint8 through encoder and decoder: by the latents' mean, and by drawn ones."""
+    mean, logvar = networks.ae.moments(images.normalize(picture[None]))
+    noise = mx.random.normal(mean.shape, key=mx.random.key(seed))
+    both = mx.concatenate([mean, losses.posterior(mean, logvar, noise)])
+    by_mean, drawn = images.to_uint8(images.denormalize(networks.ae.decoder(both)))
+    return by_mean, drawn
 
 
 def draw(

@@ -76,7 +76,6 @@ def identity(config: Config, processes: int) -> dict[str, Any]:
         "datasets": repr(config.datasets),
         "default_dataset": config.default_dataset,
         "seed": config.training.seed,
-        "use_fp16": config.training.use_fp16,
         "steps": [repr(step) for step in config.steps],
         "number of processes": processes,
     }
