@@ -60,10 +60,14 @@ def read_lines(path: Path) -> list[Line]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file, whole or not at all. FluxError where the disk refuses."""
     partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise FluxError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def curve(name: str, lines: list[Line], position: str, *keys: str) -> Curve:

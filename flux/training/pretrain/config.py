@@ -264,6 +264,7 @@ class Config:
     datasets: dict[str, Any]
     default_dataset: str | None
     output: Output
+    tables: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # as they were read
 
     def dataset_of(self, step: Step) -> str:
         """The name of the data set that a step is trained on."""
@@ -308,6 +309,7 @@ def read_config(raw: dict[str, Any], faults: Faults) -> Config | None:
         "datasets": _datasets(tables["datasets"], tables["data"], faults),
         "default_dataset": raw.get("default_dataset"),
         "output": _read(Output, tables["output"], "output", faults),
+        "tables": raw,
     }
     return None if None in (parts["model"], parts["data"], parts["output"]) else Config(**parts)
 

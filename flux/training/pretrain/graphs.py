@@ -22,7 +22,7 @@ from flux.training.report import Line, curve, number, read_lines, table_of, writ
 
 METRICS = "training_metrics_{}.jsonl"  # of a step
 LOSSES = ("loss", "vae", "mse", "lpips", "generator", "discriminator", "r1", "flow")
-KL = ("kl", "beta")
+KL = {"kl": "KL, mean of the latent's numbers", "beta": "beta, the weight of KL"}
 APART = 10.0  # curves whose usual values differ by more have a chart each
 X = "global_step"
 
@@ -53,16 +53,17 @@ def _draw_all(folder: Path, lines: dict[str, list[Line]], suffix: str) -> list[P
     every = [line for found in lines.values() for line in found]
     marks = [number(found[0].get(X), 0) for found in lines.values()][1:]
     rates = dict.fromkeys(name for line in every for name in table_of(line, "learning_rates"))
-    graphs = {
-        "training_losses": ("loss", metric_curves(every, LOSSES)),
-        "kl_loss": ("KL", metric_curves(every, KL)),
-        "learning_rates": ("learning rate", [curve(n, every, X, "learning_rates", n) for n in rates]),
-        "batch_times": ("seconds a batch", [curve("seconds", every, X, "batch_time")]),
+    graphs = {  # of each its charts: what stands along y, and the curves
+        "training_losses": [("loss", metric_curves(every, LOSSES))],
+        "kl_loss": [(unit, metric_curves(every, [name])) for name, unit in KL.items()],
+        "learning_rates": [("learning rate", [curve(n, every, X, "learning_rates", n) for n in rates])],
+        "batch_times": [("seconds a batch", [curve("seconds", every, X, "batch_time")])],
     }
     written, overview = [], []
-    for name, (unit, curves) in graphs.items():
+    for name, parts in graphs.items():
         charts = [
             figure(name.replace("_", " "), group, marks, axes=("update of the whole run", unit))
+            for unit, curves in parts
             for group in by_scale(curves)
         ]
         if charts:
@@ -71,7 +72,9 @@ def _draw_all(folder: Path, lines: dict[str, list[Line]], suffix: str) -> list[P
             overview += charts
     if overview:
         written.append(folder / f"training_overview{suffix}.png")
-        images.save(written[-1], images.grid(overview, 2 if len(overview) > 2 else 1))
+        rows = 2 if len(overview) > 2 else 1
+        overview += [np.full_like(overview[0], 255)] * (-len(overview) % rows)
+        images.save(written[-1], images.grid(overview, rows))
     written.append(folder / f"training_summary{suffix}.txt")
     write_whole(written[-1], summary(lines))
     return written

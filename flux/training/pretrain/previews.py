@@ -1,5 +1,6 @@
 """Pictures during a training, and the trained model as files. Neither touches the training's random state."""
 
+import dataclasses
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from flux import generation, images, sampler
+from flux import generation, images
 from flux.data.pictures import over_white
 from flux.generation import Request
 from flux.pipeline import FluxPipeline, Parts
@@ -16,9 +17,11 @@ from flux.training.pretrain.batches import Batches
 from flux.training.pretrain.config import Config, Step
 from flux.training.pretrain.networks import Networks, Tokenizers
 from flux.training.pretrain.spade import SpadeDecoder
-from flux.weights import save
+from flux.trees import named_arrays
+from flux.weights import save, tensors
 from flux.weights.registry import ModelSpec
 
+NETWORKS = "networks.safetensors"  # all of them, where FLUX's layout cannot hold them
 SEED = 1000  # of the first sample; the same at every checkpoint, so that they can be compared
 
 
@@ -88,7 +91,18 @@ def draw(
     size: tuple[int, int],
 ) -> list[np.ndarray]:
     """A picture (H, W, 3) uint8 of each text, with classifier-free guidance."""
-    pipeline = FluxPipeline.from_parts(
+    pipeline = pipeline_of(config, networks, tokenizers)
+    requests = [
+        Request(text, seeds=(SEED + i,), image_size=size).resolved(pipeline) for i, text in enumerate(texts)
+    ]
+    latents = generation.denoise(pipeline, requests, generation.encode(pipeline, requests))
+    pairs = zip(requests, latents, strict=True)
+    return [images.to_uint8(pipeline.decode(x, request.latent_size))[0] for request, x in pairs]
+
+
+def pipeline_of(config: Config, networks: Networks, tokenizers: Tokenizers) -> FluxPipeline:
+    """What draws with the networks of a training."""
+    return FluxPipeline.from_parts(
         Parts(
             spec(config),
             networks.flow,
@@ -99,17 +113,6 @@ def draw(
             tokenizers.t5,
         )
     )
-    requests = [
-        Request(text, seeds=(SEED + i,), image_size=size).resolved(pipeline) for i, text in enumerate(texts)
-    ]
-    latents = generation.denoise(pipeline, requests, generation.encode(pipeline, requests))
-    params = networks.ae.params
-    drawn = []
-    for request, x in zip(requests, latents, strict=True):
-        z = sampler.unpack(x, request.latent_size) / params.scale_factor + params.shift_factor
-        picture = networks.ae.decoder(z)  # whole: a SPADE decoder is never cut
-        drawn.append(images.to_uint8(images.denormalize(picture))[0])
-    return drawn
 
 
 def spec(config: Config) -> ModelSpec:
@@ -128,16 +131,30 @@ def spec(config: Config) -> ModelSpec:
     )
 
 
+def save_networks(path: Path, networks: Networks) -> Path:
+    """Writes all networks under our names, with the scale of the latents; the path."""
+    params = networks.ae.params
+    scale = {"scale_factor": str(params.scale_factor), "shift_factor": str(params.shift_factor)}
+    tensors.save(path, dict(named_arrays(networks.parameters())), scale)
+    return path
+
+
+def load_networks(path: Path, networks: Networks) -> None:
+    """Loads what `save_networks` wrote into networks of the same sizes."""
+    networks.load_weights(list(tensors.load([path]).items()))
+    metadata = tensors.read_header(path).metadata
+    scale = {name: float(metadata[name]) for name in ("scale_factor", "shift_factor")}
+    networks.ae.params = dataclasses.replace(networks.ae.params, **scale)
+
+
 def export(config: Config, networks: Networks, tokenizers: Tokenizers | None) -> Path:
     """The trained model for `txt2image.py --model`; without a flow its autoencoder; the path written.
 
     FLUX's layout cannot hold a SPADE decoder: all networks are then one file of our names.
     """
-    folder = Path(config.output.output_path)
+    folder = Path(config.output.output_path).expanduser()
     if isinstance(networks.ae.decoder, SpadeDecoder):
-        path = folder / "networks.safetensors"
-        networks.save_weights(str(path))
-        return path
+        return save_networks(folder / NETWORKS, networks)
     if tokenizers is None:
         path = folder / "ae.safetensors"
         params = networks.ae.params

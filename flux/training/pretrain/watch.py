@@ -83,7 +83,8 @@ class Numbers:
 
 def heading(step: Step, number: int, count: int, updates: int) -> str:
     """What is said before a step: its place among `count`, its description, its length."""
-    length = f"{step.epochs} epochs, {updates} updates" if step.epochs else f"{updates} updates"
+    epochs = f"{step.epochs} epoch{'s' if step.epochs != 1 else ''}, " if step.epochs else ""
+    length = f"{epochs}{updates} updates"
     transition = step.transition_on
     if transition.metric is not None:
         length += f", or until {transition.metric} is at most {transition.threshold:g}"

@@ -1,9 +1,9 @@
 """FluxFlow's tables of optimizers and schedulers, in our keys."""
 
 from pathlib import Path
+from typing import Any
 
-from flux.tables import Faults, field_names, read_file
-from flux.training.optimizers import CONFIGURED
+from flux.tables import Faults, read_file
 from flux.training.pretrain.fluxflow.names import GROUPS, METRICS, Notes, Table
 
 
@@ -31,26 +31,18 @@ def optimization(table: Table, where: str, faults: Faults, notes: Notes) -> None
                 given[kind][name] = change(dict(chosen), place, faults, notes)
 
 
-OPTIMIZER_KEYS = {  # of any of its optimizers -> values that change nothing
-    "betas": (),
-    "momentum": (0,),
-    "weight_decay": (0,),
-    "eps": (1e-8, "1e-8"),
-    "alpha": (),
-    "centered": (False,),
-    "amsgrad": (False,),
-    "decoupled_weight_decay": (True,),
-    "dampening": (0,),
-    "nesterov": (False,),
+UNSUPPORTED: dict[str, dict[str, Any]] = {  # settings that MLX's optimizers lack, with what changes nothing
+    "adamw": {"amsgrad": False},
+    "adam": {"weight_decay": 0, "amsgrad": False},
+    "rmsprop": {"weight_decay": 0, "momentum": 0, "centered": False},
+    "lion": {"decoupled_weight_decay": True},
 }
 
 
 def _optimizer(table: Table, where: str, faults: Faults, notes: Notes) -> Table:
     table.setdefault("type", table.pop("optimizer_type", "AdamW"))
-    kind = {name.lower(): cls for name, cls in CONFIGURED.items()}.get(str(table["type"]).lower())
-    for name in [name for name in table if kind and name in OPTIMIZER_KEYS and name not in field_names(kind)]:
-        value = table.pop(name)
-        if value is not None and value not in OPTIMIZER_KEYS[name]:
+    for name, harmless in UNSUPPORTED.get(str(table["type"]).lower(), {}).items():
+        if table.pop(name, harmless) not in (harmless, None):
             notes.add(f"MLX's {table['type']} has no such setting", f"{where}.{name}")
     return table
 
