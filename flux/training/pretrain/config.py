@@ -263,6 +263,7 @@ class Config:
     steps: tuple[Step, ...]
     datasets: dict[str, Any]
     default_dataset: str | None
+    model_checkpoint: str | None  # the folder of a run, or a file in it, with whose networks this one begins
     output: Output
     tables: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # as they were read
 
@@ -290,11 +291,15 @@ def read_config(raw: dict[str, Any], faults: Faults) -> Config | None:
 
     These have their defaults then, so that the rest can still be checked; None where that is impossible.
     """
-    sections = ("model", "data", "datasets", "default_dataset", "training", "output")
+    sections = ("model", "data", "datasets", "default_dataset", "training", "output", "model_checkpoint")
     for name in raw:
         if name not in sections:
             faults.add("", f"unknown section {name!r}{nearest(str(name), sections)}")
-    tables = {name: raw.get(name) or {} for name in sections if name != "default_dataset"}
+    texts = {name: raw.get(name) for name in ("default_dataset", "model_checkpoint")}
+    for name, text in texts.items():
+        if not isinstance(text, (str, type(None))):
+            faults.add(name, f"must be a text, not {text!r}")
+    tables = {name: raw.get(name) or {} for name in sections if name not in texts}
     for name, table in tables.items():
         if not isinstance(table, Mapping):
             faults.add(name, f"must be a table of keys, not {table!r}")
@@ -307,7 +312,7 @@ def read_config(raw: dict[str, Any], faults: Faults) -> Config | None:
         "training": _read(Training, training, "training", faults),
         "steps": tuple(step for step in read_steps if step is not None),
         "datasets": _datasets(tables["datasets"], tables["data"], faults),
-        "default_dataset": raw.get("default_dataset"),
+        **texts,
         "output": _read(Output, tables["output"], "output", faults),
         "tables": raw,
     }

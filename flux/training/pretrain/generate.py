@@ -3,8 +3,8 @@
     python -m flux.training.pretrain.generate --model_checkpoint RUN --text_prompts_path prompts/ \\
         --output_path outputs/ [--use_cfg --guidance_scale 5.0]
 
-RUN is the config's output_path, a model's folder or a file in it. prompts/a.txt becomes outputs/a_gen.webp. The
-options are called as those of FluxFlow's program; `txt2image.py --model RUN` has more of them.
+RUN is the config's output_path, a model's folder or a file in it. prompts/a.txt becomes outputs/a_gen.webp.
+The options are called as those of FluxFlow's program; `txt2image.py --model RUN` has more of them.
 """
 
 import argparse
@@ -103,8 +103,8 @@ def make_folder(folder: Path) -> None:
 def load(checkpoint: str) -> FluxPipeline:
     """The model of a run's folder or file; also one with a SPADE decoder, which FLUX's layout cannot hold.
 
-    FluxFlow's documents name a file in the run's folder that is not there here: the run's model is taken then,
-    and a warning says so.
+    FluxFlow's documents name a file in the run's folder that is not there here: the run's model is taken
+    then, and a warning says so.
     """
     path = Path(checkpoint).expanduser()
     if not path.exists() and path.suffix == ".safetensors" and (path.parent / CONFIG).is_file():

@@ -143,8 +143,8 @@ def load_networks(path: Path, networks: Networks) -> None:
     """Loads what `save_networks` wrote into networks of the same sizes."""
     networks.load_weights(list(tensors.load([path]).items()))
     metadata = tensors.read_header(path).metadata
-    scale = {name: float(metadata[name]) for name in ("scale_factor", "shift_factor")}
-    networks.ae.params = dataclasses.replace(networks.ae.params, **scale)
+    scale, shift = float(metadata["scale_factor"]), float(metadata["shift_factor"])
+    networks.ae.params = dataclasses.replace(networks.ae.params, scale_factor=scale, shift_factor=shift)
 
 
 def export(config: Config, networks: Networks, tokenizers: Tokenizers | None) -> Path:

@@ -22,7 +22,7 @@ from flux.training.pretrain.losses import Objective
 from flux.training.pretrain.prepare import LATENTS, latent_store, measure_latents, prepare
 from flux.training.pretrain.previews import export, write_samples
 from flux.training.pretrain.stage import Stage
-from flux.training.pretrain.state import Checkpoints, Progress, identity
+from flux.training.pretrain.state import Checkpoints, Progress, begin_with, identity
 from flux.training.pretrain.validate import save_interval
 from flux.training.pretrain.watch import Move, Numbers, heading
 from flux.training.states import STATE, load_state
@@ -71,6 +71,8 @@ class Run:
         """Runs all steps that are left; the path of the trained model."""
         if self._latest is not None:
             load_state(self.networks, self._latest)
+        elif self.config.model_checkpoint is not None:
+            Console(self._quiet).say(begin_with(self.networks, self.config.model_checkpoint))
         self._scale_latents()
         resumes = self.progress.begun
         while self.progress.index < len(self.config.steps):

@@ -28,6 +28,7 @@ from flux.training.pretrain.config import (
     read_datasets,
 )
 from flux.training.pretrain.losses import threshold_metrics
+from flux.training.pretrain.state import state_of
 from flux.training.schedules import ReduceOnPlateau
 
 CLIP_LENGTH = 77  # what CLIPTokenizer pads to
@@ -93,6 +94,11 @@ def check(config: Config, faults: Faults) -> None:
             rule(step, where, faults)
     if any(step.use_lpips for step in config.steps):
         _lpips(config, faults)
+    if config.model_checkpoint is not None:
+        try:
+            state_of(config.model_checkpoint)
+        except FluxError as error:
+            faults.add("model_checkpoint", str(error))
     if is_whole("datasets", "data", "no data"):
         _datasets(config, faults)
     if is_whole("model", "data", "output", "step"):

@@ -85,6 +85,7 @@ UNUSED: dict[str, dict[str, str]] = {
         "value": "n_epochs says how long a step is",
     },
 }
+LOADING = ("batch_size", "workers")  # of a data set, for the steps that are trained on it
 SWITCHES = ("use_webdataset", "use_tt2m", "tt2m_token", "channels")
 STEP_TABLES = (
     *("stop_condition", "transition_criteria", "optimizers", "schedulers", "optim_sched_config"),

@@ -24,11 +24,11 @@ def optimization(table: Table, where: str, faults: Faults, notes: Notes) -> None
         for name in [name for name in given[kind] if name in GROUPS]:
             given[kind][GROUPS[name]] = given[kind].pop(name)
         for name, chosen in given[kind].items():
-            if isinstance(chosen, str):
-                chosen = {"type": chosen}
-            if isinstance(chosen, dict):
+            each = {"type": chosen} if isinstance(chosen, str) else chosen
+            if isinstance(each, dict):
                 place = f"{where}.optimization.{kind}.{name}"
-                given[kind][name] = change(dict(chosen), place, faults, notes)
+                made = change(dict(each), place, faults, notes)
+                given[kind][name] = chosen if made == each else made
 
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {  # settings that MLX's optimizers lack, with what changes nothing

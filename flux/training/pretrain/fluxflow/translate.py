@@ -14,6 +14,7 @@ from flux.training.pretrain.config import Data, Model, Output, Step, Training
 from flux.training.pretrain.fluxflow.names import (
     COMPONENTS,
     FROZEN,
+    LOADING,
     METRICS,
     MOVED,
     RENAMED,
@@ -43,6 +44,7 @@ def translate(raw: Mapping[str, Any], faults: Faults) -> tuple[Table, list[str]]
             change(tables, name, faults, notes)
     _datasets(tables, faults, notes)
     _steps(tables, faults, notes, any(size in (raw.get("model") or {}) for size in SIZES))
+    _drop_loading(tables)
     return tables, notes.lines()
 
 
@@ -173,12 +175,20 @@ def _steps(tables: Table, faults: Faults, notes: Notes, is_fluxflow: bool) -> No
             step.setdefault("train_text_encoders", True)
 
 
+def _drop_loading(tables: Table) -> None:
+    """The steps have taken what a data set says of its batches."""
+    datasets = tables.get("datasets")
+    for table in datasets.values() if isinstance(datasets, dict) else ():
+        for key in LOADING if isinstance(table, dict) else ():
+            table.pop(key, None)
+
+
 def _of_dataset(step: Table, tables: Table) -> None:
     """A data set's batch size and workers go before the defaults, and after those of the step."""
     datasets = tables.get("datasets")
     name = step.get("dataset") or tables.get("default_dataset")
     table = datasets.get(name) if isinstance(datasets, dict) else None
-    for key in ("batch_size", "workers"):
+    for key in LOADING:
         if isinstance(table, dict) and table.get(key) is not None:
             step.setdefault(key, table[key])
 
