@@ -10,6 +10,7 @@ from pathlib import Path
 import flux  # before mlx.core, so that OpenBLAS is there first
 
 # isort: split
+from PIL import Image
 from tqdm import tqdm
 
 from flux.arguments import Parser, count
@@ -188,7 +189,8 @@ def caption_batch(
     captioner: Captioner, batch: list[Picture], task: Task, text: str | None
 ) -> tuple[dict[str, str], dict[str, str]]:
     """The answers by the pictures' paths, and what is wrong with those that cannot be read."""
-    images, faults = {}, {}
+    images: dict[str, Image.Image] = {}
+    faults: dict[str, str] = {}
     for picture in batch:
         name = str(picture.path)
         try:
@@ -201,7 +203,7 @@ def caption_batch(
             faults[name] = f"{name!r} has a name that is not UTF-8"
     texts = [text] * len(images) if text else None
     answers = captioner.answers(list(images.values()), task, texts) if images else []
-    return dict(zip(images, answers, strict=True)), faults
+    return {name: str(answer) for name, answer in zip(images, answers, strict=True)}, faults
 
 
 # --- The end ---

@@ -7,26 +7,22 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 
-import flux  # before mlx.core, so that OpenBLAS is there first
+import flux  # noqa: F401  before mlx.core, so that OpenBLAS is there first
 
 # isort: split
 import mlx.core as mx
 from tqdm import tqdm
 
 from flux import arguments, images, metadata, sampler
-from flux.arguments import Parser, adapter, check_folder, count, finite, run_program, shift, size
+from flux.arguments import build_parser, check_folder, run_program
 from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest, Stages, generate
 from flux.metadata import PARTS, Recipe
 from flux.pipeline import FluxPipeline
 from flux.weights import quantize
-
-SEVERAL = (
-    "With mlx.launch the ranks share out the pictures; where there are fewer pictures than ranks, each has a "
-    "part of the model instead, of its attention heads. All need the model under the same path; rank 0 alone "
-    "reads prompts and writes."
-)
+from flux.workflows import comfyui
+from flux.workflows.options import shown, to_options
 
 
 def main() -> int:
@@ -62,9 +58,10 @@ def run(ranks: Ranks) -> int:
         if args.prompts_folder:
             make_folder(args, recipe, requests, draw, ranks)
         else:
+            ranks.rank_zero_only(lambda: recipe.check(args.output, args.save_raw))
             pictures = list(draw(requests))
             with stages("save"):
-                save = partial(recipe.save, args.output, args.save_raw, pictures)
+                save = partial(recipe.save, args.output, args.save_raw, pictures, args.no_metadata)
                 print(*ranks.rank_zero_only(save) or (), sep="\n")
         if args.verbose and ranks.is_rank_zero:
             print(stages, file=sys.stderr)
@@ -76,13 +73,15 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
     """The model, lazily."""
     pipeline = FluxPipeline(
         args.model,
-        t5_padding=not args.no_t5_padding,
+        t5_padding=not args.no_t5_padding and (args.t5_padding or True),
         dtype=args.dtype and getattr(mx, args.dtype),
         bits=args.quantize,
         adapters=args.adapter or (),
         fuse_adapters=args.fuse_adapter,
         ranks=ranks if ranks.model_parallel else None,
         shift=args.shift,
+        noise=args.noise,
+        rounding=args.rounding,
         **{part: getattr(args, part) for part in PARTS},
     )
     if args.quantize and ranks.is_rank_zero:
@@ -94,66 +93,15 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
 # --- Arguments ---
 
 
-def build_parser() -> Parser:
-    """The program's arguments."""
-    parser = Parser(description="Make pictures of what a prompt says, with a FLUX.1 model.", epilog=SEVERAL)
-    parser.set_defaults(picture=None)  # of a prompt's pictures the one to keep: only a recipe says so
-
-    add = parser.add_argument_group("what to show").add_argument
-    add("prompts", nargs="*", metavar="PROMPT", help="what the pictures show; several are made in turn")
-    add("--prompts-file", metavar="FILE", help="read prompts from FILE, one a line; - is standard input")
-    add(
-        "--prompts",
-        dest="prompts_folder",
-        metavar="DIR",
-        help="make DIR/NAME.txt's text the picture NAME.png in --output's folder, for every .txt; "
-        "go on with what a stopped run has left",
-    )
-    add("--negative-prompt", metavar="TEXT", help="what to lead away from; needs a cfg scale above 1")
-    add("--remake", metavar="PICTURE", help="make a PNG of this program again; other options change it")
-
-    add = parser.add_argument_group("the model").add_argument
-    add(
-        "--model",
-        default="schnell",
-        help="schnell (default), dev, krea, tiny, a folder or file, owner/name[:FILE]",
-    )
-    for part in PARTS:
-        add(f"--{part}", metavar="FILE", help=f"take the {part} from FILE instead of the model's")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
-    add("--quantize", nargs="?", type=int, const=4, metavar="BITS", help="to 4 (default) or 8 bits a weight")
-    add("--adapter", action="append", type=adapter, metavar="FILE[:X]", help="a LoRA, X (1) times as strong")
-    add("--fuse-adapter", action="store_true", help="adapters into the weights, not beside them: faster")
-    add("--no-t5-padding", action="store_true", help="do not pad prompts to the model's length: faster")
-    add("--force-shard", action="store_true", help="split the model over mlx.launch's ranks in any case")
-    add("--preload-models", action="store_true", help="load everything at once and keep it: more memory")
-
-    add = parser.add_argument_group("sampling (where not given, the model's own)").add_argument
-    add("--image-size", type=size, metavar="HxW", help="in pixels, multiples of 16; one number is a square")
-    add("--steps", type=count, metavar="N", help="denoising steps")
-    add("--guidance", type=finite, metavar="X", help="how closely to follow the prompt (not schnell)")
-    add("--shift", type=shift, metavar="X", help="of the times: dev, none, or a factor such as 3")
-    add("--cfg-scale", type=finite, metavar="X", help="true guidance, with twice the work if above 1")
-    add("--seed", type=int, metavar="N", help="a prompt's picture i is made from N + i; default: random")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--n-images", type=count, metavar="N", help="pictures for each prompt (default 1)")
-    add("--n-rows", type=count, metavar="N", help="rows of the grid (default: one for each prompt)")
-    add("--output", metavar="FILE", help=".png (default out.png), .jpg or .webp; with --prompts a folder")
-    add("--save-raw", action="store_true", help="no grid: each picture in a file, out.0.png, out.1.png ...")
-    add("--decoding-batch-size", type=count, default=1, metavar="N", help="pictures to decode at once (1)")
-    add("--verbose", action="store_true", help="print the time and the peak memory of every stage")
-    add("--version", action="version", version=flux.__version__)
-    return parser
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The arguments. With --remake the picture's recipe stands for what is not given."""
+    """The arguments. With --remake or --workflow, what these say stands for what is not given."""
     parser = build_parser()
     args = parser.parse_intermixed_args(argv)
+    if args.remake and args.workflow:
+        raise FluxError("--remake and --workflow both say what to make; give one of them")
     prompts = arguments.find_prompts(args.prompts, args.prompts_file, args.prompts_folder)
-    if args.remake:
-        recipe, its_prompts = metadata.read(args.remake)
+    if args.remake or args.workflow:
+        recipe, its_prompts = metadata.read(args.remake) if args.remake else read_workflow(args, prompts)
         if prompts or args.seed is not None or args.n_images:
             recipe.pop("picture", None)  # these are other pictures
         adapters = str(recipe.pop("adapter", "")).splitlines()
@@ -163,11 +111,24 @@ def parse(argv: list[str]) -> argparse.Namespace:
         args = parser.parse_intermixed_args(argv)
         prompts = prompts or its_prompts
     args.prompts = prompts
+    args.model = args.model or "schnell"
     args.n_images = args.n_images or 1
     args.output = args.output or ("" if args.prompts_folder else "out.png")
     args.random_seed = sampler.random_seed()  # for where none is given: here, so that all ranks have the same
     check(args)
     return args
+
+
+def read_workflow(args: argparse.Namespace, prompts: list[str]) -> tuple[dict[str, object], list[str]]:
+    """A workflow's options and prompt; shows them as a command line, and what ComfyUI does otherwise."""
+    workflow = comfyui.read(args.workflow)
+    given = [name for name in (*PARTS, "adapter") if getattr(args, name)]
+    options = to_options(workflow, args.model, given)
+    its_prompts = arguments.find_prompts([workflow.prompt], None, None)
+    for note in workflow.notes:
+        print(f"{args.workflow}: {note}", file=sys.stderr)
+    print(f"{args.workflow}: {shown(options, prompts or its_prompts)}", file=sys.stderr, flush=True)
+    return options, its_prompts
 
 
 def check(args: argparse.Namespace) -> None:
@@ -184,7 +145,8 @@ def check(args: argparse.Namespace) -> None:
     if args.n_rows and args.n_rows > pictures and not args.save_raw:
         raise FluxError(f"--n-rows {args.n_rows} is more than there are pictures ({pictures})")
     if args.prompts_folder:
-        check_folder(args.output)
+        stems = [path.stem for path in arguments.prompt_files(args.prompts_folder)]
+        check_folder(args.output, max(stems, key=len))
     else:
         images.check_output(args.output)
 
@@ -203,6 +165,8 @@ def to_requests(args: argparse.Namespace, pipeline: FluxPipeline) -> list[Resolv
         steps=args.steps,
         guidance=args.guidance,
         cfg_scale=args.cfg_scale,
+        schedule=args.schedule,
+        clip_prompt=args.clip_prompt,
     ).resolved(pipeline)
     if args.seed is None:
         print(f"seed: {seed}", flush=True)
@@ -246,7 +210,7 @@ def make_folder(
     for i in todo if ranks.is_rank_zero else ():
         made = list(islice(pictures, args.n_images))
         images.make_folder(args.output)
-        for path in recipes[i].save(outputs[i], args.save_raw, made):
+        for path in recipes[i].save(outputs[i], args.save_raw, made, args.no_metadata):
             tqdm.write(str(path))
     list(pictures)  # on the other ranks all the work
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import signal
 import sys
 import warnings
@@ -13,6 +14,10 @@ from typing import NoReturn
 from flux import images, sampler
 from flux.distributed.ranks import Ranks, print_error
 from flux.errors import FluxError
+from flux.jsonfiles import shown
+from flux.metadata import PARTS
+from flux.models.transformer import ROUNDINGS
+from flux.version import __version__
 
 
 def run_program(program: Callable[[Ranks], int]) -> int:
@@ -44,6 +49,9 @@ def on_stop_signals(ask: Callable[[], None]) -> Iterator[None]:
     finally:
         for name, handler in before.items():
             signal.signal(name, handler)
+
+
+LINE_END = re.compile(r"\r?\n")  # of prompts; str.splitlines also splits at form feeds and U+2028
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,6 +117,88 @@ def adapter(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+SEVERAL = (
+    "With mlx.launch the ranks share out the pictures; where there are fewer pictures than ranks, each has a "
+    "part of the model instead, of its attention heads. All need the model under the same path; rank 0 alone "
+    "reads prompts and writes."
+)
+
+
+def build_parser() -> Parser:
+    """The command line of the program that makes pictures."""
+    parser = Parser(description="Make pictures of what a prompt says, with a FLUX.1 model.", epilog=SEVERAL)
+    parser.set_defaults(picture=None)  # of a prompt's pictures the one to keep: only a recipe says so
+
+    add = parser.add_argument_group("what to show").add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="what the pictures show; several are made in turn")
+    add("--prompts-file", metavar="FILE", help="read prompts from FILE, one a line; - is standard input")
+    add(
+        "--prompts",
+        dest="prompts_folder",
+        metavar="DIR",
+        help="make DIR/NAME.txt's text the picture NAME.png in --output's folder, for every .txt; "
+        "go on with what a stopped run has left",
+    )
+    add("--negative-prompt", metavar="TEXT", help="what to lead away from; needs a cfg scale above 1")
+    add("--clip-prompt", metavar="TEXT", help="what CLIP reads, if not the prompt; T5 reads the prompt")
+    add("--remake", metavar="PICTURE", help="make a picture of this program again; other options change it")
+    add(
+        "--workflow",
+        metavar="FILE",
+        help="make what a ComfyUI workflow makes, from a .json or a picture, with files of --model's folder, "
+        "ComfyUI's or its models/; other options change it",
+    )
+
+    add = parser.add_argument_group("the model").add_argument
+    add(
+        "--model",
+        help="schnell (default), dev, krea, tiny, a folder or file, owner/name[:FILE]",
+    )
+    for part in PARTS:
+        add(f"--{part}", metavar="FILE", help=f"take the {part} from FILE instead of the model's")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
+    add("--quantize", nargs="?", type=int, const=4, metavar="BITS", help="to 4 (default) or 8 bits a weight")
+    add("--adapter", action="append", type=adapter, metavar="FILE[:X]", help="a LoRA, X (1) times as strong")
+    add("--fuse-adapter", action="store_true", help="adapters into the weights, not beside them: faster")
+    add("--no-t5-padding", action="store_true", help="do not pad prompts to the model's length: faster")
+    add("--t5-padding", type=count, metavar="N", help="pad prompts to N tokens (ComfyUI: 256)")
+    add("--rounding", choices=ROUNDINGS, default="bfloat16", help="of time and guidance in 16-bit types")
+    add("--force-shard", action="store_true", help="split the model over mlx.launch's ranks in any case")
+    add("--preload-models", action="store_true", help="load everything at once and keep it: more memory")
+
+    add = parser.add_argument_group("sampling (where not given, the model's own)").add_argument
+    add("--image-size", type=size, metavar="HxW", help="in pixels, multiples of 16; one number is a square")
+    add("--steps", type=count, metavar="N", help="denoising steps")
+    add("--guidance", type=finite, metavar="X", help="how closely to follow the prompt (not schnell)")
+    add("--shift", type=shift, metavar="X", help="of the times: dev, none, or a factor such as 3")
+    add(
+        "--schedule",
+        choices=sampler.SCHEDULES,
+        default="model",
+        help="of the times: ComfyUI's have its names",
+    )
+    add("--cfg-scale", type=finite, metavar="X", help="true guidance, with twice the work if above 1")
+    add("--seed", type=int, metavar="N", help="a prompt's picture i is made from N + i; default: random")
+    add(
+        "--noise",
+        choices=sampler.NOISES,
+        default="mlx",
+        help="whose random numbers a seed stands for: torch as in ComfyUI, and in diffusers with float32; "
+        "diffusers: torch's in --dtype",
+    )
+
+    add = parser.add_argument_group("output").add_argument
+    add("--n-images", type=count, metavar="N", help="pictures for each prompt (default 1)")
+    add("--n-rows", type=count, metavar="N", help="rows of the grid (default: one for each prompt)")
+    add("--output", metavar="FILE", help=".png (default out.png), .jpg or .webp; with --prompts a folder")
+    add("--save-raw", action="store_true", help="no grid: each picture in a file, out.0.png, out.1.png ...")
+    add("--no-metadata", action="store_true", help="do not write into pictures how they were made")
+    add("--decoding-batch-size", type=count, default=1, metavar="N", help="pictures to decode at once (1)")
+    add("--verbose", action="store_true", help="print the time and the peak memory of every stage")
+    add("--version", action="version", version=__version__)
+    return parser
+
+
 def find_prompts(given: list[str], file: str | None, folder: str | None) -> list[str]:
     """The prompts of a command line, or of a file or a folder that it names; each as one line."""
     if sum(source is not None for source in (given or None, file, folder)) > 1:
@@ -117,7 +207,18 @@ def find_prompts(given: list[str], file: str | None, folder: str | None) -> list
         return [read_prompt(path) for path in prompt_files(folder)]
     if file is not None:
         return read_prompts(file)
-    return [" ".join(prompt.splitlines()) for prompt in given]
+    return [" ".join(map(str.strip, LINE_END.split(prompt_text(prompt)))) for prompt in given]
+
+
+def prompt_text(text: str) -> str:
+    """A prompt of the command line as text. FluxError for bytes that are not UTF-8, which shells let pass.
+
+    In a locale without UTF-8, Python hands over UTF-8 bytes one by one: they are put together.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError:
+        raise FluxError(f"the prompt {shown(text)} is not UTF-8 text; save the script in UTF-8") from None
 
 
 def read_prompts(name: str) -> list[str]:
@@ -125,7 +226,7 @@ def read_prompts(name: str) -> list[str]:
     title = "standard input" if name == "-" else name
     try:
         data = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        prompts = [line.strip() for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+        prompts = [line.strip() for line in LINE_END.split(data.decode("utf-8-sig")) if line.strip()]
     except UnicodeDecodeError:
         raise FluxError(f"{title} is not UTF-8 text") from None
     except OSError as error:
@@ -171,10 +272,10 @@ def read_prompt(path: Path) -> str:
     return " ".join(text.split())
 
 
-def check_folder(output: str) -> None:
-    """Raise FluxError where pictures could not be written into the output's folder, or it not be made."""
+def check_folder(output: str, name: str) -> None:
+    """Raise FluxError where a picture of this name could not be written into the folder, or it be made."""
     folder = Path(output)
     is_picture = folder.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp") and not folder.is_dir()
     if not output or folder.is_file() or is_picture:
         raise FluxError(f"--prompts needs a folder as --output, not {output or 'nothing'}")
-    images.check_output((folder if folder.is_dir() else folder.parent) / "out.png")
+    images.check_output((folder if folder.is_dir() else folder.parent) / f"{name}.png")

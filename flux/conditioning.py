@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from flux.jsonfiles import shown
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -28,29 +29,30 @@ def encode_texts(
     t5_tokenizer: T5Tokenizer,
     clip_tokenizer: CLIPTokenizer,
     t5_padding: bool = True,
+    clip_texts: Sequence[str] | None = None,
 ) -> TextConditioning:
     """The conditioning of B texts, not yet evaluated. Warns of what is cut from a long one.
 
     T5's padding is neither masked nor left out, because FLUX was trained so; without `t5_padding` texts
-    are only padded to the longest of them.
+    are only padded to the longest of them. clip_texts: B texts for CLIP, where it is to read others than T5.
     """
     for text in texts:
-        warn_if_cut(text, t5_tokenizer, clip_tokenizer)
-    features = t5(t5_tokenizer(texts, pad=t5_padding))  # (B, L, C)
-    pooled = clip(clip_tokenizer(texts), clip_tokenizer.eos_token_id).pooled_output  # (B, D)
+        warn_if_cut(text, t5_tokenizer, clip_tokenizer if clip_texts is None else None)
+    for text in clip_texts or ():
+        warn_if_cut(text, None, clip_tokenizer)
+    features = t5(t5_tokenizer(list(texts), pad=t5_padding))  # (B, L, C)
+    clip_tokens = clip_tokenizer(list(texts if clip_texts is None else clip_texts))
+    pooled = clip(clip_tokens, clip_tokenizer.eos_token_id).pooled_output  # (B, D)
     return TextConditioning(features, pooled)
 
 
-def warn_if_cut(text: str, t5_tokenizer: T5Tokenizer, clip_tokenizer: CLIPTokenizer) -> None:
-    """Warn of the end of a text that does not fit; CLIP's only when T5 reads all that it misses."""
-    if cut := t5_tokenizer.truncated(text):
-        warnings.warn(
-            f"the prompt is longer than the model's {t5_tokenizer.max_length} tokens; left out: {cut!r}",
-            stacklevel=2,
-        )
-    elif cut := clip_tokenizer.truncated(text):
-        warnings.warn(
-            f"the prompt is longer than CLIP's {clip_tokenizer.max_length} tokens; T5 reads all of it, "
-            f"CLIP's summary leaves out: {cut!r}",
-            stacklevel=2,
-        )
+def warn_if_cut(text: str, t5_tokenizer: T5Tokenizer | None, clip_tokenizer: CLIPTokenizer | None) -> None:
+    """Warn of the end of a text that does not fit; CLIP's only when T5, if it is given, reads all of it."""
+    if t5_tokenizer and (cut := t5_tokenizer.truncated(text)):
+        limit, rest = f"the model's {t5_tokenizer.max_length} tokens", "left out"
+    elif clip_tokenizer and (cut := clip_tokenizer.truncated(text)):
+        limit = f"CLIP's {clip_tokenizer.max_length} tokens"
+        rest = "T5 reads all of it, CLIP's summary leaves out" if t5_tokenizer else "left out"
+    else:
+        return
+    warnings.warn(f"the prompt is longer than {limit}; {rest}: {shown(cut)}", stacklevel=2)

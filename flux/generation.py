@@ -20,6 +20,7 @@ from tqdm import tqdm
 from flux import images, sampler
 from flux.distributed.ranks import PATIENCE, Ranks
 from flux.errors import FluxError
+from flux.jsonfiles import shown
 
 if TYPE_CHECKING:
     from flux.pipeline import Conditioning, FluxPipeline, Plan
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 # Up to so many plans, their modulation takes less memory than the weights that it is made with.
 MAX_PLANS = 16
 
-Texts = dict[tuple[str, str | None], "Conditioning"]  # by `ResolvedRequest.texts`
+Texts = dict[tuple[str, str | None, str | None], "Conditioning"]  # by `ResolvedRequest.texts`
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Request:
     """One picture for each seed, all of the same prompt and settings; the model's own settings where None.
 
     image_size: (height, width) in pixels. guidance: FLUX's own, an input of the network. cfg_scale: true
-    classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect.
+    classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
+    times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
     """
 
     prompt: str
@@ -45,6 +47,8 @@ class Request:
     steps: int | None = None
     guidance: float | None = None
     cfg_scale: float | None = None
+    schedule: str = "model"
+    clip_prompt: str | None = None
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -63,8 +67,11 @@ class Request:
             guidance=spec.guidance if self.guidance is None else self.guidance,
             cfg_scale=spec.cfg_scale if self.cfg_scale is None else self.cfg_scale,
             latent_size=size,
+            schedule=self.schedule,
+            clip_prompt=self.clip_prompt,
         )
         request.check()
+        pipeline.check_memory(size)
         if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
@@ -82,9 +89,9 @@ class ResolvedRequest(Request):
     latent_size: tuple[int, int]
 
     @property
-    def texts(self) -> tuple[str, str | None]:
-        """What is encoded: the prompt, and with true guidance the negative prompt."""
-        return self.prompt, None if self.cfg_scale == 1 else self.negative_prompt or ""
+    def texts(self) -> tuple[str, str | None, str | None]:
+        """What is encoded: the prompt, with true guidance the negative prompt, and a text for CLIP alone."""
+        return self.prompt, None if self.cfg_scale == 1 else self.negative_prompt or "", self.clip_prompt
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request itself."""
@@ -99,9 +106,8 @@ class ResolvedRequest(Request):
         if self.cfg_scale < 1:
             raise FluxError(f"the cfg scale must be at least 1 (no effect), not {self.cfg_scale}")
         if self.negative_prompt and self.cfg_scale == 1:
-            raise FluxError(
-                f"the negative prompt {self.negative_prompt!r} needs a cfg scale above 1 to have an effect"
-            )
+            text = shown(self.negative_prompt)
+            raise FluxError(f"the negative prompt {text} needs a cfg scale above 1 to have an effect")
         sampler.check_seeds(self.seeds)
 
 
@@ -143,7 +149,9 @@ class Stages:
 def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Texts:
     """The conditioning, evaluated, of resolved requests' texts; each is encoded once."""
     texts = {
-        request.texts: pipeline.encode(request.prompt, request.negative_prompt, request.cfg_scale)
+        request.texts: pipeline.encode(
+            request.prompt, request.negative_prompt, request.cfg_scale, request.clip_prompt
+        )
         for request in {request.texts: request for request in requests}.values()
     }
     mx.eval(texts)
@@ -167,7 +175,15 @@ def denoiser(
 
     @lru_cache(maxsize=max(1, len(plans)) if ahead else 1)
     def plan(request: ResolvedRequest) -> "Plan":
-        return pipeline.prepare(request, texts[request.texts])
+        return pipeline.prepare(
+            conditioning=texts[request.texts],
+            noise=None,
+            latent_size=request.latent_size,
+            num_steps=request.steps,
+            guidance=request.guidance,
+            cfg_scale=request.cfg_scale,
+            schedule=request.schedule,
+        )
 
     if ahead:
         mx.eval([plan(request) for request in plans])
@@ -175,7 +191,8 @@ def denoiser(
 
     def denoise(request: ResolvedRequest) -> mx.array:
         noise = pipeline.noise(request.seeds, request.latent_size)
-        for step, x in enumerate(pipeline.denoise(plan(replace(request, seeds=())), noise)):
+        whole = plan(replace(request, seeds=()))._replace(x=noise)
+        for step, x in enumerate(pipeline.denoise(whole)):
             mx.eval(x)
             check_finite(x, f"step {step + 1} of the transformer")
             if on_step is not None:

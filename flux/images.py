@@ -3,17 +3,20 @@
 Pictures are numpy arrays (H, W, 3), uint8, or floats (B, H, W, 3) in 0..1 where they come from the decoder.
 """
 
+import json
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from flux import jsonfiles
 from flux.errors import FluxError
 
 # Pillow knows these files and does not decode them by itself, or they are no pictures.
@@ -23,6 +26,11 @@ OTHER_SUFFIXES = (
     *(".heic", ".heif", ".hif", ".avif", ".jxl", ".svg", ".eps", ".psd", ".exr", ".hdr"),
     *(".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".rw2", ".orf"),
 )
+PARAMETERS = "parameters"  # the chunk in which other programs look for how a picture was made
+DESCRIPTION = ExifTags.Base.ImageDescription
+UNICODE = b"UNICODE\0"  # how EXIF marks a comment in UTF-16
+MAX_SIDES = {"JPEG": 65_500, "WEBP": 16_383}
+MAX_JPEG_EXIF = 65_533
 SAVE_OPTIONS = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
 
 
@@ -150,16 +158,30 @@ def grid(pictures: Sequence[np.ndarray], rows: int = 1) -> np.ndarray:
     return out.transpose(0, 2, 1, 3, 4).reshape(rows * height, columns * width, 3)
 
 
-def check_output(path: str | Path) -> None:
-    """Raise FluxError where `save` could not write; called before the long work, so that none is lost."""
+def check_output(path: str | Path, size: tuple[int, int] | None = None) -> None:
+    """Raise FluxError where `save` could not write; called before the long work, so that none is lost.
+
+    A file is begun and taken away again, which shows everything: rights, read-only disks, names that are
+    too long. size: (height, width) that the picture will have; JPEG and WebP have bounds.
+    """
     path = Path(path)
-    _format(path)
-    if path.is_dir():
-        raise FluxError(f"the output {path} is a folder; name a file in it, such as {path / 'out.png'}")
-    if not path.parent.is_dir():
-        raise FluxError(f"the output's folder {path.parent} does not exist")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise FluxError(f"cannot write into the output's folder {path.parent}")
+    limit = MAX_SIDES.get(_format(path))
+    if limit and size and max(size) > limit:
+        height, width = size
+        raise FluxError(
+            f"{path}: a side can have {limit} pixels at most there, not {height}x{width}; take .png"
+        )
+    try:
+        if path.is_dir():
+            raise FluxError(f"the output {path} is a folder; name a file in it, such as {path / 'out.png'}")
+        if not path.parent.is_dir():
+            raise FluxError(f"the output's folder {path.parent} does not exist")
+        partial = _partial(path)
+        with open(partial, "xb"):
+            pass
+        partial.unlink()
+    except OSError as error:
+        raise FluxError(f"cannot write {path}: {_reason(error)}") from None
 
 
 def make_folder(path: str | Path) -> None:
@@ -178,21 +200,23 @@ def _format(path: Path) -> str:
     return writable[path.suffix.lower()]
 
 
-def save(path: str | Path, picture: np.ndarray, metadata: dict[str, str] | None = None) -> None:
+def save(
+    path: str | Path,
+    picture: np.ndarray,
+    metadata: dict[str, str] | None = None,
+    parameters: str | None = None,
+) -> None:
     """Write a picture (H, W, 3), uint8, in the format of the path's suffix; never a part of one.
 
-    The file is written under another name and then renamed. `metadata` becomes text chunks of a PNG; other
-    formats do not carry it.
+    The file is written under another name and then renamed. `metadata` becomes text chunks of a PNG; in
+    JPEG and WebP, as JSON, EXIF's ImageDescription. `parameters`, what other programs look for, is the PNG's
+    chunk of that name, or EXIF's UserComment.
     """
     path = Path(path)
     check_output(path)
     format = _format(path)
-    options: dict[str, Any] = dict(SAVE_OPTIONS[format])
-    if format == "PNG" and metadata:
-        options["pnginfo"] = PngImagePlugin.PngInfo()
-        for key, value in metadata.items():
-            options["pnginfo"].add_itxt(key, value)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    options = SAVE_OPTIONS[format] | _carried(path, format, metadata or {}, parameters)
+    partial = _partial(path)
     try:
         with open(partial, "xb") as file:
             Image.fromarray(picture).save(file, format=format, **options)
@@ -203,7 +227,52 @@ def save(path: str | Path, picture: np.ndarray, metadata: dict[str, str] | None 
         partial.unlink(missing_ok=True)
 
 
+def _partial(path: Path) -> Path:
+    """Where a file is written first."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _carried(path: Path, format: str, metadata: dict[str, str], parameters: str | None) -> dict[str, object]:
+    """Pillow's option by which a file of the format carries texts."""
+    texts = metadata | ({} if parameters is None else {PARAMETERS: parameters})
+    if not texts:
+        return {}
+    if format == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        for key, value in texts.items():
+            chunks.add_itxt(key, value)
+        return {"pnginfo": chunks}
+    exif = Image.Exif()
+    exif[DESCRIPTION] = json.dumps(metadata)
+    if parameters is not None:
+        comment = UNICODE + parameters.encode("utf-16-be")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    data = exif.tobytes()
+    if format == "JPEG" and len(data) > MAX_JPEG_EXIF:
+        warnings.warn(f"{path}: what made the picture is too long for a JPEG; left out", stacklevel=3)
+        return {}
+    return {"exif": data}
+
+
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """The text chunks of a PNG, those that `save` wrote and any other; empty for other formats."""
+    """The metadata that `save` wrote, and any other text chunk of a PNG but `parameters`; {} without any."""
     with _open(path) as image:
-        return {key: str(value) for key, value in getattr(image, "text", {}).items()}
+        if text := getattr(image, "text", None):
+            return {key: str(value) for key, value in text.items() if key != PARAMETERS}
+        exif = image.getexif()
+    try:
+        found = jsonfiles.parse_object(str(exif.get(DESCRIPTION, "{}")))
+    except ValueError:
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, str)}
+
+
+def read_workflow(path: str | Path) -> dict[str, str]:
+    """ComfyUI's "prompt" and "workflow" in a picture: text chunks of a PNG, in WebP and JPEG EXIF's texts."""
+    with _open(path) as image:
+        texts = dict(getattr(image, "text", {}))
+        for value in image.getexif().values():
+            name, colon, text = value.partition(":") if isinstance(value, str) else ("", "", "")
+            if colon:
+                texts.setdefault(name, text)
+    return {name: str(texts[name]) for name in ("prompt", "workflow") if name in texts}

@@ -4,6 +4,8 @@ import os
 
 import mlx.core as mx
 
+from flux.errors import FluxError
+
 UNKNOWN = 16 * 2**30  # bytes, where a system does not say
 SHARE = 0.5  # of the memory that a decode may take: its caller may hold more than the autoencoder
 
@@ -21,6 +23,15 @@ def memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return UNKNOWN
+
+
+def require(needed: int, what: str) -> None:
+    """FluxError where `what` needs more bytes than there are."""
+    if needed > (there := memory()):
+        raise FluxError(
+            f"{what} needs {needed / 1e9:,.0f} GB at least, and this machine has {there / 1e9:,.0f} GB; "
+            f"make a smaller one"
+        )
 
 
 def autoencoder_memory() -> int:

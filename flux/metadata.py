@@ -1,5 +1,8 @@
-"""What a picture remembers of how it was made: text chunks of its PNG, written and read again."""
+"""What a picture remembers of how it was made: written into its file and read again."""
 
+import json
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +17,12 @@ PROGRAM = "flux-mlx"
 PARTS = ("transformer", "ae", "clip", "t5")
 # The options that make pictures what they are, in the order in which they are written.
 OPTIONS = (
-    *("model", *PARTS, "dtype", "quantize", "adapter", "fuse_adapter", "no_t5_padding", "negative_prompt"),
-    *("cfg_scale", "guidance", "shift", "steps", "image_size", "seed", "n_images", "n_rows"),
-    "decoding_batch_size",
+    *("model", *PARTS, "dtype", "rounding", "quantize", "adapter", "fuse_adapter", "no_t5_padding"),
+    *("t5_padding", "negative_prompt", "clip_prompt", "cfg_scale", "guidance", "schedule", "shift", "steps"),
+    *("image_size", "noise", "seed", "n_images", "n_rows", "decoding_batch_size"),
 )
 FLAGS = ("fuse_adapter", "no_t5_padding")
+DEFAULTS = {"rounding": "bfloat16", "schedule": "model", "noise": "mlx"}  # not written
 
 File = tuple[Path, dict[str, str]]  # a picture's path and the text that is written into it
 
@@ -64,26 +68,66 @@ class Recipe:
         values = {name: values.get(name) for name in OPTIONS} | {"picture": picture}
         return {
             "prompt": "\n".join(prompts),
-            **{name: str(value) for name, value in values.items() if value not in (None, False)},
+            **{name: str(v) for name, v in values.items() if v not in (None, False, DEFAULTS.get(name))},
             "seeds": " ".join(map(str, seeds)),
             "version": f"{PROGRAM} {__version__}",
         }
+
+    def check(self, output: str | Path, raw: bool) -> None:
+        """FluxError where a file that the pictures become could not be written, by its name or its size."""
+        height, width = self.image_size
+        count = len(self.prompts) * self.n_images
+        rows = 1 if raw or self.picture is not None else self.n_rows
+        columns = 1 if raw or self.picture is not None else math.ceil(count / rows)
+        images.check_output(self.files(output, raw)[-1][0], (rows * height, columns * width))
 
     def sources(self) -> list[str]:
         """What the pictures are made with: the names of the model, of its parts and of the adapters."""
         names = [self.options.get(name) for name in ("model", *PARTS)]
         return [*(str(name) for name in names if name), *(file for file, _ in self.adapter)]
 
-    def save(self, output: str | Path, raw: bool, pictures: Sequence[np.ndarray]) -> list[Path]:
-        """Write the pictures (H, W, 3), uint8, prompt by prompt, with this recipe; the files' paths."""
+    def save(
+        self, output: str | Path, raw: bool, pictures: Sequence[np.ndarray], bare: bool = False
+    ) -> list[Path]:
+        """Write the pictures (H, W, 3), uint8, prompt by prompt; their paths. bare: without this recipe."""
         files = self.files(output, raw)
         if self.picture is not None:
             pictures = [pictures[self.picture]]
         if not raw:
             pictures = [images.grid(pictures, 1 if self.picture is not None else self.n_rows)]
         for (path, text), picture in zip(files, pictures, strict=True):
-            images.save(path, picture, text)
+            images.save(path, picture, *() if bare else (text, parameters(text)))
         return [path for path, _ in files]
+
+
+def parameters(text: Mapping[str, str]) -> str:
+    """A recipe as AUTOMATIC1111's web UI writes it, which other programs and web sites read.
+
+    Its names, three parts: prompt, negative prompt, and a line of settings; LoRAs are a part of the prompt.
+    """
+    files = [line.rpartition(":") for line in text.get("adapter", "").split("\n") if line]
+    loras = "".join(f" <lora:{Path(file).stem}:{strength}>" for file, _, strength in files)
+    height, width = text["image_size"].split("x")
+    settings = {
+        "Steps": text["steps"],
+        "Sampler": "Euler",
+        "Schedule type": text["schedule"].title() if "schedule" in text else None,
+        "CFG scale": text["cfg_scale"],
+        "Distilled CFG Scale": text.get("guidance"),
+        "Seed": text["seeds"].split()[0],
+        "Size": f"{width}x{height}",
+        "Model": Path(text["transformer"] if "transformer" in text else text["model"]).stem,
+        "Version": text["version"],
+    }
+    lines = [text["prompt"] + loras]
+    if "negative_prompt" in text:
+        lines.append(f"Negative prompt: {text['negative_prompt']}")
+    quoted = {
+        key: json.dumps(v, ensure_ascii=False) if re.search("[,:]", v) else v
+        for key, v in settings.items()
+        if v
+    }
+    return "\n".join([*lines, ", ".join(f"{key}: {value}" for key, value in quoted.items())])
 
 
 def read(path: str | Path) -> tuple[dict[str, object], list[str]]:
@@ -94,7 +138,9 @@ def read(path: str | Path) -> tuple[dict[str, object], list[str]]:
     """
     text = images.read_metadata(path)
     if not text.get("version", "").startswith(PROGRAM):
-        raise FluxError(f"{path} does not say how it was made: only PNGs of this program can be made again")
+        raise FluxError(
+            f"{path} does not say how it was made: only pictures of this program can be made again"
+        )
     options: dict[str, object] = {name: text[name] for name in OPTIONS if name in text}
     options |= {name: name in text for name in FLAGS}
     if "picture" in text:

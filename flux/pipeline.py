@@ -23,11 +23,11 @@ from flux.conditioning import TextConditioning, encode_texts
 from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard
 from flux.errors import FluxError
-from flux.generation import OnStep, Request, ResolvedRequest
+from flux.generation import OnStep, Request
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
-from flux.models.transformer import Flux, Modulation
+from flux.models.transformer import ROUNDINGS, Flux, Modulation
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import checkpoints
 from flux.weights.fit import check_fit
@@ -63,8 +63,9 @@ class Branch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """All that `denoise` needs besides the noise; `mx.eval` takes it."""
+    """All that `denoise` needs; `mx.eval` takes it."""
 
+    x: mx.array | None  # (B, L, channels), the noise
     times: list[float]
     positive: Branch
     negative: Branch | None
@@ -81,20 +82,23 @@ class FluxPipeline:
     def __init__(
         self,
         name: str,
-        t5_padding: bool = True,
+        t5_padding: bool | int = True,
         dtype: mx.Dtype | None = None,
         bits: int | None = None,
         adapters: Sequence[tuple[str | Path, float]] = (),
         fuse_adapters: bool = False,
         ranks: Ranks | None = None,
         shift: str | float | None = None,
+        noise: str = "mlx",
+        rounding: str = "bfloat16",
         **files: str | None,
     ):
         """Find a model and load it lazily.
 
         name: a model of the registry ("schnell", "flux-dev", ...), a folder, a file, or a repository of the
         Hub; see `flux.weights.checkpoints.find`.
-        t5_padding: pad every prompt to the model's length, as FLUX was trained; without, prompts are faster.
+        t5_padding: pad every prompt to the model's length, as FLUX was trained; False does not, which is
+        faster, and a number pads to so many tokens (ComfyUI: 256).
         dtype: the weights' type; by default bfloat16 on a GPU and float32 on a CPU.
         bits: 4 or 8 to quantize the transformer and T5 to so many a weight; None not to.
         adapters: files of LoRAs and their like, each with its strength (1: as trained); their changes add up.
@@ -103,28 +107,42 @@ class FluxPipeline:
         ranks: to split the transformer and T5 over; all of them must then call `encode`, `prepare` and
         `denoise` together, with the same arguments, and have the same results.
         shift: of the sampling's times: "dev", "none" or a factor; None as the model's own config says.
+        noise: whose random numbers a seed stands for: "mlx", "torch" (ComfyUI's and diffusers' in float32) or
+        "diffusers" (PyTorch's, rounded to `dtype`), made as by PyTorch's CPU generator.
+        rounding: of time and guidance in 16-bit types, one of `ROUNDINGS`.
         files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
         Raises FluxError for a model that cannot be found or loaded, and for an adapter that cannot or does
         not fit it; warns of what else of an adapter is left out.
         """
+        sampler.check_noise(noise)
+        if rounding not in ROUNDINGS:
+            raise FluxError(f"the rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
         weighted = read_weighted(adapters)  # before a model is fetched
         self.checkpoint = checkpoints.find(name, **files)
-        self._set(load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks), t5_padding)
+        parts = load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks)
+        self._set(parts, t5_padding, noise)
+        self.rounding = rounding
+        types = (self.flow.dtype if dtype is None else dtype for dtype in ROUNDINGS[rounding])
+        self.flow.time_dtype, self.flow.guidance_dtype = types
         self._split = ranks is not None
         if shift is not None:
             self.spec: ModelSpec = replace(self.spec, shift=sampler.read_shift(shift))
         self._adapters = [file for file, _ in adapters]
 
     @classmethod
-    def from_parts(cls, parts: Parts, t5_padding: bool = True) -> "FluxPipeline":
+    def from_parts(cls, parts: Parts, t5_padding: bool | int = True, noise: str = "mlx") -> "FluxPipeline":
         """A pipeline of modules that are already there."""
         flux = cls.__new__(cls)
-        flux._set(parts, t5_padding)
+        flux._set(parts, t5_padding, noise)
         return flux
 
-    def _set(self, parts: Parts, t5_padding: bool) -> None:
+    def _set(self, parts: Parts, t5_padding: bool | int, noise: str) -> None:
         self.spec, self.flow, self.ae, self.clip, self.t5, self.clip_tokenizer, self.t5_tokenizer = parts
-        self.t5_padding = t5_padding
+        self.t5_padding = bool(t5_padding)
+        if not isinstance(t5_padding, bool):
+            self.t5_tokenizer.padded_length = t5_padding
+        self.noise_kind = noise
+        self.rounding = "bfloat16"
         self._split = False
         # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
         self.downscale = 2 ** (len(self.ae.params.ch_mult) - 1)
@@ -143,6 +161,17 @@ class FluxPipeline:
                 stacklevel=2,
             )
         return h, w
+
+    def check_memory(self, latent_size: tuple[int, int]) -> None:
+        """Raise FluxError where the largest arrays of one step or picture exceed the machine's memory."""
+        (h, w), params = latent_size, self.flow.params
+        tokens = h // 2 * (w // 2) + self.spec.t5_length
+        hidden = tokens * params.hidden_size * int(4 + params.mlp_ratio) * self.flow.dtype.size
+        on_cpu = mx.default_device().type == mx.DeviceType.cpu  # where attention writes its scores down
+        scores = 4 * params.num_heads * tokens**2 if on_cpu else 0
+        picture = 2 * 4 * 3 * h * w * self.downscale**2  # float32, before and after it is clipped
+        size = f"{h * self.downscale}x{w * self.downscale}"
+        machine.require(max(hidden + scores, picture), f"a picture of {size}")
 
     def fingerprints(self) -> dict[str, str]:
         """A digest of each file of weights, by what it is: the same on ranks that have the same files."""
@@ -172,6 +201,8 @@ class FluxPipeline:
         cfg_scale: float | None = None,
         on_step: OnStep | None = None,
         keep_models: bool = True,
+        schedule: str = "model",
+        clip_prompt: str | None = None,
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
@@ -181,6 +212,7 @@ class FluxPipeline:
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
+        schedule, clip_prompt: see `Request`.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -192,6 +224,8 @@ class FluxPipeline:
             steps=num_steps,
             guidance=guidance,
             cfg_scale=cfg_scale,
+            schedule=schedule,
+            clip_prompt=clip_prompt,
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))
@@ -235,27 +269,44 @@ class FluxPipeline:
             # The caller cannot evaluate what it does not see, and is about to delete the encoders.
             mx.eval(conditioning.negative or ())
             yield self._shown(conditioning.positive, noise, latent_size)
-            plan = self.prepare(request, conditioning)
+            sampling = (request.steps, request.guidance, request.cfg_scale)
+            plan = self.prepare(conditioning, noise, latent_size, *sampling)
             if not keep_modulation:
                 mx.eval(plan)
                 self.flow.drop_modulation()
-            yield from self.denoise(plan, noise)
+            yield from self.denoise(plan)
 
         return generate()
 
     def noise(self, seeds: Sequence[int], latent_size: tuple[int, int]) -> mx.array:
         """The packed noise (B, L, channels), float32, that the pictures of these seeds begin with."""
-        return sampler.pack(sampler.noise(seeds, latent_size, self.flow.params.out_channels // 4))
+        channels = self.flow.params.out_channels // 4
+        return sampler.pack(sampler.noise(seeds, latent_size, channels, self.noise_kind, self.flow.dtype))
 
-    def encode(self, text: str, negative_prompt: str | None = None, cfg_scale: float = 1.0) -> Conditioning:
-        """The conditioning of one prompt, not yet evaluated; with the negative one unless cfg_scale is 1."""
+    def encode(
+        self,
+        text: str,
+        negative_prompt: str | None = None,
+        cfg_scale: float = 1.0,
+        clip_text: str | None = None,
+    ) -> Conditioning:
+        """The conditioning of one prompt, not yet evaluated; with the negative one unless cfg_scale is 1.
+
+        clip_text: what CLIP reads of the prompt's, where it is another text.
+        """
         self._read(self.t5)
-        positive = self._encode_text(text)
+        positive = self._encode_text(text, clip_text)
         return Conditioning(positive, self._encode_text(negative_prompt or "") if cfg_scale != 1 else None)
 
-    def _encode_text(self, text: str) -> TextConditioning:
+    def _encode_text(self, text: str, clip_text: str | None = None) -> TextConditioning:
         return encode_texts(
-            [text], self.t5, self.clip, self.t5_tokenizer, self.clip_tokenizer, self.t5_padding
+            [text],
+            self.t5,
+            self.clip,
+            self.t5_tokenizer,
+            self.clip_tokenizer,
+            self.t5_padding,
+            None if clip_text is None else [clip_text],
         )
 
     @staticmethod
@@ -265,19 +316,27 @@ class FluxPipeline:
         alike = (sampler.image_positions(latent_size), text.t5, t5_positions, text.clip)
         return noise, *(mx.broadcast_to(a, (len(noise), *a.shape[1:])) for a in alike)
 
-    def prepare(self, request: ResolvedRequest, conditioning: Conditioning) -> Plan:
-        """Compute, lazily, what is the same in all steps and for all seeds.
+    def prepare(
+        self,
+        conditioning: Conditioning,
+        noise: mx.array | None,
+        latent_size: tuple[int, int],
+        num_steps: int,
+        guidance: float,
+        cfg_scale: float = 1.0,
+        schedule: str = "model",
+    ) -> Plan:
+        """Compute, lazily, what is the same in all steps and for all seeds; noise (B, L, channels) is packed.
 
-        After the plan's evaluation `flow.drop_modulation()` gives memory back, and `denoise` still works.
+        Without noise `denoise` takes a plan with another's: `plan._replace(x=noise)`. After the plan's
+        evaluation `flow.drop_modulation()` gives memory back, and `denoise` still works.
         """
         self._read(self.flow)
-        height, width = request.latent_size
-        times = sampler.timesteps(request.steps, height // 2 * (width // 2), self.spec.shift)
-        branch = partial(
-            self._branch, latent_size=request.latent_size, times=times, guidance=request.guidance
-        )
+        height, width = latent_size
+        times = sampler.timesteps(num_steps, height // 2 * (width // 2), self.spec.shift, schedule)
+        branch = partial(self._branch, latent_size=latent_size, times=times, guidance=guidance)
         negative = conditioning.negative and branch(conditioning.negative)
-        return Plan(times, branch(conditioning.positive), negative, request.cfg_scale)
+        return Plan(noise, times, branch(conditioning.positive), negative, cfg_scale)
 
     def _branch(
         self, text: TextConditioning, latent_size: tuple[int, int], times: list[float], guidance: float
@@ -286,11 +345,16 @@ class FluxPipeline:
         return Branch(
             self.flow.embed_text(text.t5),
             self.flow.positions(text_positions, sampler.image_positions(latent_size)),
-            self.flow.modulation(mx.array(times[:-1]), text.clip, mx.array([guidance])),
+            self.flow.modulation(self._seen(times[:-1]), text.clip, mx.array([guidance])),
         )
 
-    def denoise(self, plan: Plan, noise: mx.array) -> Iterator[mx.array]:
-        """Yield the packed latent (B, L, channels), float32, after each step from packed noise of that shape.
+    def _seen(self, times: list[float]) -> mx.array:
+        """Times as the transformer is told them. diffusers' pipeline rounds their thousandfold first."""
+        seen = mx.array(times)
+        return (seen * 1000).astype(self.flow.dtype) / 1000 if self.rounding == "diffusers" else seen
+
+    def denoise(self, plan: Plan) -> Iterator[mx.array]:
+        """Yield the packed latent (B, L, channels), float32, after each step.
 
         With a negative prompt every step is two passes rather than one batch of two: this takes half the
         memory, and the prompts may differ in length.
@@ -307,7 +371,9 @@ class FluxPipeline:
                 return v
             return sampler.guide(v, branch_velocity(plan.negative, x, step), plan.cfg_scale)
 
-        return sampler.euler(velocity, noise, plan.times)
+        if plan.x is None:
+            raise ValueError("the plan was prepared without noise: plan._replace(x=noise)")
+        return sampler.euler(velocity, plan.x, plan.times)
 
     def decode(self, x: mx.array, latent_size: tuple[int, int] = (64, 64)) -> mx.array:
         """Packed latents (B, L, channels) -> pictures (B, H, W, 3) in 0..1, float32.

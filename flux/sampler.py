@@ -14,8 +14,13 @@ import mlx.core as mx
 import numpy as np
 
 from flux.errors import FluxError
+from flux.jsonfiles import shown
+from flux.noise import randn
 
-MAX_SEED = 2**64 - 1  # what mx.random.key takes
+MAX_SEED = 2**64 - 1  # what mx.random.key takes, and torch.manual_seed
+NOISES = ("mlx", "torch", "diffusers")
+COMFYUI_SCHEDULES = ("simple", "normal", "sgm_uniform")
+SCHEDULES = ("model", *COMFYUI_SCHEDULES)
 
 
 class Shift(NamedTuple):
@@ -38,16 +43,21 @@ MOST_TOKENS = 2**18  # of a picture of 8192x8192
 AnyShift = bool | float | Shift
 
 
-def timesteps(num_steps: int, image_tokens: int, shift: AnyShift) -> list[float]:
+def timesteps(num_steps: int, image_tokens: int, shift: AnyShift, schedule: str = "model") -> list[float]:
     """The `num_steps + 1` times from 1 down to 0, evenly spaced and then, with `shift`, moved towards noise.
 
     Large pictures need more noise to be destroyed as much, so dev shifts by the number of picture tokens:
     t -> e^mu / (e^mu + 1/t - 1) (Esser et al. 2024, eq. 23, as in BFL's and diffusers' code). schnell not.
     A fixed factor s is the same with s for e^mu: t -> s t / (1 + (s - 1) t).
     Computed in float32 in the reference's order, so that the times are diffusers' own to the bit.
+    schedule: "model" for these, or one of `COMFYUI_SCHEDULES`, which shift dev by the same in any size.
     """
     if num_steps < 1:
         raise FluxError(f"steps must be at least 1, not {num_steps}")
+    if schedule != "model":
+        shift = DEV_SHIFT if shift is True else shift
+        factor = math.exp(shift.most) if isinstance(shift, Shift) else shift
+        return comfyui_times(schedule, num_steps, None if factor is False else float(factor))
     times: Any = np.linspace(1.0, 1.0 / num_steps, num_steps).astype(np.float32)
     if isinstance(shift, Shift) or shift is True:
         e_mu = time_shift(image_tokens, shift if isinstance(shift, Shift) else DEV_SHIFT)
@@ -83,7 +93,31 @@ def read_shift(value: Any) -> AnyShift:
             return float(value)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         pass
-    raise FluxError(f"a shift is dev, none or a factor above 0, not {value}")
+    raise FluxError(f"a shift is dev, none or a factor above 0, not {shown(value)}")
+
+
+def comfyui_times(schedule: str, num_steps: int, factor: float | None) -> list[float]:
+    """The `num_steps + 1` times that ComfyUI gives a FLUX model, one of `COMFYUI_SCHEDULES`.
+
+    factor: t -> factor / (factor + 1/t - 1): e^1.15 for dev unless its node ModelSamplingFlux says another;
+    None for schnell, whose times are not shifted. "simple" takes every n-th entry of a table of
+    10,000 times (of schnell's 1,000). "normal" and "sgm_uniform" shift evenly spaced times, from the table's
+    first to its last, which is shifted then already: they stop earlier. In float32 and ComfyUI's order.
+    """
+    if schedule not in COMFYUI_SCHEDULES:
+        raise FluxError(f"the schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
+
+    def shifted(times: np.ndarray) -> np.ndarray:
+        return times if factor is None else 1 / (factor + (1 / times - 1)) * factor  # as PyTorch divides
+
+    size = 1000 if factor is None else 10000
+    table = shifted(np.arange(1, size + 1, dtype=np.float32) / np.float32(size))
+    if schedule == "simple":
+        times = table[[-1 - int(i * (size / num_steps)) for i in range(num_steps)]]
+    else:
+        count = num_steps + (schedule == "sgm_uniform")
+        times = shifted(np.linspace(table[-1], table[0], count, dtype=np.float32)[:num_steps])
+    return [*times.tolist(), 0.0]
 
 
 def random_seed() -> int:
@@ -98,10 +132,34 @@ def check_seeds(seeds: Sequence[int]) -> None:
             raise FluxError(f"a seed must lie between 0 and {MAX_SEED}, not {seed}")
 
 
-def noise(seeds: Sequence[int], latent_size: tuple[int, int], channels: int) -> mx.array:
-    """Standard normal latents (B, h, w, channels), float32; picture i depends on seeds[i] and the shape."""
+def noise(
+    seeds: Sequence[int],
+    latent_size: tuple[int, int],
+    channels: int,
+    kind: str = "mlx",
+    dtype: mx.Dtype = mx.float32,
+) -> mx.array:
+    """Standard normal latents (B, h, w, channels), float32; picture i depends on seeds[i] and the shape.
+
+    kind: whose random numbers, one of `NOISES`. "torch" is PyTorch's CPU generator in float32, with which
+    ComfyUI draws; "diffusers" the same rounded to `dtype`, the type that the model computes in.
+    """
     check_seeds(seeds)
-    return mx.stack([mx.random.normal((*latent_size, channels), key=mx.random.key(seed)) for seed in seeds])
+    check_noise(kind)
+    if kind == "mlx":
+        shape = (*latent_size, channels)
+        return mx.stack([mx.random.normal(shape, key=mx.random.key(seed)) for seed in seeds])
+    drawn = [randn(seed, channels * math.prod(latent_size)) for seed in seeds]
+    x = mx.array(np.stack(drawn)).reshape(-1, channels, *latent_size)  # (B, C, h, w), PyTorch's order
+    if kind == "diffusers":
+        x = x.astype(dtype).astype(mx.float32)
+    return x.transpose(0, 2, 3, 1)
+
+
+def check_noise(kind: str) -> None:
+    """Raise FluxError for what is not one of `NOISES`."""
+    if kind not in NOISES:
+        raise FluxError(f"the noise must be one of {', '.join(NOISES)}, not {kind!r}")
 
 
 def pack(latent: mx.array) -> mx.array:

@@ -198,6 +198,7 @@ class T5Tokenizer:
         if missing:
             raise FluxError(f"{file}: T5's vocabulary of {len(self._ids)} pieces lacks {', '.join(missing)}")
         self.max_length = max_length
+        self.padded_length: int | None = None  # to which `pad` fills up, if not to max_length
         self.pad_token_id = self._ids["<pad>"]
         self.eos_token_id = self._ids["</s>"]
         self._unk_token_id = self._ids["<unk>"]
@@ -219,13 +220,14 @@ class T5Tokenizer:
         raise FluxError(f"{path}: no T5 tokenizer; expected spiece.model or tokenizer.json")
 
     def encode(self, text: str, pad: bool = True) -> list[int]:
-        """The text's ids and the end token, cut to max_length and, with `pad`, filled up to it."""
+        """The text's ids and the end token, cut to max_length; with `pad` filled up to padded_length."""
         pieces = self._pieces(text)[: self.max_length - 1]
         ids = [*(self._ids.get(piece, self._unk_token_id) for piece in pieces), self.eos_token_id]
-        return ids + [self.pad_token_id] * (self.max_length - len(ids)) if pad else ids
+        length = self.max_length if self.padded_length is None else min(self.padded_length, self.max_length)
+        return ids + [self.pad_token_id] * (length - len(ids)) if pad else ids
 
     def __call__(self, texts: list[str], pad: bool = True) -> mx.array:
-        """B texts -> (B, max_length), int32; without `pad` as long as the longest of them."""
+        """B texts -> (B, length), int32; the length of the longest, or what `pad` fills them up to."""
         rows = [self.encode(text, pad) for text in texts]
         length = max(map(len, rows))
         return mx.array([row + [self.pad_token_id] * (length - len(row)) for row in rows], dtype=mx.int32)

@@ -128,11 +128,11 @@ def test_no_regular_expression():
 def test_the_slowest_patterns_end():
     """Those that are allowed one at a time, many at once, at names that they try in every way."""
     table = {f".*a.*a.*(b|c|d|e|f)({i}|x)": 1 for i in range(200)}
-    start = time.perf_counter()
+    start = time.process_time()
     patterns = checks.Patterns(table, "alpha_pattern")
     with pytest.raises(FluxError, match="alpha_pattern takes more than 2 s"):
         [patterns.find("a" * 60 + "b") for _ in range(1000)]
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_very_many_patterns():
@@ -144,10 +144,10 @@ def test_very_many_patterns():
 def test_a_thousand_names_are_fast():
     """As diffusers writes them where ranks differ: a pattern for every layer."""
     table = {f"transformer_blocks.{i}.attn.to_q": i for i in range(2000)}
-    start = time.perf_counter()
+    start = time.process_time()
     patterns = checks.Patterns(table, "rank_pattern")
     assert [patterns.find(name) for name in table] == list(range(2000))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(

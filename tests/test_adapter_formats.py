@@ -385,8 +385,8 @@ def test_same_layer_twice():
         ({"img_in.lora_A.weight": (2, 4), "img_in.lora_B.weight": (8, 3)}, "no rank in common"),
         ({"img_in.lora_A.weight": (2, 4, 1), "img_in.lora_B.weight": (8, 2)}, "matrices of shape"),
         (
-            {"img_in.lora_A.weight": (2, 4), "img_in.lora_B.weight": (8, 2), "img_in.dora_scale": (1, 4)},
-            "one value a row",
+            {"img_in.lora_A.weight": (2, 4), "img_in.lora_B.weight": (8, 2), "img_in.dora_scale": (1, 5)},
+            "8 rows or 4 columns",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from PIL import Image
 from flux import images
 from flux.adapters import save
 from flux.adapters.__main__ import main
-from flux.adapters.lora import AdaptedLinear
+from flux.adapters.beside import AdaptedLinear
 from flux.errors import FluxError
 from flux.evaluation.grid import BASE, Named, draw, encode, grid, read
 from flux.generation import Request

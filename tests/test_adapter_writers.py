@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 
 from flux.adapters import Adapter, Delta, Dense, Kronecker, LowRank, load, read_facts, save
-from flux.adapters.adapter import fold
+from flux.adapters.changes import (
+    LYCORIS,
+    PEFT,
+    GLoRA,
+    Hadamard,
+    Replacement,
+    Rotation,
+    Scaling,
+    Stack,
+    fold,
+)
 from flux.errors import FluxError
 
 from .adapter_files import CLIP_LAYER, HIDDEN, RANK, SHAPES, T5_LAYER, close, dense, normal, pair
@@ -75,6 +85,103 @@ def test_fold(scale: float):
     if scale in (1.0, 0.5, 0.0625, 8.0):
         assert x.dtype == y.dtype == mx.bfloat16
         assert np.array_equal(wide[2] @ wide[3], expected)
+
+
+KINDS = {
+    "LoHa": lambda: Hadamard(*(mx.array(normal(*s)) for s in ((8, 3), (3, 8), (8, 3), (3, 8))), 0.5),
+    "GLoRA": lambda: GLoRA(*(mx.array(normal(*s)) for s in ((8, 3), (3, 8), (8, 3), (3, 8))), 0.5),
+    "(IA)3 of rows": lambda: Scaling(mx.array(normal(8, 1))),
+    "(IA)3 of columns": lambda: Scaling(mx.array(normal(1, 8))),
+}
+
+
+@pytest.mark.parametrize("format", ["native", "kohya"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_kinds_come_back(kind: str, format: str, tmp_path: Path):
+    name = "double_blocks.0.txt_attn.proj"
+    change = KINDS[kind]()
+    found = round_trip(Adapter({name: Delta(change, mx.array(normal(8)))}), format, tmp_path).modules[name]
+    assert type(found.change) is type(change)
+    weight = mx.array(normal(8, 8))
+    assert close(found.change.delta(weight), np.array(change.delta(weight)))
+
+
+def test_parts_of_unlike_kinds(tmp_path: Path):
+    """Native files have diffusers' names for them; kohya's the sum, where that is the same for every base."""
+    name, rows = "double_blocks.1.img_attn.qkv", 3 * HIDDEN
+    down, up = pair(HIDDEN, HIDDEN)
+    first = Delta(Kronecker(mx.array(normal(2, 2)), mx.array(normal(4, 4)), 0.5))
+    last = Delta(LowRank(mx.array(down), mx.array(up), 2.0))
+    whole = Adapter({name: Delta(Stack(((0, HIDDEN, first), (2 * HIDDEN, rows, last)), rows))})
+    for format, kind in (("native", Stack), ("kohya", Dense)):
+        found = round_trip(whole, format, tmp_path).modules[name].change
+        assert isinstance(found, kind)
+        assert close(found.dense(), np.array(whole.modules[name].change.dense()))
+    columns = Delta(last.change, magnitude=mx.ones((1, HIDDEN)), rule=LYCORIS)
+    dora = Adapter({name: Delta(Stack(((0, HIDDEN, columns),), rows))})
+    found = round_trip(dora, "native", tmp_path).modules[name].change
+    ((start, end, part),) = found.parts
+    assert (start, end) == (0, HIDDEN)
+    assert mx.array_equal(part.magnitude, columns.magnitude)
+    for format in ("kohya", "diffusers", "ai-toolkit"):
+        with pytest.raises(FluxError, match=f"{format} files have no place for"):
+            save(tmp_path / "a.safetensors", dora, format)
+
+
+@pytest.mark.parametrize("rule", [PEFT, LYCORIS])
+def test_a_dora_is_weighed_as_before_in_the_new_file(rule: str, tmp_path: Path):
+    down, up = pair(HIDDEN, HIDDEN)
+    delta = Delta(LowRank(mx.array(down), mx.array(up), 2.0), magnitude=mx.array(normal(HIDDEN)), rule=rule)
+    for format in ("native", "kohya"):
+        found = round_trip(Adapter({"double_blocks.0.txt_attn.proj": delta}), format, tmp_path)
+        (delta,) = found.modules.values()
+        assert delta.rule == rule
+    assert round_trip(found, "diffusers", tmp_path).modules.popitem()[1].rule == PEFT
+
+
+@pytest.mark.parametrize("format", ["native", "kohya", "diffusers", "ai-toolkit"])
+@pytest.mark.parametrize(
+    "delta",
+    [
+        Delta(Rotation(mx.zeros((1, 2, 4, 4)))),
+        Delta(Replacement(mx.zeros((8, 8)))),
+        Delta(new_bias=mx.zeros((8,))),
+        Delta(Scaling(mx.zeros((8, 1))), bias_factor=mx.zeros((8,))),
+    ],
+    ids=["rotation", "whole layer", "new bias", "scaled bias"],
+)
+def test_kinds_that_no_format_holds(delta: Delta, format: str, tmp_path: Path):
+    adapter = Adapter({"double_blocks.0.txt_attn.proj": delta})
+    with pytest.raises(FluxError, match=f"{format} files have no place for .*txt_attn"):
+        save(tmp_path / "a.safetensors", adapter, format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ai_toolkit(tmp_path: Path):
+    """diffusers' names, split, without alpha or a config."""
+    adapter = Adapter({name: d for name, d in whole_adapter(alpha=1.5).modules.items() if name != CLIP_LAYER})
+    found = round_trip(adapter, "ai-toolkit", tmp_path)
+    keys = mx.load(str(tmp_path / "a.safetensors"))
+    assert all(key.startswith("transformer.") and ".lora_" in key for key in keys)
+    assert "lora_adapter_metadata" not in found.metadata
+    for name, delta in adapter.modules.items():
+        assert close(found.modules[name].change.dense(), np.array(delta.change.dense())), name
+    with pytest.raises(FluxError, match="ai-toolkit files have no place for text encoders"):
+        save(tmp_path / "b.safetensors", whole_adapter(), "ai-toolkit")
+
+
+def test_what_other_programs_leave_out_is_said(tmp_path: Path):
+    blocks = Adapter(
+        {"double_blocks.0.txt_attn.proj": whole_adapter().modules["double_blocks.0.txt_attn.proj"]}
+    )
+    path = tmp_path / "a.safetensors"
+    assert all(save(path, blocks, format) == [] for format in ("native", "kohya", "diffusers", "ai-toolkit"))
+    assert save(path, whole_adapter(), "diffusers") == []
+    for format, who in (("native", "diffusers"), ("kohya", "diffusers and sd-scripts")):
+        first, last = save(path, whole_adapter(), format)
+        assert first.startswith(f"{who} will leave out the layers outside of the blocks (")
+        assert "img_in" in first
+        assert last == "ComfyUI reads all of it"
 
 
 def full_adapter() -> Adapter:

@@ -21,7 +21,9 @@ from flux.adapters import (
     save,
     targets,
 )
-from flux.adapters.lora import AdaptedLinear, Dropout, dense_weight, linears, row_norms
+from flux.adapters.beside import AdaptedLinear, Dropout, dense_weight
+from flux.adapters.changes import row_norms
+from flux.adapters.lora import linears
 from flux.errors import FluxError
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
@@ -85,16 +87,19 @@ def every_kind(model: nn.Module) -> Adapter:
 
 
 def with_weights(adapter: Adapter, strength: float) -> Flux:
-    """The model with an adapter worked into its weights by the formulas, without the code under test."""
+    """The model with an adapter worked into its weights by the formulas, without the code under test.
+
+    A DoRA is weighed as PEFT does it: m (W + s dW) / norms of (W + s dW).
+    """
     model = make_model()
     weights = tiny.parameters(model)
     for name, delta in adapter.modules.items():
         weight = np.array(weights[f"{name}.weight"])
-        new = weight + (0 if delta.change is None else np.array(delta.change.dense()))
+        new = weight + (0 if delta.change is None else strength * np.array(delta.change.dense()))
         if delta.magnitude is not None:
             scaled = np.array(delta.magnitude)[:, None] * new / np.linalg.norm(new, axis=1, keepdims=True)
             new = np.where(np.isnan(scaled), new, scaled)
-        weights[f"{name}.weight"] = mx.array(weight + strength * (new - weight))
+        weights[f"{name}.weight"] = mx.array(new)
         if delta.bias is not None:
             weights[f"{name}.bias"] += strength * delta.bias
     for name, value in adapter.replaced.items():

@@ -233,6 +233,20 @@ def test_samples_captions_and_buckets(folder, name):
     assert {size: count for (_, size), count in plan.bucket_table().items()} == case.buckets
 
 
+def test_caption_files_go_before_lists(folder):
+    """In a data.toml alone; a list is read where the subset has no caption file."""
+    write(folder / "toy/train.jsonl", '{"image": "a.png", "prompt": "from the list"}\n')
+    (folder / "data.toml").write_text(AT_512 + IN_TOY)
+    dataset = samples.load(folder / "data.toml", {})
+    assert {sample.text for sample in dataset.samples} == set(TAGS.values())
+    assert any(
+        "not used, as a caption file goes first" in note and "train.jsonl" in note
+        for note in dataset.warnings
+    )
+    (folder / "data.toml").write_text(AT_512 + IN_TOY.replace(".txt", ".caption"))
+    assert [sample.text for sample in samples.load(folder / "data.toml", {}).samples] == ["from the list"]
+
+
 def test_a_caption_of_several_lines_is_said_to_be_cut(folder):
     text = AT_512 + "[[datasets.subsets]]\nimage_dir = 'long'\n"
     (folder / "data.toml").write_text(text)

@@ -19,6 +19,8 @@ from PIL import Image
 from flux import jsonfiles
 from flux.adapters import load, mismatches
 from flux.adapters import save as save_adapter
+from flux.adapters.beside import dense_weight
+from flux.adapters.lora import linears
 from flux.captioning.captioner import Captioner
 from flux.captioning.pictures import prepare
 from flux.captioning.tokenizer import BartTokenizer
@@ -95,6 +97,7 @@ def odd_view(rng: random.Random) -> bytes:
     )
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # of pickletools, about what is in the pickle
 def test_pytorch_files(tmp_path):
     """400 files in both formats."""
     rng = np.random.default_rng(0)
@@ -151,6 +154,25 @@ def adapter_sources() -> dict[str, tuple[dict[str, np.ndarray], dict[str, str], 
     def named(parts: dict[str, np.ndarray], modules: tuple[str, ...]) -> dict[str, np.ndarray]:
         return {key.format(module): value for module in modules for key, value in parts.items()}
 
+    lycoris = tuple("lycoris_" + name.replace(".", "_") for name in (ours[0], *theirs))
+    kinds = {
+        "LoHa": {
+            **{f"{{}}.hada_w{i}_a": normal(size, 4) for i in (1, 2)},
+            **{f"{{}}.hada_w{i}_b": normal(4, size) for i in (1, 2)},
+        },
+        "GLoRA": {
+            **{f"{{}}.{x}1.weight": normal(size, 4) for x in "ab"},
+            **{f"{{}}.{x}2.weight": normal(4, size) for x in "ab"},
+        },
+        "(IA)3": {"{}.weight": normal(size), "{}.on_input": np.array(True)},
+        "OFT": {"{}.oft_blocks": normal(size // 4, 4, 4), "{}.alpha": np.array(0.01, np.float32)},
+        "BOFT": {"{}.oft_blocks": normal(2, size // 4, 4, 4), "{}.rescale": 1 + normal(size, 1)},
+        "DoRA of columns": {
+            "{}.lora_down.weight": normal(4, size),
+            "{}.lora_up.weight": normal(size, 4),
+            "{}.dora_scale": normal(1, size),
+        },
+    }
     config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn.to_q": 2}, "rank_pattern": {}}
     packed = json.dumps({f"transformer.{key}": value for key, value in config.items()})
     plain = pair("{}.lora_A.weight", "{}.lora_B.weight")
@@ -193,11 +215,16 @@ def adapter_sources() -> dict[str, tuple[dict[str, np.ndarray], dict[str, str], 
             None,
         ),
         "control": (named(plain, ours) | norm, {}, None),
+        **{kind: (named(parts, lycoris), {}, None) for kind, parts in kinds.items()},
+        "OFT of PEFT": ({f"base_model.model.{theirs[1]}.oft_R.weight": normal(size // 4, 6)}, {}, config),
     }
 
 
+UNWRITTEN = ("OFT", "BOFT", "OFT of PEFT")  # no format of ours holds them
+
+
 def test_adapters(tmp_path):
-    """500 files of eight formats, of PEFT's config among them."""
+    """800 files of fifteen kinds, of PEFT's config among them."""
     flow = tiny.randomize(Flux(tiny.FLUX), 0)
     sources = {}
     for name, (arrays, metadata, config) in adapter_sources().items():
@@ -207,7 +234,7 @@ def test_adapters(tmp_path):
         sources[name] = path, fuzzing.File.read(path), config
     ends: Counter[str] = Counter()
     with fuzzing.bounded_memory():
-        for case in range(500):
+        for case in range(800):
             rng = random.Random(case)
             name, (path, file, config) = rng.choice(list(sources.items()))
             by_config = config and rng.random() < 0.7
@@ -216,12 +243,13 @@ def test_adapters(tmp_path):
                 text = fuzzing.mutate_json(config, rng) if by_config else json.dumps(config).encode()
                 path.with_name("adapter_config.json").write_bytes(text)
 
-            def use(path=path):
+            def use(path=path, name=name):
                 adapter = load(path)
                 wrong = mismatches(flow, adapter)
-                save_adapter(tmp_path / "again.safetensors", adapter, "native")
-                layers = [delta.change for name, delta in adapter.modules.items() if name not in wrong]
-                return [layer.dense() for layer in layers if layer is not None]
+                if name not in UNWRITTEN:
+                    save_adapter(tmp_path / "again.safetensors", adapter, "native")
+                layers = {module: d for module, d in adapter.modules.items() if module not in wrong}
+                return [d.delta(dense_weight(linears(flow)[module])) for module, d in layers.items()]
 
             found = fuzzing.outcome(use, f"case {case}, {name}")
             ends["line" if isinstance(found, FluxError) else "sound"] += 1
@@ -285,11 +313,11 @@ def restore(path: Path, content: object) -> None:
 
 
 def test_tokenizers(tmp_path):
-    """200 of the files that tokenizers are read from."""
+    """100 of the files that tokenizers are read from."""
     cases = tokenizer_cases(tmp_path)
     ends: Counter[str] = Counter()
     with fuzzing.bounded_memory():
-        for case in range(200):
+        for case in range(100):
             rng = random.Random(case)
             path, content, read = rng.choice(cases)
             spoil(path, content, rng)
@@ -330,21 +358,34 @@ def config_cases(model: save.Model, folder: Path) -> list[tuple[Path, dict, Call
         picture = prepare([Image.new("RGB", (8, 8))], captioner.pictures)
         return captioner.model.encode(picture, *captioner.tokenizer(["a"]))[0]
 
+    def use_model(_: Path) -> mx.array:
+        checkpoint = checkpoints.find(str(folder / "model"))
+        checkpoint.load_clip()
+        spec = checkpoint.spec
+        return mx.array([float(spec.steps), spec.guidance, spec.cfg_scale, *spec.image_size])
+
     cases = [
         (path.with_name("config.json"), use_part(kind, path))
         for kind, path in part_files(folder / "model").items()
     ]
     names = ("config.json", "generation_config.json", "preprocessor_config.json")
     cases += [(folder / "captioner" / name, use_captioner) for name in names]
+    clip = folder / "model" / "text_encoder" / "model.safetensors"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(fuzzing.File.read(clip).names(), clip.name)}
+    clip.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    jsons = ("model_index.json", "defaults.json", "scheduler/scheduler_config.json")
+    cases += [(folder / "model" / name, use_model) for name in jsons]
+    cases += [(clip.with_name("model.safetensors.index.json"), use_model)]
     return [(path, jsonfiles.read(path), use) for path, use in cases]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of what is passed over
 def test_configs(model, tmp_path):
-    """200 configs of networks and of the captioner."""
+    """100 configs of networks, of whole models and of the captioner."""
     cases = config_cases(model, tmp_path)
     ends: Counter[str] = Counter()
     with fuzzing.bounded_memory():
-        for case in range(200):
+        for case in range(100):
             rng = random.Random(case)
             path, content, use = rng.choice(cases)
             spoil(path, content, rng)

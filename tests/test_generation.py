@@ -72,10 +72,12 @@ def test_each_text_is_encoded_and_each_plan_made_once(dev, monkeypatch):
     encoded, planned = [], []
     encode, prepare = dev.encode, dev.prepare
     monkeypatch.setattr(dev, "encode", lambda *a: encoded.append(a[0]) or encode(*a))
-    monkeypatch.setattr(dev, "prepare", lambda r, c: planned.append((r.prompt, r.guidance)) or prepare(r, c))
+    monkeypatch.setattr(
+        dev, "prepare", lambda **k: planned.append((k["num_steps"], k["guidance"])) or prepare(**k)
+    )
     list(generate(dev, [APPLE, BIRDS, replace(BIRDS, guidance=1.0)], keep_models=True))
     assert encoded == ["a red apple", "two green birds"]
-    assert planned == [("a red apple", 3.5), ("two green birds", 2.0), ("two green birds", 1.0)]
+    assert planned == [(2, 3.5), (3, 2.0), (3, 1.0)]
 
 
 def test_the_decoding_batch_holds_pictures_of_one_request(dev, alone, monkeypatch):
@@ -120,8 +122,8 @@ def test_the_models_own_settings(dev):
     assert (resolved.steps, resolved.guidance, resolved.cfg_scale) == (spec.steps, spec.guidance, 1.0)
     assert (resolved.image_size, resolved.latent_size) == ((512, 512), (64, 64))
     assert resolved.resolved(dev) is resolved
-    assert resolved.texts == ("a", None)
-    assert replace(resolved, cfg_scale=2.0).texts == ("a", "")
+    assert resolved.texts == ("a", None, None)
+    assert replace(resolved, cfg_scale=2.0).texts == ("a", "", None)
     with pytest.warns(UserWarning, match="made 32x48"):
         assert Request("a", image_size=(30, 50)).resolved(dev).image_size == (32, 48)
 

@@ -24,14 +24,14 @@ def write(path: Path, header: object, data: bytes = bytes(32)) -> Path:
 
 
 def fault(path: Path) -> str:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(FluxError) as error:
         headers.read_header(path)
     line = str(error.value)
     assert line.startswith(f"{path}: ")
     assert "\n" not in line
     assert len(line) < len(str(path)) + 300
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     return line
 
 
@@ -154,10 +154,24 @@ def test_fast(tmp_path):
     path = write(tmp_path / "f", header, bytes(8 * 780))
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         headers.read_header(path)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.05
+
+
+def test_as_many_tensors_as_are_read(tmp_path):
+    """Each under a name that some table knows, as many blocks as there may be."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    for kind, names in (
+        ("ae", [f"encoder.down_blocks.{i % 16}.resnets.{i // 16}.conv1.weight" for i in range(2**14)]),
+        ("transformer", [f"double_blocks.{i % 512}.img_attn.{i}.weight" for i in range(2**14)]),
+    ):
+        path = write(tmp_path / "f.safetensors", dict.fromkeys(names, entry), b"")
+        start = time.process_time()
+        with pytest.raises(FluxError):
+            checkpoints.load_part(layouts.part_of_file(path, kind))
+        assert time.process_time() - start < 5
 
 
 def test_block_count():
@@ -183,8 +197,10 @@ def test_a_block_number_takes_no_memory(tmp_path):
         for number in (0, 10**6, 10**18):
             path = tmp_path / "f.safetensors"
             tensors.save(path, {name.format(number): mx.zeros((2, 2))})
-            start = time.perf_counter()
+            start = time.process_time()
             with pytest.raises(FluxError) as error:
                 checkpoints.load_part(layouts.part_of_file(path, kind))
-            assert ("511 at most" in str(error.value)) == (number > 0), name
-            assert time.perf_counter() - start < 2
+            most = 15 if kind == "ae" else 511
+            assert (f"{most} at most" in str(error.value)) == (number > 0), name
+            assert str(path) in str(error.value)
+            assert time.process_time() - start < 2

@@ -29,10 +29,43 @@ def test_png_and_its_text_come_back(tmp_path):
 @pytest.mark.parametrize("name", ["a.jpg", "a.JPEG", "a.webp"])
 def test_other_formats(tmp_path, name):
     picture = np.full((16, 24, 3), (200, 30, 60), dtype=np.uint8)
-    images.save(tmp_path / name, picture, {"prompt": "x"})
+    text = {"prompt": "a “red” apple\n☃ 苹果 🍎", "seed": "7"}
+    images.save(tmp_path / name, picture, text, "a 苹果 🍎\nSteps: 4")
     loaded, _ = images.load(tmp_path / name)
     assert np.abs(loaded.astype(int) - picture).max() <= 4
+    assert images.read_metadata(tmp_path / name) == text
+    images.save(tmp_path / name, picture)
     assert images.read_metadata(tmp_path / name) == {}
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_other_programs_find_the_parameters(tmp_path, name):
+    """Where AUTOMATIC1111 and those after it look: a PNG's text, or EXIF's UserComment in UTF-16."""
+    images.save(tmp_path / name, random_picture(), {"prompt": "é 🍎"}, "é 🍎\nSteps: 4")
+    with Image.open(tmp_path / name) as image:
+        if name == "a.png":
+            found = image.text["parameters"]
+        else:
+            comment = image.getexif().get_ifd(0x8769)[0x9286]
+            found = comment.removeprefix(b"UNICODE\0").decode("utf-16-be")
+    assert found == "é 🍎\nSteps: 4"
+    assert images.read_metadata(tmp_path / name) == {"prompt": "é 🍎"}
+
+
+def test_a_recipe_that_is_too_long_for_a_jpeg_is_left_out_with_a_warning(tmp_path):
+    with pytest.warns(UserWarning, match=r"a\.jpg: .*too long for a JPEG"):
+        images.save(tmp_path / "a.jpg", random_picture(), {"prompt": "x" * 70_000})
+    assert images.read_metadata(tmp_path / "a.jpg") == {}
+    images.save(tmp_path / "a.webp", random_picture(), {"prompt": "x" * 70_000})
+    assert len(images.read_metadata(tmp_path / "a.webp")["prompt"]) == 70_000
+
+
+@pytest.mark.parametrize("text", ["a photo", "[1, 2]", '{"a": 5, "b": "c"}', "[" * 100])
+def test_descriptions_of_other_programs(tmp_path, text):
+    exif = Image.Exif()
+    exif[0x010E] = text
+    Image.fromarray(random_picture()).save(tmp_path / "a.jpg", exif=exif)
+    assert images.read_metadata(tmp_path / "a.jpg") == ({"b": "c"} if "c" in text else {})
 
 
 def test_saving_replaces_the_old_file_only_when_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -177,6 +210,26 @@ def test_check_output_accepts_a_good_path_and_writes_nothing(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     images.check_output("a.jpg")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("length", [248, 251, 300, 5000])
+def test_a_name_that_is_too_long(tmp_path, length):
+    """251 letters and .png would do, but not beside them what it is called until it is whole."""
+    with pytest.raises(FluxError, match=r"cannot write .*File name too long"):
+        images.check_output(tmp_path / ("a" * length + ".png"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sides_beyond_a_format(tmp_path):
+    with pytest.raises(FluxError, match=r"a\.webp: a side can have 16383 pixels at most there, not 64x16384"):
+        images.check_output(tmp_path / "a.webp", (64, 16384))
+    images.check_output(tmp_path / "a.webp", (16383, 16383))
+    images.check_output(tmp_path / "a.png", (64, 100_000))
+
+
+def test_check_output_where_nobody_can_write():
+    with pytest.raises(FluxError, match=r"cannot write /proc/a\.png: No such file"):
+        images.check_output("/proc/a.png")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

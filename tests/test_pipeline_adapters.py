@@ -9,7 +9,8 @@ import pytest
 
 from flux import FluxPipeline, images
 from flux.adapters import Adapter, Delta, LowRank, save
-from flux.adapters.lora import AdaptedLinear, linears
+from flux.adapters.beside import AdaptedLinear
+from flux.adapters.lora import linears
 from flux.errors import FluxError
 
 from . import model_adapters, tiny, tiny_pipeline

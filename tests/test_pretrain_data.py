@@ -205,8 +205,8 @@ def test_one_of_several_captions_is_drawn_each_epoch(tmp_path):
     (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     steps = {"pipeline": {"steps": [{**VAE, "cfg_dropout_prob": 0, "batch_size": 4}]}}
 
-    def texts(share=None) -> list[list[str]]:
-        batches = make(tmp_path, share, training=steps, data={"captions_file": "train.jsonl"})
+    def texts(shard=None) -> list[list[str]]:
+        batches = make(tmp_path, shard, training=steps, data={"captions_file": "train.jsonl"})
         assert len(batches._source.captions) == 24, "both are in the vocabulary"
         return [batches.texts(step) for step in range(9)]
 

@@ -8,6 +8,7 @@ import pytest
 
 from flux import sampler
 from flux.errors import FluxError
+from flux.noise import randn
 
 
 def test_times_without_shift_are_even():
@@ -54,6 +55,27 @@ def test_noise_is_standard_normal():
     assert abs(x.mean()) < 0.01
     assert abs(x.std() - 1) < 0.01
     assert abs((x**4).mean() - 3) < 0.1
+
+
+def test_torch_noise_of_a_picture_depends_on_its_seed_alone():
+    batch = sampler.noise([7, 2**64 - 1], (4, 6), 16, "torch")
+    assert batch.shape == (2, 4, 6, 16)
+    assert mx.array_equal(batch[1], sampler.noise([2**64 - 1], (4, 6), 16, "torch")[0])
+    channels_first = randn(7, 16 * 4 * 6).reshape(16, 4, 6)
+    assert np.array_equal(np.array(batch[0]), channels_first.transpose(1, 2, 0))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
+def test_diffusers_noise_is_torchs_in_the_working_type(dtype):
+    expected = sampler.noise([7], (4, 6), 16, "torch").astype(dtype)
+    made = sampler.noise([7], (4, 6), 16, "diffusers", dtype)
+    assert made.dtype == mx.float32
+    assert mx.array_equal(made, expected.astype(mx.float32))
+
+
+def test_unknown_noise():
+    with pytest.raises(FluxError, match=r"mlx, torch, diffusers, not 'numpy'"):
+        sampler.noise([1], (4, 4), 16, "numpy")
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])

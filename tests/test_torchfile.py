@@ -27,10 +27,10 @@ def view(offset: int, shape: tuple, strides: tuple) -> bytes:
 def fault(path: Path) -> str:
     """The one line, after a short time and without much memory."""
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(FluxError, match="not a PyTorch file of weights") as error:
         torchfile.load([path])
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert tracemalloc.get_traced_memory()[1] < 200e6
     tracemalloc.stop()
     line = str(error.value)
@@ -236,3 +236,11 @@ def test_what_is_no_file(tmp_path):
     assert "not a file" in fault(tmp_path / "pipe.bin")
     assert "not a file" in fault(tmp_path)
     assert "No such file" in fault(tmp_path / "none.bin")
+
+
+def test_the_number_of_steps(tmp_path):
+    for name, line in (
+        ("many steps", "a pickle of more than 500000 steps"),
+        ("memo of 2^32", "something else"),
+    ):
+        assert line in fault(files.write_zip(tmp_path / "f.bin", HOSTILE[name], STORAGE))

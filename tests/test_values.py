@@ -8,6 +8,7 @@ import pytest
 
 from flux.errors import FluxError
 from flux.weights import headers, tensors, values
+from tests.test_checkpoints import write_raw
 
 
 def check(path: Path, arrays: dict[str, mx.array]) -> None:
@@ -67,3 +68,30 @@ def test_sizes_of_weights_that_are_sound(scale, tmp_path):
     """A young LoRA's are small, and embeddings' are large."""
     for dtype in (mx.float16, mx.bfloat16):
         check(tmp_path / "f.safetensors", {"w": weights(scale=scale).astype(dtype)})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "sound", "broken"),
+    [
+        ("F64", np.array([1e-3, -5.0]).tobytes(), np.array([1e-3, 1e300]).tobytes()),
+        ("F8_E4M3", bytes([0x7E, 0xFE]), bytes([0x10, 0xFF])),
+        ("F8_E5M2", bytes([0x7B, 0x01]), bytes([0x7C, 0x01])),
+    ],
+)
+def test_other_types(dtype, sound, broken, tmp_path):
+    for data in (sound, broken):
+        path = write_raw(tmp_path / "f.safetensors", {"w": (dtype, (2,), data)})
+        entries = headers.read_header(path).tensors
+        if data is sound:
+            values.check(path, entries, entries)
+        else:
+            with pytest.raises(FluxError, match="w holds NaN or infinity"):
+                values.check(path, entries, entries)
+
+
+def test_float64_is_read(tmp_path):
+    numbers = np.array([0.5, -3.0, 1e-3])
+    path = write_raw(tmp_path / "f.safetensors", {"w": ("F64", (3,), numbers.tobytes())})
+    found = tensors.load([path])["w"]
+    assert found.dtype == mx.float32
+    np.testing.assert_array_equal(np.array(found), numbers.astype(np.float32))

@@ -1,5 +1,6 @@
 """Adapter files onto a whole model: the transformer, CLIP and T5 each get their own share of every file."""
 
+import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,8 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux.adapters.adapter import Adapter
-from flux.adapters.formats import SHOWN, load, some
-from flux.adapters.lora import Adapters, linear_shape, mismatches
+from flux.adapters.beside import linear_shape
+from flux.adapters.folders import adapter_file
+from flux.adapters.formats import SHOWN, TORCH, load, some
+from flux.adapters.lora import Adapters, mismatches
 from flux.errors import FluxError
 from flux.weights import tensors
 from flux.weights.checkpoints import find_adapter
@@ -28,10 +31,13 @@ class Weighted(NamedTuple):
 def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
     """Reads adapter files, also the Hub's (`owner/name:file`), with their strengths; 1 is as it was trained.
 
-    FluxError for a file that cannot be read or is no adapter, and for a strength that is no number.
+    FluxError for a file that cannot be read or is no adapter, for one that comes twice, and for a strength
+    that is no number.
     """
-    out = []
+    out: list[Weighted] = []
     for file, strength in files:
+        if any(own.file == str(file) for own in out):
+            raise FluxError(f"already given: {file}; give it once, with the sum of the strengths")
         if not math.isfinite(strength):
             raise FluxError(f"{file}: the adapter's strength must be a finite number, not {strength}")
         out.append(Weighted(str(file), load(find_adapter(str(file))), strength))
@@ -40,9 +46,10 @@ def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
 
 def fingerprint(file: str | Path) -> str:
     """A short text that differs where adapters do; file: as `read_weighted` takes it."""
-    path = find_adapter(str(file))
-    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
-    return " ".join(map(tensors.fingerprint, files))
+    path = adapter_file(find_adapter(str(file)))
+    if path.suffix.lower() in TORCH:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    return tensors.fingerprint(path)
 
 
 def attach(networks: Mapping[str, nn.Module], adapters: Sequence[Weighted]) -> dict[str, Adapters]:

@@ -22,7 +22,7 @@ MAX_ELEMENTS = 2**28  # of a layer's change when it is multiplied out; FLUX.1's 
 MAX_NAMES, MAX_PATTERNS = 10_000, 200  # of a table: patterns that are names, and others
 MAX_PATTERN = 512  # letters
 MAX_TRIES = 10**7  # about so many steps a pattern may take at one name: a second
-SECONDS = 2.0  # for all patterns of a file at all its modules
+SECONDS = 2.0  # of the processor, for all patterns of a file at all its modules
 
 # A pattern whose time has a bound: letters, classes and groups of these, and only the former repeated.
 _ATOM = r"(?:\\[.dwDW_-]|\[[\w^.-]+\]|[\w.-])"
@@ -95,9 +95,9 @@ class Patterns:
         return self._values[first] if first < none else None
 
     def _fits(self, pattern: re.Pattern, modules: Sequence[str]) -> bool:
-        start = time.monotonic()
+        start = time.thread_time()
         fits = any(map(pattern.match, modules))
-        self._seconds -= time.monotonic() - start
+        self._seconds -= time.thread_time() - start
         if self._seconds < 0:
             raise FluxError(f"{self._what} takes more than {SECONDS:g} s to match: its patterns are too slow")
         return fits

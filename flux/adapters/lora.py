@@ -1,191 +1,18 @@
-"""Adapters beside the weights of a network: add, weigh, train, fuse, remove.
+"""Adapters of a network: add, weigh, train, fuse, remove.
 
 Every changed Linear (quantized or not) is wrapped; each adapter has its own share in the wrapper, so that
 several change the same layer at once. The network knows nothing of it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from flux.adapters.adapter import Adapter, Delta, Dense, Kronecker, LowRank
+from flux.adapters.adapter import Adapter
+from flux.adapters.beside import AdaptedLinear, Base, Share, linear_shape
 from flux.errors import FluxError
-
-
-class LoRA(nn.Module):
-    """x (..., in) -> (alpha / r) up (down x), (..., out)."""
-
-    def __init__(self, change: LowRank):
-        super().__init__()
-        self.down, self.up, self.alpha = change.down, change.up, change.alpha
-
-    def __call__(self, x: mx.array) -> mx.array:
-        # The weights go to x's type, not x to theirs: 16-bit activations stay small beside float32 weights.
-        down, up = self.down.astype(x.dtype), self.up.astype(x.dtype)
-        return ((self.alpha / down.shape[0]) * (x @ down.T)) @ up.T  # the factor where it is small: (..., r)
-
-    def change(self) -> LowRank:
-        return LowRank(self.down, self.up, self.alpha)
-
-
-class LoKr(nn.Module):
-    """x (..., b*d) -> scale kron(w1, w2) x, (..., a*c), without making the product."""
-
-    def __init__(self, change: Kronecker):
-        super().__init__()
-        self.w1, self.w2, self.scale = change.w1, change.w2, change.scale
-
-    def __call__(self, x: mx.array) -> mx.array:
-        w1, w2 = self.w1.astype(x.dtype), self.w2.astype(x.dtype)
-        x = x.reshape(*x.shape[:-1], w1.shape[1], w2.shape[1])  # (..., b*d) -> (..., b, d)
-        return self.scale * (w1 @ (x @ w2.T)).flatten(-2)  # (..., a, c) -> (..., a*c)
-
-    def change(self) -> Kronecker:
-        return Kronecker(self.w1, self.w2, self.scale)
-
-
-class DenseChange(nn.Module):
-    """x (..., in) -> dW x, (..., out)."""
-
-    def __init__(self, change: Dense):
-        super().__init__()
-        self.weight = change.weight
-
-    def __call__(self, x: mx.array) -> mx.array:
-        return x @ self.weight.astype(x.dtype).T
-
-    def change(self) -> Dense:
-        return Dense(self.weight)
-
-
-LAYERS = {LowRank: LoRA, Kronecker: LoKr, Dense: DenseChange}
-
-
-@dataclass
-class _Draw:
-    """A random key that is no part of a module's state: a function that is compiled need not give it back."""
-
-    key: mx.array
-
-
-class Dropout(nn.Module):
-    """In training, sets each element of x to zero with this probability and scales the others up.
-
-    Which ones comes from a key that `draw_dropout` gives, not from MLX's global state: a step that is
-    resumed, or computed again for its gradient, drops the same.
-    """
-
-    def __init__(self, probability: float):
-        super().__init__()
-        self._probability = probability
-        self._draw = _Draw(mx.random.key(0))
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if not self.training or self._probability == 0:
-            return x
-        kept = mx.random.bernoulli(1 - self._probability, x.shape, key=self._draw.key)
-        return mx.where(kept, x / (1 - self._probability), 0)
-
-
-def draw_dropout(model: nn.Module, key: mx.array) -> None:
-    """Gives every Dropout of a model a key of its own, made of this one: before each step of a training."""
-    layers = [module for module in model.modules() if isinstance(module, Dropout) and module._probability]
-    for layer, own in zip(layers, mx.random.split(key, max(1, len(layers))), strict=False):
-        layer._draw.key = own
-
-
-class Share(nn.Module):
-    """What one adapter adds to one layer: strength (W' - W) x.
-
-    dropout works on the share's own input while it is trained. learns: the weights are being trained, and a
-    DoRA's norms follow them, as constants of the gradient (section 4.3 of the paper).
-    """
-
-    def __init__(self, name: str, delta: Delta, strength: float, dropout: float = 0.0, learns: bool = False):
-        super().__init__()
-        self.name, self.strength, self.learns = name, strength, learns
-        self.dropout = Dropout(dropout)
-        self.layer = None if delta.change is None else LAYERS[type(delta.change)](delta.change)
-        self.bias, self.magnitude = delta.bias, delta.magnitude
-        self._norms: mx.array | None = None  # of (W + dW), for a DoRA that is not trained
-
-    def prepare(self, base: nn.Module) -> None:
-        """Computes once what depends on the base layer alone."""
-        if self.magnitude is not None and not self.learns:
-            self._norms = self._row_norms(base)
-            mx.eval(self._norms)  # now: the dense weight behind it is large
-
-    def __call__(self, x: mx.array, plain: mx.array, base: nn.Module) -> mx.array:
-        """x (..., in), plain (..., out): what the base layer makes of x, without its bias."""
-        out = mx.zeros_like(plain) if self.layer is None else self.layer(self.dropout(x))
-        if self.magnitude is not None:
-            norms = mx.stop_gradient(self._row_norms(base)) if self.learns else self._norms
-            ratio = self._over(norms)  # float32, so that ratio - 1 keeps its digits
-            out = (ratio - 1).astype(x.dtype) * plain + ratio.astype(x.dtype) * out
-        if self.bias is not None:
-            out = out + self.bias.astype(x.dtype)
-        return self.strength * out
-
-    def delta(self) -> Delta:
-        change = None if self.layer is None else self.layer.change()
-        return Delta(change, self.bias, self.magnitude)
-
-    def weight_change(self, weight: mx.array) -> mx.array:
-        """strength (W' - W) for W (out, in), in float32."""
-        weight = weight.astype(mx.float32)
-        change = mx.zeros_like(weight) if self.layer is None else self.layer.change().dense()
-        if self.magnitude is not None:
-            new = weight + change
-            change = self._over(row_norms(new))[:, None] * new - weight
-        return self.strength * change
-
-    def _row_norms(self, base: nn.Module) -> mx.array:
-        return row_norms(dense_weight(base) + self.layer.change().dense())
-
-    def _over(self, norms: mx.array) -> mx.array:
-        """magnitude / norms, and 1 in rows that are no DoRA."""
-        magnitude = self.magnitude.astype(mx.float32)
-        return mx.where(mx.isnan(magnitude), 1.0, magnitude / norms)
-
-
-class AdaptedLinear(nn.Module):
-    """A Linear or QuantizedLinear with any number of adapters beside it."""
-
-    def __init__(self, base: nn.Module):
-        super().__init__()
-        self.base = base
-        self.shares: list[Share] = []
-
-    def __call__(self, x: mx.array) -> mx.array:
-        out = self.base(x)
-        plain = out - self.base.bias if "bias" in self.base else out
-        for share in self.shares:
-            out = out + share(x, plain, self.base)
-        return out
-
-
-def row_norms(weight: mx.array) -> mx.array:
-    """(out, in) -> (out,) in float32."""
-    return mx.linalg.norm(weight.astype(mx.float32), axis=1)
-
-
-def dense_weight(layer: nn.Module) -> mx.array:
-    """The weight (out, in) in float32 of a Linear or QuantizedLinear; of a wrapped one, without adapters."""
-    layer = layer.base if isinstance(layer, AdaptedLinear) else layer
-    if not isinstance(layer, nn.QuantizedLinear):
-        return layer.weight.astype(mx.float32)
-    return mx.dequantize(
-        layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits, layer.mode, dtype=mx.float32
-    )
-
-
-def linear_shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in) of a Linear or QuantizedLinear, wrapped or not."""
-    layer = layer.base if isinstance(layer, AdaptedLinear) else layer
-    rows, columns = layer.weight.shape
-    return (rows, columns * 32 // layer.bits) if isinstance(layer, nn.QuantizedLinear) else (rows, columns)
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -272,8 +99,9 @@ class Adapters:
             delta = adapter.modules[module]
             if delta.shape[1] is not None and delta.shape[1] > linear_shape(layer.base)[1]:
                 self._widen(layer.base, delta.shape[1])
-            layer.shares.append(Share(name, delta, strength, dropout, learns))
-            layer.shares[-1].prepare(layer.base)
+            share = Share(name, delta.settled(layer.base.get("bias")), strength, dropout, learns)
+            share.weigh(strength, Base(layer.base))
+            layer.shares.append(share)
         self.strengths[name] = strength
         replaced, added = (
             {path: value for path, value in norms.items() if path not in wrong}
@@ -286,8 +114,8 @@ class Adapters:
 
     def set_strength(self, name: str, strength: float) -> None:
         """Weighs an adapter anew; 0 gives the base model."""
-        for _, share in self._shares(name):
-            share.strength = strength
+        for layer, share in self._shares(name):
+            share.weigh(strength, Base(layer.base))
         self.strengths[name] = strength
         self._apply_norms()
 
@@ -355,7 +183,7 @@ class Adapters:
         for path in paths:
             _set_module(self.model, path, layers[path].base)
 
-    def _widen(self, base: nn.Linear, columns: int) -> None:
+    def _widen(self, base: nn.Module, columns: int) -> None:
         """New columns of zeros: the network's answer does not change until the adapter fills them."""
         self._narrow = base.weight
         base.weight = mx.pad(base.weight, [(0, 0), (0, columns - base.weight.shape[1])])
@@ -363,7 +191,9 @@ class Adapters:
     def _apply_norms(self) -> None:
         """Norms have no wrapper: their parameters are set anew from the originals."""
         for path in {p for a in self._norms.values() for p in (*a.replaced, *a.added)}:
-            self._originals.setdefault(path, _parameter(self.model, path))
+            value = _parameter(self.model, path)
+            if value is not None:
+                self._originals.setdefault(path, value)
         for path, original in self._originals.items():
             value = original.astype(mx.float32)
             for name, adapter in self._norms.items():
@@ -377,17 +207,18 @@ class Adapters:
 # --- Paths such as `double_blocks.0.img_mlp.2` ---
 
 
-def _child(parent: nn.Module | list, key: str) -> object:
+def _child(parent: Any, key: str) -> Any:
     if isinstance(parent, list):
         return parent[int(key)] if key.isdigit() and int(key) < len(parent) else None
     return getattr(parent, key, None)
 
 
-def _parent(model: nn.Module, path: str) -> tuple[object, str]:
+def _parent(model: nn.Module, path: str) -> tuple[Any, str]:
     *parents, last = path.split(".")
+    parent: Any = model
     for key in parents:
-        model = _child(model, key)
-    return model, last
+        parent = _child(parent, key)
+    return parent, last
 
 
 def _parameter(model: nn.Module, path: str) -> mx.array | None:

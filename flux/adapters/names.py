@@ -13,21 +13,27 @@ from functools import lru_cache
 from flux.weights.keymaps import TRANSFORMER
 
 PREFIX = re.compile(
-    r"base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\."
-    r"|lora_unet_|lora_transformer_|lycoris_|lora_te\d?_"
-    r"|text_encoders\.(clip_l|t5xxl)\.transformer\.|text_encoder(_2)?\.|text_model[._]"
+    r"base_model\.model\.|_orig_mod\.|module\.|model\.|diffusion_model\.|transformer\.|unet\."
+    r"|lora_unet_|oft_unet_|lora_transformer_|lycoris_|lora_te\d?_"
+    r"|(text_encoders\.)?(clip_l|t5xxl)\.transformer\.|text_encoder(_2)?\.|text_model[._]"
 )
+# PEFT puts an adapter's name after its own ones (`lora_A.default.weight`), and these before a parameter's.
+PEFT_NAME = re.compile(
+    r"\.(lora_[AB]|lora_magnitude_vector|hada_w\w+|lokr_w\w+|ia3_l|oft_R|boft_[Rs])\.(?!weight$|bias$)[^.]+(?=\.|$)"
+)
+# Under these names a `.weight` or `.bias` of a layer is all of it, trained whole.
+WHOLE = re.compile(r"^(base_model\.model|transformer|text_encoder)\.|\.modules_to_save\.|\.base_layer\.")
+PEFT_WRAPPER = re.compile(r"\.modules_to_save\.[^.]+(?=\.\w+$)|\.base_layer(?=\.bias$)")
 
 # What a key's last part says. The first that fits counts, so longer ones stand before their own endings.
 SUFFIXES: tuple[tuple[str, str], ...] = (
     (".lora_linear_layer.down.weight", "down"),
     (".lora_linear_layer.up.weight", "up"),
-    (".lora_A.default.weight", "down"),
-    (".lora_B.default.weight", "up"),
     (".lora_A.weight", "down"),
     (".lora_B.weight", "up"),
     (".lora_down.weight", "down"),
     (".lora_up.weight", "up"),
+    (".lora_mid.weight", "mid"),
     (".lora.down.weight", "down"),
     (".lora.up.weight", "up"),
     ("_lora.down.weight", "down"),
@@ -39,21 +45,35 @@ SUFFIXES: tuple[tuple[str, str], ...] = (
     (".lora_a", "down transposed"),  # mlx-examples
     (".lora_b", "up transposed"),
     (".lora_B.bias", "up bias"),
-    (".lora_B.default.bias", "up bias"),
     (".alpha", "alpha"),
-    (".dora_scale", "magnitude"),
-    (".lora_magnitude_vector.default.weight", "magnitude"),
+    (".dora_scale", "dora_scale"),  # LyCORIS', of either axis
     (".lora_magnitude_vector.weight", "magnitude"),
     (".lora_magnitude_vector", "magnitude"),
     *((f".lokr_{name}", f"lokr_{name}") for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+    *((f".hada_{name}", f"hada_{name}") for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+    *((f".{name}.weight", f"glora {name}") for name in ("a1", "a2", "b1", "b2", "bm")),
+    (".on_input", "on_input"),  # (IA)3 of LyCORIS, beside `.weight`
+    (".ia3_l", "ia3_l"),
+    (".oft_blocks", "oft_blocks"),
+    *((f".oft_blocks.{i}", f"oft_blocks.{i}") for i in range(4)),  # sd-scripts, of each part of a fused layer
+    (".oft_diag", "oft_diag"),
+    (".rescale", "rescale"),
+    (".oft_R.weight", "oft_R"),
+    (".boft_R", "boft_R"),
+    (".boft_s", "boft_s"),
     (".diff_b", "bias"),
+    (".b_norm", "norm bias"),
+    (".w_norm", "diff"),
     (".scale.diff", "diff"),  # ComfyUI, of a norm
     (".diff", "diff"),
     (".scale", "replacement"),  # of a norm, under BFL's name
-    (".weight", "replacement"),  # and under diffusers'
+    (".weight", "weight"),  # of a norm under diffusers' name, of (IA)3, or of a layer that was trained whole
+    (".bias", "new bias"),
 )
+# What may be said of a norm -> which of its parameters that is about.
+NORM_ROLES = {"replacement": "scale", "diff": "scale", "norm bias": "bias"}
 
-MAGNITUDES = tuple(suffix for suffix, role in SUFFIXES if role == "magnitude")
+MAGNITUDES = tuple(suffix for suffix, role in SUFFIXES if role in ("magnitude", "dora_scale"))
 
 # Stems beside BFL's and diffusers' own, and our module.
 XLABS: tuple[tuple[str, str], ...] = (
@@ -88,6 +108,11 @@ T5 = tuple(
         *(f"1.DenseReluDense.{x}" for x in ("wi_0", "wi_1", "wo")),
     )
 )
+TEXT_NORMS = (
+    *(f"text_model.encoder.layers.{{}}.layer_norm{i}" for i in (1, 2)),
+    "text_model.final_layer_norm",
+    *(f"encoder.block.{{}}.layer.{i}.layer_norm" for i in (0, 1)),
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +120,7 @@ class Home:
     """Our module, and which of the parts of a fused layer: all of them, from `first` to before `end`.
 
     theirs: the module's name in the layout that the key follows, without prefix. swapped: that layout has the
-    halves of the rows in the other order. norm: the module is a norm, its parameter is `scale`.
+    halves of the rows in the other order. norm: of a module that is a norm the name of its scale, else "".
     """
 
     module: str
@@ -104,7 +129,7 @@ class Home:
     end: int = 1
     parts: int = 1
     swapped: bool = False
-    norm: bool = False
+    norm: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,7 +151,7 @@ def _homes() -> dict[str, Home]:
     """Flat stem -> Home, with `{}` in the names where the block's number goes."""
     homes: dict[str, Home] = {}
     for row in TRANSFORMER:
-        parts, norm = len(row.theirs), row.parameters == (("scale", "weight"),)
+        parts, norm = len(row.theirs), "scale" if row.parameters == (("scale", "weight"),) else ""
         homes[_flat(row.ours)] = Home(row.ours, row.ours, 0, parts, parts, norm=norm)
         for i, theirs in enumerate(row.theirs):
             homes[_flat(theirs)] = Home(row.ours, theirs, i, i + 1, parts, row.swapped, norm)
@@ -134,16 +159,24 @@ def _homes() -> dict[str, Home]:
         whole = homes[_flat(ours)]
         end = 3 if stem.endswith("processor.qkv") else whole.end  # XLabs leaves the MLP of linear1 alone
         homes[_flat(stem)] = Home(ours, stem, 0, end, whole.parts)
-    for name in (*CLIP, *T5):
-        homes[_flat(name.removeprefix("text_model."))] = Home(name, name)
+    for name in (*CLIP, *T5, *TEXT_NORMS):
+        norm = "weight" if name in TEXT_NORMS else ""
+        homes[_flat(name.removeprefix("text_model."))] = Home(name, name, norm=norm)
     return homes
 
 
 def find(key: str) -> Key | None:
     """What a key of a file means, or None where its name says nothing here."""
+    whole = WHOLE.search(key) is not None
+    key = PEFT_WRAPPER.sub("", PEFT_NAME.sub(r".\1", key))
     for suffix, role in SUFFIXES:
         home = find_module(key.removesuffix(suffix)) if key.endswith(suffix) else None
-        if home and (role == "diff" or home.norm == (role == "replacement")):
+        if home is None:
+            continue
+        if role == "weight":
+            role = "replacement" if home.norm else "whole weight" if whole else role
+        fits = role in NORM_ROLES if home.norm else role not in ("replacement", "norm bias")
+        if fits and (whole or role != "new bias"):
             return Key(home, role)
     return None
 
@@ -152,11 +185,12 @@ def find_module(name: str) -> Home | None:
     """The home of a module's name under any program's prefix, or None."""
     while match := PREFIX.match(name):
         name = name[match.end() :]
+    name = name.rstrip("_.")  # some trainers' names end so
     home = _homes().get(_flat(name))
-    if home is None or "{}" not in home.module:
+    number = re.search(r"[._](\d+)[._]", name)
+    if home is None or number is None or "{}" not in home.module:
         return home
-    number = re.search(r"[._](\d+)[._]", name)[1]
-    return replace(home, module=home.module.format(number), theirs=home.theirs.format(number))
+    return replace(home, module=home.module.format(number[1]), theirs=home.theirs.format(number[1]))
 
 
 def template(module: str) -> str:

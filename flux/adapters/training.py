@@ -6,8 +6,10 @@ import re
 import mlx.core as mx
 import mlx.nn as nn
 
-from flux.adapters.adapter import Adapter, Delta, LowRank
-from flux.adapters.lora import dense_weight, linear_shape, linears, row_norms
+from flux.adapters.adapter import Adapter
+from flux.adapters.beside import dense_weight, linear_shape
+from flux.adapters.changes import Delta, LowRank, row_norms
+from flux.adapters.lora import linears
 from flux.errors import FluxError
 
 _BLOCK = r"(?:double|single)_blocks\.\d+\."

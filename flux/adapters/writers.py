@@ -1,33 +1,46 @@
-"""An Adapter -> a file that other programs load: ours, kohya's, diffusers'.
+"""An Adapter -> a file that other programs load: ours, kohya's, diffusers', ai-toolkit's.
 
-What a format has no place for is refused by name, never left out.
+What a format has no place for is refused by name, never left out; what the programs that read the format
+leave out is told to the caller.
 """
 
-import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import mlx.core as mx
 
-from flux.adapters.adapter import Adapter, Delta, Dense, Kronecker, LowRank, fold, folded, part_of
-from flux.adapters.formats import DIFFUSERS_PARTS, PEFT_METADATA, some
-from flux.adapters.fused import split, swap_halves
+from flux.adapters.adapter import Adapter, part_of
+from flux.adapters.changes import (
+    PEFT,
+    Delta,
+    Dense,
+    GLoRA,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Scaling,
+    Stack,
+    fold,
+)
+from flux.adapters.formats import DORA_RULE, OWN, some
+from flux.adapters.peft_config import PEFT_METADATA
+from flux.adapters.peft_writer import Metadata, Tensors, refuse, split_names, to_ai_toolkit, to_diffusers
 from flux.errors import FluxError
 from flux.weights import tensors as files
-from flux.weights.keymaps import TRANSFORMER, find_theirs
 
-Tensors = dict[str, mx.array]
-
-# What a trained adapter tells about itself, in every format under these names, and what kohya calls the same.
-OWN = "flux_mlx."
+# What a trained adapter tells about itself, after OWN, and what kohya calls the same.
 FACTS = ("base_model", "trigger", "steps", "dataset_hash")
 KOHYA_FACTS = {"base_model": "ss_sd_model_name", "trigger": "modelspec.trigger_phrase", "steps": "ss_steps"}
 # Entries of a header that are true only of the file that they stood in.
 STALE = {
     "format",
     PEFT_METADATA,
+    DORA_RULE,
     "ss_network_dim",
     "ss_network_alpha",
     "lora_rank",
@@ -36,12 +49,15 @@ STALE = {
 }
 
 
-def save(path: str | Path, adapter: Adapter, format: str, facts: Mapping[str, str] | None = None) -> None:
-    """Writes the adapter whole or not at all. format: "native", "kohya" or "diffusers".
+def save(
+    path: str | Path, adapter: Adapter, format: str, facts: Mapping[str, str] | None = None
+) -> list[str]:
+    """Writes the adapter whole or not at all. format: "native", "kohya", "diffusers" or "ai-toolkit".
 
     native: BFL's names as ComfyUI writes them, every kind of change; ComfyUI reads it, and diffusers its
     low-rank parts. facts: base_model, trigger, steps, dataset_hash; they are kept in a conversion.
-    FluxError where the format cannot hold a part of the adapter.
+    Returns what other programs that read the format leave out of it, a line each. FluxError where the format
+    cannot hold a part of the adapter.
     """
     if format not in WRITERS:
         raise FluxError(f"no adapter format {format!r}: one of {', '.join(WRITERS)}")
@@ -54,7 +70,10 @@ def save(path: str | Path, adapter: Adapter, format: str, facts: Mapping[str, st
     kept = {name: value for name, value in adapter.metadata.items() if name not in STALE}
     ranks, alphas = adapter.ranks().values(), adapter.alphas().values()
     own |= {OWN + "rank": _usual(ranks), OWN + "alpha": _usual(alphas)} if ranks else {}
+    if any(delta.magnitude is not None and delta.rule == PEFT for delta in adapter.modules.values()):
+        own[DORA_RULE] = PEFT
     files.save(Path(path), tensors, {**kept, **metadata(own), **own})
+    return losses(adapter, format)
 
 
 def read_facts(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -68,9 +87,6 @@ def _usual(values: Any) -> str:
     return f"{Counter(values).most_common(1)[0][0]:g}"
 
 
-Metadata = Callable[[Mapping[str, str]], dict[str, str]]  # from our own entries, the format's own
-
-
 # --- Ours and kohya's: BFL's modules, alpha beside the matrices ---
 
 NATIVE = {
@@ -82,37 +98,95 @@ KOHYA = {"flux": "lora_unet_", "clip": "lora_te1_", "t5": "lora_te3_"}
 
 
 def to_native(adapter: Adapter) -> tuple[Tensors, Metadata]:
+    _refuse_kinds("native", adapter)
     tensors: Tensors = {}
     for module, delta in adapter.modules.items():
-        tensors |= _beside(NATIVE[part_of(module)] + module, delta)
-    tensors |= {NATIVE["flux"] + name: value for name, value in adapter.replaced.items()}
-    tensors |= {NATIVE["flux"] + name + ".diff": value for name, value in adapter.added.items()}
+        for stem, own in _native_parts(module, delta):
+            tensors |= _beside(stem, own)
+    tensors |= {NATIVE[part_of(name)] + name: value for name, value in adapter.replaced.items()}
+    for name, value in adapter.added.items():
+        bare, b = (name.removesuffix(".bias"), "_b") if name.endswith(".bias") else (name, "")
+        tensors[f"{NATIVE[part_of(name)]}{bare.removesuffix('.weight')}.diff{b}"] = value
     return tensors, lambda own: {"format": "pt"}
 
 
+def _native_parts(module: str, delta: Delta) -> list[tuple[str, Delta]]:
+    """[(stem, change)]: parts of unlike kinds have diffusers' names for them, which ComfyUI knows as well."""
+    if not isinstance(delta.change, Stack):
+        return [(NATIVE[part_of(module)] + module, delta)]
+    return [
+        ("transformer." + name, own) for name, own in split_names(module, delta) if own.shape != (None, None)
+    ]
+
+
 def to_kohya(adapter: Adapter) -> tuple[Tensors, Metadata]:
-    _refuse("kohya", "norms", [*adapter.replaced, *adapter.added])
+    refuse("kohya", "norms", [*adapter.replaced, *adapter.added])
+    modules = {name: _flat(delta) for name, delta in adapter.modules.items()}
+    adapter = replace(adapter, modules=modules)
+    _refuse_kinds("kohya", adapter)
+    refuse("kohya", "changes of unlike kinds in one layer", _of_kind(adapter, Stack))
     tensors: Tensors = {}
-    for module, delta in adapter.modules.items():
+    for module, delta in modules.items():
         tensors |= _beside(KOHYA[part_of(module)] + module.replace(".", "_"), delta)
     return tensors, _kohya_metadata
 
 
+def _flat(delta: Delta) -> Delta:
+    """Parts of unlike kinds as one matrix, where that says the same for every base."""
+    if isinstance(delta.change, Stack) and delta.change.is_additive:
+        return replace(delta, change=Dense(delta.change.dense()))
+    return delta
+
+
+def _of_kind(adapter: Adapter, *kinds: type) -> list[str]:
+    return [name for name, delta in adapter.modules.items() if isinstance(delta.change, kinds)]
+
+
+def _refuse_kinds(format: str, adapter: Adapter) -> None:
+    """Of what the words of kohya and LyCORIS have no place for, or only for what it was made from."""
+    wrong = []
+    for name, delta in adapter.modules.items():
+        parts = [part for *_, part in delta.change.parts] if isinstance(delta.change, Stack) else [delta]
+        written = all(type(part.change) in (NoneType, *BESIDE) for part in parts)
+        if not written or delta.bias_factor is not None or delta.new_bias is not None:
+            wrong.append(name)
+    refuse(format, "rotations, scaled biases and layers that were trained whole", wrong)
+
+
 def _beside(stem: str, delta: Delta) -> Tensors:
     """One module's tensors in the words that kohya, LyCORIS and ComfyUI share."""
-    change, out = delta.change, {}
-    if isinstance(change, LowRank):
-        out = {"lora_down.weight": change.down, "lora_up.weight": change.up, "alpha": mx.array(change.alpha)}
-    elif isinstance(change, Kronecker):  # alpha would count only for a factor that is a product itself
-        w1, w2 = fold(change.scale, change.w1, change.w2)
-        out = {"lokr_w1": w1, "lokr_w2": w2}
-    elif isinstance(change, Dense):
-        out = {"diff": change.weight}
+    out = {} if delta.change is None else BESIDE[type(delta.change)](delta.change)
     if delta.magnitude is not None:
-        out["dora_scale"] = delta.magnitude[:, None]
+        out["dora_scale"] = delta.magnitude if delta.magnitude.ndim == 2 else delta.magnitude[:, None]
     if delta.bias is not None:
         out["diff_b"] = delta.bias
     return {f"{stem}.{name}": value for name, value in out.items()}
+
+
+def _hadamard(change: Hadamard) -> Tensors:
+    factors = {"hada_w1_a": change.a1, "hada_w1_b": change.b1, "hada_w2_a": change.a2, "hada_w2_b": change.b2}
+    return factors | {"alpha": mx.array(change.scale * change.b1.shape[0])}
+
+
+def _kronecker(change: Kronecker) -> Tensors:
+    """Without alpha, which would count only for a factor that is a product itself."""
+    return dict(zip(("lokr_w1", "lokr_w2"), fold(change.scale, change.w1, change.w2), strict=True))
+
+
+def _glora(change: GLoRA) -> Tensors:
+    factors = {f"{name}.weight": getattr(change, name) for name in ("a1", "a2", "b1", "b2")}
+    return factors | {"alpha": mx.array(change.scale * change.b2.shape[0])}
+
+
+# How each kind of change is written beside a module's name.
+BESIDE: dict[type, Callable[[Any], Tensors]] = {
+    LowRank: lambda c: {"lora_down.weight": c.down, "lora_up.weight": c.up, "alpha": mx.array(c.alpha)},
+    Hadamard: _hadamard,
+    Kronecker: _kronecker,
+    Dense: lambda c: {"diff": c.weight},
+    GLoRA: _glora,
+    Scaling: lambda c: {"weight": c.factor.reshape(-1), "on_input": mx.array(c.factor.shape[0] == 1)},
+}
 
 
 def _kohya_metadata(own: Mapping[str, str]) -> dict[str, str]:
@@ -127,100 +201,35 @@ def _kohya_metadata(own: Mapping[str, str]) -> dict[str, str]:
     return out | {theirs: own[OWN + ours] for theirs, ours in names.items() if OWN + ours in own}
 
 
-# --- diffusers': split layers, alpha folded in, PEFT's config in the header ---
+# --- What the readers of a format leave out, seen in sd-scripts and in diffusers 0.42 ---
 
 
-def to_diffusers(adapter: Adapter) -> tuple[Tensors, Metadata]:
-    """Alpha is folded into the matrices: a reader that ignores the header then gets the same strength."""
-    modules = adapter.modules
-    no_lora = [name for name, delta in modules.items() if not isinstance(delta.change, LowRank)]
-    _refuse("diffusers", "changes that are not of low rank", no_lora)
-    _refuse("diffusers", "T5 layers", [name for name in modules if part_of(name) == "t5"])
-    _refuse("diffusers", "added norms", list(adapter.added))
-    tensors: Tensors = {}
-    config: dict[str, Any] = {}
-    for part in ("flux", "clip"):
-        prefix = DIFFUSERS_PARTS[part]
-        own = {
-            name: d
-            for module, delta in adapter.part(part).modules.items()
-            for name, d in _parts(module, delta)
-        }
-        if own:
-            tensors |= _peft_tensors(prefix, own)
-            config |= {f"{prefix}.{name}": value for name, value in _peft_config(own).items()}
-    for name, value in adapter.replaced.items():
-        _, (theirs,) = find_theirs(TRANSFORMER, name.removesuffix(".scale"))
-        tensors[f"transformer.{theirs}.weight"] = value
-    packed = json.dumps(config, indent=2, sort_keys=True)
-    return tensors, lambda own: {"format": "pt", PEFT_METADATA: packed}
-
-
-def _parts(module: str, delta: Delta) -> list[tuple[str, Delta]]:
-    """A module's change under diffusers' names: [(name, change with alpha equal to the rank)]."""
-    found = find_theirs(TRANSFORMER, module)
-    if found is None:
-        return [(module, Delta(folded(delta.change), delta.bias, delta.magnitude))]
-    row, theirs = found
-    if row.swapped:
-        delta = swap_halves(delta)
-    cuts = [delta.shape[1] * i for i in range(1, len(theirs))]  # q, k and v have as many rows as columns
-    deltas = split(delta, cuts) if cuts else [delta]
-    return [
-        (name, Delta(folded(d.change), d.bias, d.magnitude)) for name, d in zip(theirs, deltas, strict=True)
+def losses(adapter: Adapter, format: str) -> list[str]:
+    """What programs that read the format leave out of such a file; a line each."""
+    if format not in ("native", "kohya"):
+        return []
+    found, who = [], "diffusers" if format == "native" else "diffusers and sd-scripts"
+    outside = [
+        name for name in adapter.part("flux").modules if not re.match(r"(double|single)_blocks\.", name)
     ]
+    if outside:
+        found.append(f"{who} will leave out the layers outside of the blocks ({some(outside)})")
+    if any(_has_magnitude(delta) for delta in adapter.modules.values()):
+        found.append(f"{who} will leave out the DoRA scales, which changes the picture")
+    other = [n for n, d in adapter.modules.items() if not isinstance(d.change, LowRank | NoneType)]
+    if other:
+        found.append(f"{who} will leave out what is not of low rank ({some(other)})")
+    return [*found, "ComfyUI reads all of it"] if found else []
 
 
-def _peft_tensors(prefix: str, deltas: Mapping[str, Delta]) -> Tensors:
-    out: Tensors = {}
-    biased = any(delta.bias is not None for delta in deltas.values())
-    whole = [
-        name
-        for name, delta in deltas.items()
-        if delta.magnitude is None or mx.any(mx.isnan(delta.magnitude)).item()
-    ]
-    if len(whole) < len(deltas):
-        _refuse("diffusers", "layers without DoRA beside layers with it", whole)
-    for name, delta in deltas.items():
-        stem = f"{prefix}.{name}"
-        out[f"{stem}.lora_A.weight"], out[f"{stem}.lora_B.weight"] = delta.change.down, delta.change.up
-        if biased:  # PEFT knows biases for all layers or for none
-            zeros = mx.zeros((delta.shape[0],), dtype=delta.change.up.dtype)
-            out[f"{stem}.lora_B.bias"] = zeros if delta.bias is None else delta.bias
-        if delta.magnitude is not None:
-            out[f"{stem}.lora_magnitude_vector"] = delta.magnitude
-    return out
-
-
-def _peft_config(deltas: Mapping[str, Delta]) -> dict[str, Any]:
-    """PEFT's LoraConfig for these layers, with alpha equal to the rank everywhere.
-
-    PEFT matches names from their end. CLIP's layers go without `text_model.`, which newer versions of
-    transformers do not have; the transformer's `proj_out` is told from the blocks' by its start.
-    """
-    names = {name: name.removeprefix("text_model.") for name in deltas}
-    ranks = {names[name]: delta.change.rank for name, delta in deltas.items()}
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    start = "" if names.keys() != set(names.values()) else "^"
-    odd = {start + name: rank for name, rank in ranks.items() if rank != usual}
-    return {
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": odd,
-        "alpha_pattern": odd,
-        "target_modules": sorted(ranks),
-        "use_dora": any(delta.magnitude is not None for delta in deltas.values()),
-        "lora_bias": any(delta.bias is not None for delta in deltas.values()),
-    }
-
-
-def _refuse(format: str, what: str, modules: list[str]) -> None:
-    if modules:
-        raise FluxError(f"{format} files have no place for {what}: {some(modules)}")
+def _has_magnitude(delta: Delta) -> bool:
+    parts = [part for *_, part in delta.change.parts] if isinstance(delta.change, Stack) else [delta]
+    return any(part.magnitude is not None for part in parts)
 
 
 WRITERS: dict[str, Callable[[Adapter], tuple[Tensors, Metadata]]] = {
     "native": to_native,
     "kohya": to_kohya,
     "diffusers": to_diffusers,
+    "ai-toolkit": to_ai_toolkit,
 }

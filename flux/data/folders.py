@@ -41,6 +41,7 @@ class Rules:
 
     @property
     def extensions(self) -> tuple[str, ...]:
+        """What comes after a picture's name, in the order in which it is looked for."""
         given = self.caption_extension
         if given is None:
             return EXTENSIONS
@@ -121,7 +122,7 @@ class _Reader:
             return
         self._seen[path.resolve()] = path
         found = lists.lists_in(look)
-        if found:
+        if found and self._reads_lists(look):
             self.from_list(found[0], path, options)
             return
         if pictures := [each for each in look.pictures if not is_mask(each, look)]:
@@ -131,6 +132,13 @@ class _Reader:
             self._sub_folders(look, options)
         else:
             self._not_entered(look)
+
+    def _reads_lists(self, look: Folder) -> bool:
+        """A data.toml means caption files, as sd-scripts does: a list is read where there are none."""
+        extensions = self.rules.extensions
+        return self.rules.recursive or not any(
+            _beside(picture, look, extension) for picture in look.pictures for extension in extensions
+        )
 
     def _sub_folders(self, look: Folder, options: dict[str, Any]) -> None:
         has_train = "train" in look.folders
@@ -262,7 +270,8 @@ class _Reader:
         folder = self.disk.where(path)[0]
         of_picture = {(folder, stem(path.name)), (folder, stem(path.stem))} & stems
         if path.name in lists.LISTS:
-            return f"not used, as {', '.join(map(str, self.reading.lists))} goes first"
+            first = ", ".join(map(str, self.reading.lists)) or "a caption file"
+            return f"not used, as {first} goes first"
         if suffix in lists.SUFFIXES and not of_picture:
             return "not read as a list (name the file in the place of the folder, if it is one)"
         if suffix not in TEXTS:

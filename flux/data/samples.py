@@ -210,16 +210,16 @@ class _Assembly:
 
     def _part(self, rows: list[Row], group: int, subset: Subset) -> None:
         classes = (subset.class_tokens,) if subset.class_tokens else ()
-        own = [
+        made = [
             Sample(row.name, row.picture, row.captions or classes, subset, group, row.mask) for row in rows
         ]
-        self._uncaptioned([sample.name for sample in own if not sample.texts], subset)
-        kept, held_out = _split(own)
+        self._uncaptioned([sample.name for sample in made if not sample.texts], subset)
+        kept, held_out = _split(made)
         self.samples += kept
         self.validation += held_out
         if not kept:
             self.errors.append(
-                f"{self.name}: validation_split leaves nothing of {own[0].name} ... to train on"
+                f"{self.name}: validation_split leaves nothing of {made[0].name} ... to train on"
             )
 
     def _uncaptioned(self, without: list[str], subset: Subset) -> None:

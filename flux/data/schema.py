@@ -104,9 +104,9 @@ def read_toml(path: Path, defaults: Mapping[str, Any], faults: Faults) -> tuple[
         raise FluxError(f"{path}: {error}") from None
     except RecursionError:
         raise FluxError(f"{path}: its tables and lists are nested too deeply") from None
-    own = Faults()
-    found = parse(document, defaults, own)
-    for line in own.lines:
+    within = Faults()
+    found = parse(document, defaults, within)
+    for line in within.lines:
         faults.add(str(path), line)
     return found
 
@@ -127,17 +127,17 @@ def parse(
         if group is None:
             continue
         groups.append(group)
-        for j, own in enumerate(_tables(f"{where}: [[datasets.subsets]]", table.get("subsets"), faults), 1):
-            sources += _source(f"{where}, subset {j}", own, len(groups) - 1, layers, faults)
+        for j, inner in enumerate(_tables(f"{where}: [[datasets.subsets]]", table.get("subsets"), faults), 1):
+            sources += _source(f"{where}, subset {j}", inner, len(groups) - 1, layers, faults)
     return groups, sources
 
 
 def _source(
-    where: str, own: Mapping[str, Any], group: int, layers: list[Mapping[str, Any]], faults: Faults
+    where: str, table: Mapping[str, Any], group: int, layers: list[Mapping[str, Any]], faults: Faults
 ) -> list[Source]:
-    options = _table(where, own, SUBSET, PLACES, faults)
+    options = _table(where, table, SUBSET, PLACES, faults)
     subset = _build(where, Subset, [options, *layers], faults)
-    folder, metadata = (own.get(key) for key in PLACES)
+    folder, metadata = (table.get(key) for key in PLACES)
     if not all(value is None or (isinstance(value, str) and value) for value in (folder, metadata)):
         faults.add(where, "image_dir and metadata_file should be paths")
     elif folder is None and metadata is None:

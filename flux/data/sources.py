@@ -66,15 +66,18 @@ class Files:
 
     @cached_property
     def captions(self) -> list[str]:
+        """All captions, also the several of a picture."""
         return [caption for texts in self.of_each for caption in texts]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def texts(self, index: int) -> tuple[str, ...]:
+        """The captions of a picture: none, one or several."""
         return self.of_each[index]
 
     def picture(self, index: int) -> np.ndarray:
+        """The picture (H, W, 3), uint8, over white. FluxError where it cannot be read."""
         found = self.paths[index]
         file = pictures.NamedBytes(found, self.names[index]) if isinstance(found, bytes) else found
         return pictures.over_white(*images.load(file))
@@ -140,15 +143,18 @@ class Rows:
 
     @property
     def captions(self) -> list[str]:
+        """All captions, also the several of a picture."""
         return [caption for texts in self._captions for caption in texts]
 
     def __len__(self) -> int:
         return len(self.table)
 
     def texts(self, index: int) -> tuple[str, ...]:
+        """The captions of a picture: none, one or several."""
         return self._captions[index]
 
     def picture(self, index: int) -> np.ndarray:
+        """The picture (H, W, 3), uint8, over white. FluxError where it cannot be read."""
         value = self.table[index][self.image_key] or {}
         name = f"{self.path}[{index}]"
         content = value.get("bytes")

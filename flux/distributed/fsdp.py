@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from flux.adapters.lora import Share
+from flux.adapters.beside import Share
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.models.transformer import Flux

@@ -10,8 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from flux.adapters.adapter import Dense
-from flux.adapters.lora import AdaptedLinear, DenseChange, LoKr, LoRA, Share, linear_shape
+from flux.adapters.beside import AdaptedLinear, DenseChange, LoRA, Share, linear_shape
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.models.layers import DoubleStreamBlock, SingleStreamBlock, clip_float16
@@ -231,7 +230,7 @@ def _cut_linear(layer: nn.Module, pieces: Pieces, axis: int) -> nn.Module:
     part = copy(layer)
     if isinstance(layer, AdaptedLinear):
         part.base = _cut_linear(layer.base, pieces, axis)
-        part.shares = [_cut_share(share, pieces, axis) for share in layer.shares]
+        part.shares = [_cut_share(share, layer.base, pieces, axis) for share in layer.shares]
         return part
     of_inputs: tuple[str, ...] = ("weight",)
     if isinstance(layer, nn.QuantizedLinear):
@@ -253,11 +252,19 @@ def _cut_linear(layer: nn.Module, pieces: Pieces, axis: int) -> nn.Module:
     return part
 
 
-def _cut_share(own: Share, pieces: Pieces, axis: int) -> Share:
-    """An adapter's part beside the same part of its layer. DoRA's norms are those of whole rows."""
+def _cut_share(own: Share, base: nn.Module, pieces: Pieces, axis: int) -> Share:
+    """An adapter's part beside the same part of its layer. DoRA's norms are those of whole rows.
+
+    Of a change of another kind than low rank or dense a part is no change of that kind: it becomes dense.
+    """
+    of_rows = own.magnitude is None or own.magnitude.ndim == 1
+    if not (isinstance(own.layer, LoRA | DenseChange | None) and of_rows):
+        own = own.flattened(base)
     part = copy(own)
     if own.layer is not None:
-        part.layer = _cut_change(own.layer, pieces, axis)
+        part.layer = copy(own.layer)
+        name = "weight" if isinstance(own.layer, DenseChange) else ("up", "down")[axis]
+        part.layer[name] = _cut(own.layer[name], pieces, axis)
     if axis == 1:
         part.bias = None  # `_bias` has it
         return part
@@ -265,15 +272,6 @@ def _cut_share(own: Share, pieces: Pieces, axis: int) -> Share:
         value = getattr(own, name)
         if value is not None:
             setattr(part, name, _cut(value, pieces, 0))
-    return part
-
-
-def _cut_change(layer: LoRA | LoKr | DenseChange, pieces: Pieces, axis: int) -> LoRA | DenseChange:
-    if isinstance(layer, LoKr):  # a part of a Kronecker product is none
-        return DenseChange(Dense(_cut(layer.change().dense().astype(layer.w1.dtype), pieces, axis)))
-    part = copy(layer)
-    name = "weight" if isinstance(layer, DenseChange) else ("up", "down")[axis]
-    part[name] = _cut(layer[name], pieces, axis)
     return part
 
 

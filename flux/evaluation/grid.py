@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from flux import generation, sheets
 from flux.adapters import Adapter, Adapters, fitting_parts, load, read_facts
-from flux.adapters.formats import FOLDER_FILES
+from flux.adapters.folders import FOLDER_FILES
 from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest, Texts
 from flux.pipeline import FluxPipeline

@@ -21,6 +21,17 @@ TIME_DIM = 256  # size of the sinusoidal embedding of time and guidance
 TIME_FACTOR = 1000  # time and guidance enter the embedding a thousandfold
 
 
+# How time and guidance are rounded before they are embedded, where the model computes in 16 bits: the types
+# of each, None for the model's. BFL's code does it in the model's type, which was bfloat16 in training: so
+# that stands first, also for float16. diffusers does the same in float16, ComfyUI rounds guidance alone.
+ROUNDINGS: dict[str, tuple[mx.Dtype | None, mx.Dtype | None]] = {
+    "bfloat16": (mx.bfloat16, mx.bfloat16),
+    "diffusers": (None, None),
+    "none": (mx.float32, mx.float32),
+    "comfyui": (mx.float32, None),
+}
+
+
 @dataclass(frozen=True)
 class FluxParams:
     """The shape of a Flux transformer; the defaults are FLUX.1-dev's."""
@@ -68,14 +79,14 @@ class Flux(nn.Module):
 
     `round_embeddings`: BFL's and diffusers' code scales time and guidance by 1000 in bfloat16, where 3.5
     becomes 3504. The published weights are used to that, so 16-bit weights get the same rounding; float32 is
-    exact. `rounding_dtype`: the type that it is done in; mx.float16 as diffusers does with float16 weights.
+    exact. `time_dtype`, `guidance_dtype`: the types that it is done in; float32 is no rounding.
     """
 
     def __init__(self, params: FluxParams):
         super().__init__()
         self.params = params
         self.round_embeddings = True
-        self.rounding_dtype = mx.bfloat16
+        self.time_dtype = self.guidance_dtype = mx.bfloat16  # also of float16 weights: made to run with it
         size, mlp_size = params.hidden_size, int(params.hidden_size * params.mlp_ratio)
         self.img_in = nn.Linear(params.in_channels, size)
         self.time_in = MLPEmbedder(TIME_DIM, size)
@@ -176,17 +187,17 @@ class Flux(nn.Module):
         """silu of the conditioning vector. timesteps and guidance (...), y (..., vec_in_dim) -> (..., C)."""
         if "time_in" not in self:
             raise RuntimeError("the modulation weights were let go (drop_modulation): load the model again")
-        vec = self.time_in(self._embed(timesteps))
+        vec = self.time_in(self._embed(timesteps, self.time_dtype))
         if self.params.guidance_embed:
             if guidance is None:
                 raise ValueError("this model has a guidance embedder: it needs guidance")
-            vec = vec + self.guidance_in(self._embed(guidance))
+            vec = vec + self.guidance_in(self._embed(guidance, self.guidance_dtype))
         return silu(vec + self.vector_in(y.astype(self.dtype)))
 
-    def _embed(self, x: mx.array) -> mx.array:
-        """Time or guidance (...) -> sinusoidal embedding (..., 256) in the working type."""
+    def _embed(self, x: mx.array, dtype: mx.Dtype) -> mx.array:
+        """Time or guidance (...), scaled in dtype -> sinusoidal embedding (..., 256) in the working type."""
         if self.round_embeddings and self.dtype != mx.float32:
-            x = x.astype(self.rounding_dtype)  # bfloat16 also for float16 weights: they know its values alone
+            x = x.astype(dtype)
         return sinusoidal_embedding(x * TIME_FACTOR, TIME_DIM).astype(self.dtype)
 
     def _modulate(self, silu_vec: mx.array) -> Modulation:

@@ -5,7 +5,8 @@ from functools import cache
 
 import mlx.nn as nn
 
-from flux.adapters.lora import linear_shape, linears
+from flux.adapters.beside import linear_shape
+from flux.adapters.lora import linears
 from flux.adapters.training import DEFAULT_TARGET, targets
 from flux.models.transformer import Flux, FluxParams
 from flux.training.gradient_checkpointing import SCORES
@@ -78,8 +79,10 @@ def weight_bytes(params: FluxParams, bits: int | None, mode: str = "affine", ele
     scale = 8 if mode == "mxfp4" else 2 * 8 * element_size  # bits that a group has beside its weights
     for name, array in named_arrays(flow.parameters()):
         group = groups.get(name)
-        quantized = bits is not None and group
-        total += array.size * ((bits or 0) + scale / group) / 8 if quantized else array.size * element_size
+        if bits is not None and group is not None:
+            total += array.size * (bits + scale / group) / 8
+        else:
+            total += array.size * element_size
     return int(total)
 
 

@@ -27,11 +27,12 @@ SIZES = {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 1),
 }
 MAX_LENGTH = 32 * 2**20  # bytes of a header; FLUX.1's has 90,000, and a trainer's notes may have some 10^6
-MAX_TENSORS = 2**15  # FLUX.1 in 4 bits by bitsandbytes has 4,000
+MAX_TENSORS = 2**14  # FLUX.1 in 4 bits by bitsandbytes has 4,000
 MAX_NAME = 512  # letters; the longest name of an adapter has 120
 MAX_AXES = 8
 MAX_SIDE = 2**31 - 1  # MLX counts along an axis in 32 bits
 MAX_BLOCKS = 512  # FLUX.1 has 38 single blocks, T5 24
+MAX_LEVELS = 16  # resolutions of an autoencoder, or its blocks in each; FLUX.1's has 4 and 3
 
 
 @dataclass(frozen=True)
@@ -157,12 +158,12 @@ def _gap(spans: Mapping[str, tuple[int, int]], length: int) -> str | None:
     return None
 
 
-def block_count(numbers: Collection[str], what: str) -> int:
+def block_count(numbers: Collection[str], what: str, most: int = MAX_BLOCKS) -> int:
     """How many blocks there are, from the numbers in their names; FluxError for one that is too high.
 
     A network is made of this many before a single name is compared, and 10^6 blocks take gigabytes.
     """
     for number in numbers:
-        if len(number) > len(str(MAX_BLOCKS)) or int(number) >= MAX_BLOCKS:
-            raise FluxError(f"{what}.{number[:24]}: a block's number may be {MAX_BLOCKS - 1} at most")
+        if len(number) > len(str(most)) or int(number) >= most:
+            raise FluxError(f"{what}.{number[:24]}: a block's number may be {most - 1} at most")
     return 1 + max(map(int, numbers), default=-1)

@@ -12,7 +12,7 @@ from functools import lru_cache
 import mlx.core as mx
 
 from flux.errors import FluxError
-from flux.weights.headers import block_count
+from flux.weights.headers import MAX_LEVELS, block_count
 
 Tensors = dict[str, mx.array]
 
@@ -232,7 +232,7 @@ def is_diffusers(names: Iterable[str]) -> bool:
 def levels(names: Iterable[str]) -> int:
     """How many resolutions an autoencoder has, from the names of its tensors in either layout."""
     numbers = [re.match(r"(?:encoder\.down|encoder\.down_blocks)\.(\d+)\.", name) for name in names]
-    return block_count([number[1] for number in numbers if number], "encoder.down")
+    return block_count([number[1] for number in numbers if number], "encoder.down", MAX_LEVELS)
 
 
 # --- The autoencoder's weights: PyTorch keeps (O, I, H, W), MLX wants (O, H, W, I) ---

@@ -13,6 +13,7 @@ import numpy as np
 from flux.errors import FluxError
 from flux.weights.headers import Entry
 
+FLOATS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E5M2": "u1", "F8_E4M3": "u1"}
 SAMPLE = 4096  # bytes of each tensor
 LEAST = 256  # numbers from which on a file's magnitudes say something
 TINY = 2.0**-40  # of most weights in bfloat16: those of float16's bytes are about 1e-16
@@ -23,13 +24,13 @@ def check(path: Path, entries: dict[str, Entry], names: Collection[str]) -> None
 
     entries: of the file's header. names: the tensors to look at; those that are no floats are passed over.
     """
-    samples = {"F16": [], "BF16": []}
+    samples: dict[str, list[np.ndarray]] = {"F16": [], "BF16": []}
     with path.open("rb") as file:
         for name in names:
             entry = entries[name]
-            if entry.dtype not in ("F32", "F16", "BF16") or not entry.size:
+            if entry.dtype not in FLOATS or not entry.size:
                 continue
-            file.seek(entry.start + max(0, (entry.size - SAMPLE) // 8 * 4))  # the middle, at a whole number
+            file.seek(entry.start + max(0, (entry.size - SAMPLE) // 16 * 8))  # the middle, at a whole number
             numbers = floats(file.read(min(SAMPLE, entry.size)), entry.dtype)
             if not np.isfinite(numbers).all():
                 raise FluxError(f"{path}: {name} holds NaN or infinity: damaged, or a training that failed")
@@ -41,10 +42,16 @@ def check(path: Path, entries: dict[str, Entry], names: Collection[str]) -> None
 
 
 def floats(data: bytes, dtype: str) -> np.ndarray:
-    """Numbers of a type ("F32", "F16", "BF16") as float32."""
+    """Numbers of a type of FLOATS as float32; of F8_E4M3 alone which of them are NaN."""
+    numbers = np.frombuffer(data, FLOATS[dtype])
     if dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
-    return np.frombuffer(data, "<f4" if dtype == "F32" else "<f2").astype("<f4")
+        return (numbers.astype("<u4") << 16).view("<f4")
+    if dtype == "F8_E5M2":  # the upper byte of a float16
+        return (numbers.astype("<u2") << 8).view("<f2").astype("<f4")
+    if dtype == "F8_E4M3":
+        return np.where(numbers & 0x7F == 0x7F, np.float32("nan"), np.float32(0))
+    with np.errstate(over="ignore"):
+        return numbers.astype("<f4")
 
 
 def _called_wrongly(found: dict[str, np.ndarray]) -> tuple[str, str] | None:

@@ -26,7 +26,9 @@ from mlx.utils import tree_flatten
 import txt2image
 from flux import adapters, sampler
 from flux.adapters import Adapter, Adapters, Delta, Dense, Kronecker, LowRank
-from flux.adapters.lora import linear_shape, linears
+from flux.adapters.beside import linear_shape
+from flux.adapters.changes import GLoRA, Hadamard, Rotation, Scaling
+from flux.adapters.lora import linears
 from flux.distributed import ranks as processes
 from flux.distributed.fsdp import fully_shard
 from flux.distributed.gradients import average_gradients
@@ -89,9 +91,19 @@ def random_adapter(network: nn.Module, names: tuple[str, ...] | list[str], kind:
             change = Kronecker(normal(4, 2), normal(rows // 4, columns // 2), 0.7)
         elif kind == "dense":
             change = Dense(normal(rows, columns))
+        elif kind == "loha":
+            change = Hadamard(normal(rows, 3), normal(3, columns), normal(rows, 3), normal(3, columns), 9.0)
+        elif kind == "glora":
+            change = GLoRA(normal(columns, 3), normal(3, columns), normal(rows, 3), normal(3, columns), 9.0)
+        elif kind == "ia3":
+            change = Scaling(normal(1, columns))
+        elif kind == "oft":
+            change = Rotation(mx.eye(2) + normal(1, rows // 2, 2, 2))
         else:
             change = LowRank(normal(4, columns), normal(rows, 4), 2.0)
         magnitude = mx.abs(normal(rows)) + 0.5 if kind == "dora" else None
+        if kind == "dora of columns":
+            magnitude = mx.abs(normal(1, columns)) + 0.5
         modules[name] = Delta(change, normal(rows) if "bias" in layer else None, magnitude)
     return Adapter(modules)
 
@@ -124,6 +136,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], mx.array]]
     "lora in the weights": (lambda: adapted(make_flux(), "lora", fuse=True), run_flux),
     "then 8 bits": (lambda: quantize(adapted(make_flux(), "lora", fuse=True), 8, 32), run_flux),
     "dora, lokr and dense": (lambda: adapted(make_flux(), "dora", "lokr", "dense"), run_flux),
+    "other kinds on 8 bits": (
+        lambda: adapted(quantize(make_flux(), 8, 32), "loha", "glora", "ia3", "oft", "dora of columns"),
+        run_flux,
+    ),
     "t5": (make_t5, run_t5),
     "t5 of 4 bits with lora": (lambda: adapted(quantize(make_t5(), 4, 32), "lora"), run_t5),
 }

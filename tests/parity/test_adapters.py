@@ -205,8 +205,11 @@ def test_dora(tmp_path: Path):
     ours = ours_of(reference_model())
     adapters = Adapters(ours)
     adapters.add(load(save_by_diffusers(reference, tmp_path, metadata=True), strict=True))
-    expected = answer_of_reference(reference)
-    assert relative_error(answer_of_ours(ours), expected) <= TOLERANCE
+    for strength in (0.5, -0.3, 1.0):
+        reference.set_adapters("default", strength)
+        adapters.set_strength("adapter 1", strength)
+        expected = answer_of_reference(reference)
+        assert relative_error(answer_of_ours(ours), expected) <= TOLERANCE, strength
     assert adapters.fuse() == []
     assert relative_error(answer_of_ours(ours), expected) <= TOLERANCE
 
@@ -274,7 +277,7 @@ def pipeline(reference: "torch.nn.Module", clip: "torch.nn.Module | None" = None
     return diffusers.FluxPipeline(transformer=reference, text_encoder=clip, **none)
 
 
-@pytest.mark.parametrize("format", ["native", "kohya", "diffusers"])
+@pytest.mark.parametrize("format", ["native", "kohya", "diffusers", "ai-toolkit"])
 def test_diffusers_pipeline_loads_every_format(format: str, tmp_path: Path):
     """Blocks without `linear1`: diffusers' reader knows that layer at FLUX.1's full width alone."""
     reference = reference_model()

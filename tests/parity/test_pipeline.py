@@ -4,6 +4,8 @@ The checkpoint is made of diffusers' and transformers' own classes with random w
 `save_pretrained`.
 """
 
+import copy
+import itertools
 import math
 
 import mlx.core as mx
@@ -115,18 +117,21 @@ def checkpoint(request, tmp_path_factory):
     return pipeline, folder / "model"
 
 
-def load(folder) -> FluxPipeline:
-    flux = FluxPipeline(str(folder), dtype=mx.float32)
+def load(folder, **options) -> FluxPipeline:
+    flux = FluxPipeline(str(folder), dtype=mx.float32, **options)
     flux.t5_tokenizer.max_length = T5_LENGTH
     return flux
 
 
 def theirs(pipeline, noise, size, t5_length=T5_LENGTH, **options):
+    given = {"latents": torch.from_numpy(np.array(noise)), "num_images_per_prompt": len(noise)}
+    return theirs_of(pipeline, size, t5_length=t5_length, **given, **options)
+
+
+def theirs_of(pipeline, size, t5_length=T5_LENGTH, **options):
     height, width = (8 * side for side in size)
     made = pipeline(
         PROMPT,
-        latents=torch.from_numpy(np.array(noise)),
-        num_images_per_prompt=len(noise),
         height=height,
         width=width,
         num_inference_steps=4,
@@ -158,6 +163,82 @@ def test_pictures_are_diffusers(checkpoint, size, pictures):
     assert made.shape == expected.shape
     assert made.std() > 10  # a picture, not a flat field that any program would match
     assert psnr(made, expected) >= 60
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 14)])
+def test_a_torch_seed_gives_diffusers_picture(checkpoint, size):
+    """One generator a picture, as diffusers takes for pictures that do not depend on their batch."""
+    reference, folder = checkpoint
+    seeds = [0, 123456789012345]
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    expected = theirs_of(reference, size, generator=generators, num_images_per_prompt=2, guidance_scale=3.5)
+    options = {"image_size": (8 * size[0], 8 * size[1]), "num_steps": 4, "guidance": 3.5}
+    for seed, picture in zip(seeds, expected, strict=True):
+        made = load(folder, noise="torch").generate_images(PROMPT, seed=seed, **options)[0]
+        assert psnr(made, picture) >= 60
+        assert psnr(load(folder).generate_images(PROMPT, seed=seed, **options)[0], picture) < 30
+
+
+@pytest.mark.parametrize(("dtype", "least"), [("bfloat16", 40), ("float16", 50)])
+def test_pictures_in_16_bits_are_diffusers_with_its_rounding(checkpoint, dtype, least):
+    """Of time and guidance, and of the noise; without, a dev is another function of both (20 dB)."""
+    reference, folder = checkpoint
+    rounded = copy.deepcopy(reference).to(getattr(torch, dtype))
+    generator = torch.Generator("cpu").manual_seed(3)
+    expected = theirs_of(rounded, (8, 8), generator=generator, guidance_scale=3.5)[0]
+    for rounding in ("diffusers", "none"):
+        options = {"noise": "diffusers", "rounding": rounding, "dtype": getattr(mx, dtype)}
+        flux = FluxPipeline(str(folder), **options)
+        flux.t5_tokenizer.max_length = T5_LENGTH
+        made = flux.generate_images(PROMPT, seed=3, image_size=(64, 64), num_steps=4, guidance=3.5)[0]
+        assert (psnr(made, expected) >= least) is (rounding == "diffusers" or dtype == "float16")
+
+
+def comfyuis(pipeline, factor, steps, size, seed, guidance):
+    """ComfyUI's way with diffusers' networks: its noise, times, texts and T5's 256 tokens; Euler by hand."""
+    table = (
+        torch.arange(1, 1001) / 1000
+        if factor is None
+        else factor / (factor + (1 / (torch.arange(1, 10001) / 10000) - 1))
+    )
+    sigmas = [table[-1 - int(i * len(table) / steps)] for i in range(steps)] + [torch.tensor(0.0)]
+    h, w = size
+    x = torch.randn((1, 16, h, w), generator=torch.manual_seed(seed))
+    x = pipeline._pack_latents(x, 1, 16, h, w)
+    text, pooled, text_ids = pipeline.encode_prompt(NEGATIVE, PROMPT, max_sequence_length=256)
+    ids = pipeline._prepare_latent_image_ids(1, h // 2, w // 2, "cpu", torch.float32)
+    given = {"encoder_hidden_states": text, "pooled_projections": pooled, "txt_ids": text_ids, "img_ids": ids}
+    if pipeline.transformer.config.guidance_embeds:
+        given["guidance"] = torch.tensor([guidance])
+    with torch.no_grad():
+        for sigma, following in itertools.pairwise(sigmas):
+            v = pipeline.transformer(hidden_states=x, timestep=sigma[None], return_dict=False, **given)[0]
+            x = x + (following - sigma) * v
+        x = pipeline._unpack_latents(x, 8 * h, 8 * w, 8) / 0.3611 + 0.1159
+        picture = pipeline.vae.decode(x, return_dict=False)[0]
+    return ((picture[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy() * 255).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize(("size", "steps"), [((8, 8), 4), ((6, 14), 7)])
+def test_a_comfyui_seed_gives_its_picture(checkpoint, size, steps):
+    """simple's times, of dev shifted by the same in any size; T5's and CLIP's texts apart."""
+    reference, folder = checkpoint
+    is_dev = reference.transformer.config.guidance_embeds
+    expected = comfyuis(reference, math.exp(1.15) if is_dev else None, steps, size, 42, 2.5)
+    flux = FluxPipeline(str(folder), dtype=mx.float32, noise="torch", t5_padding=256, rounding="comfyui")
+    options = {"seed": 42, "image_size": (8 * size[0], 8 * size[1]), "num_steps": steps, "guidance": 2.5}
+    made = flux.generate_images(PROMPT, **options, schedule="simple", clip_prompt=NEGATIVE)[0]
+    assert psnr(made, expected) >= 60
+    for change in ({"schedule": "normal"}, {"clip_prompt": None}):
+        assert (
+            psnr(
+                flux.generate_images(
+                    PROMPT, **options, **{"schedule": "simple", "clip_prompt": NEGATIVE} | change
+                )[0],
+                expected,
+            )
+            < 55
+        )
 
 
 def test_true_guidance_is_diffusers(checkpoint):

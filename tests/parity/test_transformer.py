@@ -188,7 +188,7 @@ def test_float16_weights_can_round_as_the_reference_in_float16():
     expected = run_reference(reference, inputs)
     flow = make_ours(DEV, reference, mx.float16)
     assert relative_error(run_ours(flow, inputs), expected) > 0.03
-    flow.rounding_dtype = mx.float16
+    flow.time_dtype = flow.guidance_dtype = mx.float16
     assert relative_error(run_ours(flow, inputs), expected) < 0.002
 
 

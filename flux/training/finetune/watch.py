@@ -1,5 +1,6 @@
 """What goes on beside the updates of a fine-tuning: numbers, validation, pictures, adapter files, states."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ class Watch:
         self._console = console
         self._states = States(self._folder / "states", self._options.keep_states)
         self._events = self._folder / "events.jsonl"
+        self._warned = False  # of what other programs leave out of the adapter
 
     def begin(self) -> None:
         """Says what begins. A new run has a validation loss, pictures and a state from before its updates."""
@@ -162,7 +164,10 @@ class Watch:
         }
         with averaged(self._built.network, trainer.ema):
             given = {name: value for name, value in known.items() if value}
-            adapters.save(path, extract(self._built.adapters), self._options.format, given)
+            lost = adapters.save(path, extract(self._built.adapters), self._options.format, given)
+        if lost and not self._warned:
+            self._warned = True
+            warnings.warn(f"of {self._options.format} files {'; '.join(lost)}", stacklevel=2)
 
     def save_state(self) -> None:
         """The state to go on from."""

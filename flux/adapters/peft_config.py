@@ -1,0 +1,91 @@
+"""PEFT's configs beside or in an adapter file: alpha and rank of each module, and what they promise."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from flux import jsonfiles
+from flux.adapters import checks
+from flux.adapters.adapter import part_of
+from flux.adapters.names import Home
+from flux.errors import FluxError
+
+PEFT_METADATA = "lora_adapter_metadata"  # the header's entry in which diffusers keeps PEFT's config
+DIFFUSERS_PARTS = {"flux": "transformer", "clip": "text_encoder", "t5": "text_encoder_2"}
+# Ways to begin a training that change the base's weights too: the adapter alone is then another change.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+Json = Mapping[str, Any]
+
+
+class Configs:
+    """PEFT's LoraConfig (or another kind's) for each network."""
+
+    def __init__(self, metadata: Mapping[str, str], beside: Json | None = None):
+        """metadata: of the file's header; beside: the config in a file of its own, for all networks."""
+        self._configs = _unpack(metadata.get(PEFT_METADATA, "{}"))
+        if beside is not None:
+            self._configs = dict.fromkeys(DIFFUSERS_PARTS.values(), beside)
+        self._patterns: dict[tuple[str, str], checks.Patterns] = {}
+        for config in self._configs.values():
+            _check(config)
+
+    def of(self, home: Home) -> Json:
+        """The config of a module's network; empty where there is none."""
+        return self._configs.get(DIFFUSERS_PARTS[part_of(home.module)], {})
+
+    def kind(self, home: Home) -> str:
+        """PEFT's name for the kind of adapter, such as LORA; empty where there is no config."""
+        return str(self.of(home).get("peft_type") or "")
+
+    def number(self, home: Home, name: str, patterns: str) -> float:
+        """A number of the config for one module: of the first pattern that fits, else the usual one."""
+        config, network = self.of(home), DIFFUSERS_PARTS[part_of(home.module)]
+        if (network, patterns) not in self._patterns:
+            self._patterns[network, patterns] = checks.Patterns(config.get(patterns) or {}, patterns)
+        # Newer versions of transformers leave `text_model.` out.
+        found = self._patterns[network, patterns].find(home.theirs, home.theirs.removeprefix("text_model."))
+        return checks.number(config.get(name), name) if found is None else found
+
+    def alpha(self, home: Home, rank: int) -> float | None:
+        """A LoRA's alpha, where a config has it."""
+        config = self.of(home)
+        if config.get("lora_alpha") is None:
+            return None
+        alpha = self.number(home, "lora_alpha", "alpha_pattern")
+        return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+    def scale(self, home: Home) -> float | None:
+        """alpha / r of PEFT's LoHa and LoKr, which it multiplies every product with; None for others."""
+        if self.kind(home) not in ("LOHA", "LOKR"):
+            return None
+        rank = checks.positive(self.number(home, "r", "rank_pattern"), "r")
+        return self.number(home, "alpha", "alpha_pattern") / rank
+
+    def promises_biases(self) -> bool:
+        """Whether the base's own biases were trained as well."""
+        return any(config.get("bias") in ("all", "lora_only") for config in self._configs.values())
+
+
+def _unpack(text: str) -> dict[str, Json]:
+    """`network.field` -> value, as diffusers writes it, by networks."""
+    try:
+        packed = jsonfiles.parse_object(text)
+    except ValueError as error:
+        raise FluxError(f"{PEFT_METADATA}: {error}") from None
+    configs: dict[str, dict[str, Any]] = {}
+    for name, value in packed.items():
+        network, _, field = name.partition(".")
+        configs.setdefault(network, {})[field] = value
+    return dict(configs)
+
+
+def _check(config: Json) -> None:
+    initial = config.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower().startswith(CHANGES_THE_BASE):
+        raise FluxError(
+            f"init_lora_weights is {initial!r}: this adapter belongs to changed base weights; "
+            "convert it to a plain LoRA with PEFT's path_initial_model_for_weight_conversion"
+        )
+    if config.get("coft"):
+        raise FluxError("a constrained OFT of PEFT (coft) is not supported; merge it with PEFT")
