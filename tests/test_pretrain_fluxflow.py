@@ -689,6 +689,29 @@ def test_batches_that_are_accumulated_and_epochs_that_are_cut(folder):
         Run(config(folder, pipeline(one, output={"output_path": "other"})), quiet=True).execute()
 
 
+def test_all_batches_of_an_update_have_the_penalty_and_the_weight_of_that_update(folder):
+    step = {"name": "a", "train_vae": True, "gan_training": True, "n_epochs": 3, "r1_interval": 3}
+    step |= {"gradient_accumulation_steps": 2, "batch_size": 1, "kl_warmup_steps": 100}
+    made = config(folder, pipeline(step))
+    batches = Batches(made, 0, open_dataset(made.datasets["data"]), None, Shard())
+    found = [batches(number) for number in range(8)]
+    assert [batch["r1"] for batch in found] == [True] * 2 + [False] * 4 + [True] * 2
+    assert len({batch["beta"].item() for batch in found}) == 4
+
+
+def test_a_gan_alone_does_not_reconstruct(folder):
+    """With SPADE too, as documented there."""
+    step = {"name": "a", "train_vae": False, "gan_training": True, "train_spade": True, "n_epochs": 1}
+    Run(config(folder, pipeline(step)), quiet=True).execute()
+    (line, *_) = read_lines(folder / "outputs/flux/graph/training_metrics_a.jsonl")
+    assert "vae" not in line["metrics"]
+    assert {"kl", "generator", "discriminator"} <= set(line["metrics"])
+    assert any(
+        "use_lpips needs train_vae" in fault
+        for fault in faults(folder, pipeline({**step, "use_lpips": True}))
+    )
+
+
 def test_accumulated_batches_make_the_update_of_a_whole_one(folder):
     """With a sum in the place of the mean the gradient's norm would be four times as great."""
     base = {"name": "a", "train_vae": True, "n_epochs": 1, "clip_norm": 1e-3}

@@ -77,6 +77,7 @@ MODES = [
     GAN,
     {"gan_training": True},
     {"train_spade": True},
+    {"gan_training": True, "train_spade": True},
     {**VAE, "use_lpips": True},
     FLOW,
     {**FLOW, "train_text_encoders": True},

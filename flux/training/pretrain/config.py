@@ -224,6 +224,11 @@ class Step:
         return self.train_vae or self.gan_training or self.train_spade
 
     @property
+    def reconstructs(self) -> bool:
+        """Whether pictures are compared with what comes back; not in a GAN alone, with SPADE or without."""
+        return self.train_vae or (self.train_spade and not self.gan_training)
+
+    @property
     def encodes_once(self) -> bool:
         """Whether all that the step needs of a picture is its latent, from an autoencoder that stays."""
         return self.train_diff and not self.decodes and "encoder" not in self.trained

@@ -144,8 +144,8 @@ def _mode(step: Step, where: str, faults: Faults) -> None:
         faults.add(where, "no training mode: set train_vae, gan_training, train_spade or train_diff")
     if step.train_text_encoders and not step.train_diff:
         faults.add(where, "train_text_encoders needs train_diff: no other loss reaches the text encoders")
-    if step.use_lpips and not (step.train_vae or step.train_spade):
-        faults.add(where, "use_lpips needs train_vae or train_spade: GAN alone has no reconstruction term")
+    if step.use_lpips and not step.reconstructs:
+        faults.add(where, "use_lpips needs train_vae: a GAN alone has no reconstruction term")
 
 
 def _frozen(step: Step, where: str, faults: Faults) -> None:
