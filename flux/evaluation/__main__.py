@@ -2,12 +2,12 @@
 
 import argparse
 import sys
-import warnings
+from functools import partial
 from pathlib import Path
 
 import flux  # before mlx.core, so that OpenBLAS is there first
 from flux import images
-from flux.arguments import finite, size
+from flux.arguments import finite, run_command, size
 from flux.errors import FluxError
 from flux.evaluation import clip_similarity
 from flux.evaluation.grid import STRENGTHS, grid
@@ -54,8 +54,8 @@ def add_grid(commands: argparse._SubParsersAction) -> None:
         help="the subject's pictures: adds how like them each cell is (CLIP-I; fetches CLIP ViT-B/32)",
     )
     add("--seed", nargs="+", type=int, default=[0], metavar="N", help="a row for each (default 0)")
-    add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's own")
-    add("--steps", type=int, metavar="N", help="denoising steps; default: the model's own")
+    add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's")
+    add("--steps", type=int, metavar="N", help="denoising steps; default: the model's")
     add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="the model to 4 or 8 bits a weight")
     add("--output", type=Path, default=Path("grid.png"), metavar="FILE", help="*.png (default grid.png)")
     show.set_defaults(run=run_grid)
@@ -95,12 +95,7 @@ def run_grid(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; its exit status: 0, or 2 for bad input."""
     options = parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        return options.run(options)
-    except FluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(partial(options.run, options))
 
 
 if __name__ == "__main__":

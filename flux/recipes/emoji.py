@@ -159,7 +159,7 @@ def _grammar() -> tuple[dict[str, tuple[str, str]], list[re.Pattern[str]]]:
 
 
 def parse(caption: str) -> Composition | None:
-    """The composition that a caption is one of; None where it is no caption of ours."""
+    """The composition that a caption is one of; None where it is not a caption of ours."""
     nouns, forms = _grammar()
     found = next(filter(None, (form.fullmatch(caption) for form in forms)), None)
     if found is None:
@@ -221,6 +221,7 @@ def corners(composition: Composition) -> list[tuple[int, int]]:
 
 
 def main() -> None:
+    """Draw the folder."""
     parser = argparse.ArgumentParser(
         description="Draw a folder of emoji pictures with captions (font: OFL 1.1)."
     )

@@ -91,6 +91,7 @@ def configs(tokenizer: BartTokenizer) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
+    """Write the trained captioner as a checkpoint's folder."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--output", type=Path, required=True)

@@ -143,6 +143,7 @@ def save_grid(model: AutoEncoder, file: Path, count: int = 24) -> float:
 
 
 def main() -> None:
+    """Train the autoencoder, or go on with it."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: state, log, pictures")
     parser.add_argument("--steps", type=int, required=True)

@@ -17,6 +17,7 @@ from flux.weights.save import Model, save_diffusers
 
 
 def main() -> None:
+    """Write the trained model as diffusers' folder."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--output", type=Path, required=True)
