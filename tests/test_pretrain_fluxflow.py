@@ -337,6 +337,23 @@ def test_a_run_begins_with_the_networks_of_another(finished, monkeypatch, capsys
     assert any("model_checkpoint: " in line and "no run" in line for line in faults(finished, absent))
 
 
+def test_of_another_runs_networks_it_takes_those_that_fit(finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    step = {"name": "a", "train_vae": True, "n_epochs": 1, "max_steps": 1}
+    tables = pipeline(step, output={"output_path": "outputs/wider"}, model_checkpoint="outputs/flux")
+    tables["model"] = {**tables["model"], "autoencoder": {**SMALL["autoencoder"], "z_channels": 4}}
+    Run(config(finished, tables)).execute()
+    assert re.search(
+        r"began with \d+ of \d+ tensors of outputs/flux; random in part: ae\n", capsys.readouterr().err
+    )
+    tables["model"] = {"autoencoder": {"ch": 8, "ch_mult": [1, 2], "norm_groups": 4}}
+    tables["output"] = {"output_path": "outputs/other"}
+    made = Run(config(finished, tables), quiet=True)
+    made.networks.ae.decoder = made.networks.ae.encoder = None
+    with pytest.raises(FluxError, match="outputs/flux has no networks of these sizes"):
+        made.execute()
+
+
 # --- SPADE ---
 
 

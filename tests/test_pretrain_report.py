@@ -106,6 +106,17 @@ def test_plots_of_odd_values(y):
     assert figure("t", [Curve("a", np.arange(len(y)) + 1.0, np.array(y))]).shape == (HEIGHT, WIDTH, 3)
 
 
+def test_curves_of_other_scale_have_a_chart_each():
+    x = np.arange(3.0)
+    sizes = {"r1": 90.0, "vae": 0.2, "generator": -0.5, "kl": 1.9, "beta": 1e-9, "none": float("nan")}
+    groups = graphs.by_scale(Curve(name, x, x * 0 + size) for name, size in sizes.items())
+    assert [[curve.name for curve in group] for group in groups] == [
+        ["beta"],
+        ["vae", "generator", "kl"],
+        ["r1"],
+    ]
+
+
 def test_drawing_without_any_lines_writes_nothing(tmp_path):
     assert graphs.draw(tmp_path) == []
     assert not list(tmp_path.iterdir())
