@@ -198,10 +198,16 @@ class SGD:
     lr: float | None = option(None, above=0)
     momentum: float = option(0.0, least=0, below=1)
     weight_decay: float = option(0.0, least=0)
+    dampening: float = option(0.0, least=0, most=1)
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise FluxError("nesterov needs a momentum above 0 and no dampening")
 
     def build(self, rate: float) -> optim.Optimizer:
         """The optimizer at this learning rate."""
-        return optim.SGD(rate, self.momentum, self.weight_decay)
+        return optim.SGD(rate, self.momentum, self.weight_decay, self.dampening, self.nesterov)
 
 
 @dataclass(frozen=True)
@@ -217,4 +223,17 @@ class RMSprop:
         return optim.RMSprop(rate, self.alpha, self.eps)
 
 
-CONFIGURED = {"AdamW": AdamW, "Adam": Adam, "SGD": SGD, "RMSprop": RMSprop}
+@dataclass(frozen=True)
+class Lion:
+    """Chen et al. 2023, arXiv:2302.06675."""
+
+    lr: float | None = option(None, above=0)
+    betas: tuple[float, float] = option((0.9, 0.99), least=0, below=1)
+    weight_decay: float = option(0.0, least=0)
+
+    def build(self, rate: float) -> optim.Optimizer:
+        """The optimizer at this learning rate."""
+        return optim.Lion(rate, list(self.betas), self.weight_decay)
+
+
+CONFIGURED = {"AdamW": AdamW, "Adam": Adam, "SGD": SGD, "RMSprop": RMSprop, "Lion": Lion}
