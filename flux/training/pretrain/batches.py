@@ -107,8 +107,8 @@ class Batches:
         return texts[int(rng.integers(len(texts)))]
 
     def _rows(self, number: int) -> np.ndarray:
-        epoch, place = divmod(number, self._per_epoch)
-        first = (place * self._shard.size + self._shard.rank) * self._step.batch_size
+        epoch, index = divmod(number, self._per_epoch)
+        first = (index * self._shard.size + self._shard.rank) * self._step.batch_size
         return self._order(epoch)[first : first + self._step.batch_size]
 
     def _permutation(self, epoch: int) -> np.ndarray:

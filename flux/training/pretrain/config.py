@@ -2,7 +2,7 @@
 
 Sections: `model` (sizes), `data` (pictures, captions), `datasets` by name and `default_dataset`, `training`
 and in it `pipeline` (`steps`, `defaults`), `output`. Without `pipeline` the keys of a step stand in
-`training` itself, and without `datasets` the data are `data.data_path`. A step looks a key up in its own
+`training` itself, and without `datasets` the data are `data.data_path`. A step looks a key up in its
 table, then in `pipeline.defaults`, then in `training`, then here.
 """
 
@@ -123,7 +123,7 @@ class Data:
     fixed_prompt_prefix: str = ""
 
     def prompt(self, caption: str) -> str:
-        """The caption after the prefix, as a sentence of its own unless the prefix goes on into it."""
+        """The caption after the prefix, as a separate sentence unless the prefix goes on into it."""
         prefix = self.fixed_prompt_prefix
         if not prefix or not caption or prefix[-1].isspace():
             return prefix + caption
@@ -286,7 +286,7 @@ class ConfigError(FluxError):
 
 
 def expand(names: tuple[str, ...]) -> set[str]:
-    """Components and groups -> components. `spade` comes by its own name only, being off by default."""
+    """Components and groups -> components. `spade` comes by its name only, being off by default."""
     parts = {part for name in names for part in GROUPS.get(name, (name,))}
     return parts - {"spade"} | {"spade"} & set(names)
 
@@ -339,17 +339,17 @@ def _split_training(training: Mapping, faults: Faults) -> tuple[dict, list]:
     """The keys of the whole training, and the tables of its steps, each with that of its defaults."""
     of_step, of_all = field_names(Step), field_names(Training)
     shared = {k: v for k, v in training.items() if k in of_step}
-    own = {k: v for k, v in training.items() if k in of_all}
+    of_training = {k: v for k, v in training.items() if k in of_all}
     for name in training:
         if name not in (*of_step, *of_all, "pipeline"):
             text = f"unknown key {name!r}{nearest(str(name), [*of_all, *of_step, 'pipeline'])}"
             faults.add("training", text)
     if "pipeline" not in training:
-        return own, [({"name": "train", **shared}, {})]
+        return of_training, [({"name": "train", **shared}, {})]
     pipeline = training["pipeline"]
     if not isinstance(pipeline, Mapping) or not isinstance(pipeline.get("steps"), list):
         faults.add("training.pipeline", "must be a table with a list of 'steps'")
-        return own, []
+        return of_training, []
     for name in pipeline:
         if name not in ("steps", "defaults"):
             text = f"unknown key {name!r}{nearest(str(name), ('steps', 'defaults'))}"
@@ -357,7 +357,7 @@ def _split_training(training: Mapping, faults: Faults) -> tuple[dict, list]:
     if not pipeline["steps"]:
         faults.add("training.pipeline", "'steps' is empty")
     defaults = {**shared, **(pipeline.get("defaults") or {})}
-    return own, [(step, defaults) for step in pipeline["steps"]]
+    return of_training, [(step, defaults) for step in pipeline["steps"]]
 
 
 def _inherit(step: Any, defaults: Mapping[str, Any]) -> Any:

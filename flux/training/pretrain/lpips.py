@@ -124,7 +124,7 @@ def load(vgg: str, linear: str) -> LPIPS:
     model = LPIPS()
     numbers = [number for level in VGG16 for number, _ in level]
     wrong, weights = [], []
-    for name, own in named_arrays(model.parameters()):
+    for name, wanted in named_arrays(model.parameters()):
         part, index, *kind = name.split(".")
         named = (
             f"lin{index}.model.1.weight" if part == "linear" else f"features.{numbers[int(index)]}.{kind[0]}"
@@ -134,7 +134,7 @@ def load(vgg: str, linear: str) -> LPIPS:
             array = array.transpose(0, 2, 3, 1)  # OIHW -> OHWI
         if part == "linear":
             array = array.reshape(-1)  # from (1, 1, 1, C)
-        if array.shape != own.shape:
+        if array.shape != wanted.shape:
             wrong.append(named)
         weights.append((name, array.astype(mx.float32)))
     if wrong:

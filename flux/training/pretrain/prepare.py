@@ -55,7 +55,7 @@ def prepare(config: Config, folder: Path, ranks: Ranks) -> Prepared:
     perceptual = None
     if any(step.use_lpips for step in config.steps):
         perceptual = lpips.load(*lpips.find(config.model.lpips.vgg, config.model.lpips.linear))
-    if mx.default_device() == mx.cpu:  # elsewhere MLX's own convolutions are the faster ones
+    if mx.default_device() == mx.cpu:  # elsewhere MLX's convolutions are the faster ones
         use_products(networks.ae)
         if perceptual is not None:
             use_products(perceptual)

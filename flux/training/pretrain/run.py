@@ -123,7 +123,7 @@ class Run:
             numbers.live(log),
             Advance(console),
             Estimate(console.say, stage.total, "batches"),
-            # The end of a step has a checkpoint of its own.
+            # The end of a step has a separate checkpoint.
             Every(lambda t: is_due(t) and not t.is_done, lambda _: self._save_and_draw(stage)),
             Every(always, lambda _: self._hook(stage, progress)),
             self._stop,

@@ -1,8 +1,8 @@
 """A decoder whose norms are modulated, pixel by pixel, by the latent that it decodes.
 
 SPADE: Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization" (2019), with the latent
-in the place of the segmentation map. A norm wipes out what the latent says about contrast and colour in a
-place; the modulation says it again at every resolution. Its last layers start at zero, so a network begins as
+instead of the segmentation map. A norm wipes out what the latent says about contrast and colour at a
+point; the modulation says it again at every resolution. Its last layers start at zero, so a network begins as
 the plain decoder that it extends.
 """
 

@@ -20,7 +20,7 @@ from flux.weights import tensors
 
 @dataclass
 class Progress:
-    """What moves, besides the arrays in the trainer's own file.
+    """What moves, besides the arrays in the trainer's file.
 
     index: of the pipeline's step; `begun`: the file of arrays is of this step, not of the one before.
     global_step: optimizer steps done in all. session: how often the run was started. scale, shift: of the
@@ -90,18 +90,18 @@ def begin_with(model: nn.Module, run: str) -> str:
     FluxError where that is nothing.
     """
     arrays = {name.removeprefix("model."): array for name, array in tensors.load([state_of(run)]).items()}
-    own = dict(named_arrays(model.parameters()))
-    fitting = [(name, arrays[name]) for name, array in own.items() if _fits(arrays.get(name), array)]
+    ours = dict(named_arrays(model.parameters()))
+    fitting = [(name, arrays[name]) for name, array in ours.items() if _fits(arrays.get(name), array)]
     if not fitting:
         raise FluxError(f"model_checkpoint: {run} has no networks of these sizes")
     model.update(tree_unflatten(fitting))
-    others = sorted({name.split(".")[0] for name in own.keys() - dict(fitting).keys()})
+    others = sorted({name.split(".")[0] for name in ours.keys() - dict(fitting).keys()})
     rest = f"; random in part: {', '.join(others)}" if others else ""
-    return f"began with {len(fitting)} of {len(own)} tensors of {run}{rest}"
+    return f"began with {len(fitting)} of {len(ours)} tensors of {run}{rest}"
 
 
-def _fits(found: mx.array | None, own: mx.array) -> bool:
-    return found is not None and found.shape == own.shape
+def _fits(found: mx.array | None, wanted: mx.array) -> bool:
+    return found is not None and found.shape == wanted.shape
 
 
 def identity(config: Config, processes: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a config's parts must be to each other. The types and bounds of single keys are the tables' own."""
+"""What a config's parts must be to each other. tables.py checks types and bounds of single keys."""
 
 import dataclasses
 import math

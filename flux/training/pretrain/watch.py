@@ -82,7 +82,7 @@ class Numbers:
 
 
 def heading(step: Step, number: int, count: int, updates: int) -> str:
-    """What is said before a step: its place among `count`, its description, its length."""
+    """What is said before a step: its number among `count`, its description, its length."""
     epochs = f"{step.epochs} epoch{'s' if step.epochs != 1 else ''}, " if step.epochs else ""
     length = f"{epochs}{updates} updates"
     transition = step.transition_on
@@ -106,6 +106,6 @@ def console_line(
     elapsed: seconds. position, of: epoch and batch, and how many there are.
     """
     clock = f"[{elapsed // 3600:02d}:{elapsed // 60 % 60:02d}:{elapsed % 60:02d}]"
-    places = [f"{name.title()} {position[name]}" + (f"/{of[name]}" if of[name] else "") for name in of]
+    positions = [f"{name.title()} {position[name]}" + (f"/{of[name]}" if of[name] else "") for name in of]
     values = [f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics]
-    return " | ".join([f"{clock} {title}", *places, *values, f"{seconds:.3g}s/batch"])
+    return " | ".join([f"{clock} {title}", *positions, *values, f"{seconds:.3g}s/batch"])

@@ -115,6 +115,7 @@ class Notes:
 
 
 def rename(table: Table, section: str) -> None:
+    """Gives the keys of a section our names. Of a switch with two names either turns it on."""
     for old, new in RENAMED[section].items():
         if old in table:
             value = table.pop(old)
@@ -123,6 +124,7 @@ def rename(table: Table, section: str) -> None:
 
 
 def drop_unused(table: Table, section: str, where: str, notes: Notes) -> None:
+    """Takes out the keys that are not used here, with a note why for each."""
     for name, reason in UNUSED[section].items():
         if table.pop(name, None) is not None:
             notes.add(reason, f"{where}.{name}")

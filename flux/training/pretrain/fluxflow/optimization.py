@@ -8,7 +8,7 @@ from flux.training.pretrain.fluxflow.names import GROUPS, METRICS, Notes, Table
 
 
 def optimization(table: Table, where: str, faults: Faults, notes: Notes) -> None:
-    """Both kinds of tables, also from a file of their own, under `optimization`."""
+    """Both kinds of tables, also from another file, under `optimization`."""
     given: Table = {}
     if isinstance(file := table.pop("optim_sched_config", None), str):
         given |= read_file(Path(file).expanduser())
@@ -26,8 +26,8 @@ def optimization(table: Table, where: str, faults: Faults, notes: Notes) -> None
         for name, chosen in given[kind].items():
             each = {"type": chosen} if isinstance(chosen, str) else chosen
             if isinstance(each, dict):
-                place = f"{where}.optimization.{kind}.{name}"
-                made = change(dict(each), place, faults, notes)
+                key = f"{where}.optimization.{kind}.{name}"
+                made = change(dict(each), key, faults, notes)
                 given[kind][name] = chosen if made == each else made
 
 
