@@ -38,10 +38,15 @@ def find(paths: Iterable[str | Path], passed_over: Iterable[Path] = ()) -> list[
             files = [file for file in in_folder(path, disk) if file.resolve() not in passed]
         if not files:
             raise FluxError(f"{path}: no pictures in it, nor in its sub-folders")
-        home = path if path.is_dir() else path.parent
+        folder = home(path)
         for file in files:
-            found.setdefault(file.resolve(), Picture(file, home, file.relative_to(home).as_posix()))
+            found.setdefault(file.resolve(), Picture(file, folder, file.relative_to(folder).as_posix()))
     return list(found.values())
+
+
+def home(path: Path) -> Path:
+    """The folder whose list the pictures of a folder, or a picture, belong in."""
+    return path if path.is_dir() else path.parent
 
 
 def in_folder(folder: Path, disk: Disk) -> list[Path]:

@@ -8,6 +8,7 @@ from flux import tables
 from flux.adapters.writers import WRITERS
 from flux.data import schema
 from flux.errors import FluxError
+from flux.outputs import name_fault
 from flux.tables import option
 from flux.training import losses, optimizers, schedules
 from flux.training.flow_matching import DELTA_SCHEDULES
@@ -92,6 +93,8 @@ class Options:
 
     def __post_init__(self) -> None:
         faults = [f"{shown(name)} {fault}" for name, fault in tables.faults_of(self).items()]
+        if self.name is not None and (fault := name_fault(self.name)):
+            faults.append(f"--name {self.name!r} {fault}")
         if self.iterations is not None and self.epochs is not None:
             faults.append("give iterations or epochs, not both")
         if self.fuse_adapters and not self.adapters:
