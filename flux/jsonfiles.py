@@ -6,7 +6,8 @@
 import json
 import math
 import stat
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -103,8 +104,7 @@ def _check_structure(data: bytes) -> None:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise ValueError(f"the key {shown(twice)} comes twice")
     return out
 
@@ -161,6 +161,8 @@ def fields(kind: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     little for those who use it. where: the file, for errors.
     """
     hints = get_type_hints(kind)
+    if unknown := [shown(name) for name in values if name not in hints]:
+        raise FluxError(f"{where}: {unknown[0]} is not known; it may have {', '.join(hints)}")
     return {name: _field(hints[name], value, f"{where}: {name}") for name, value in values.items()}
 
 
@@ -168,14 +170,18 @@ def _field(hint: Any, value: Any, what: str) -> Any:
     if get_origin(hint) is tuple:
         if not isinstance(value, list) or not 0 < len(value) <= MAX_LIST:
             raise FluxError(f"{what} is {shown(value)}; it should be a list")
-        return tuple(_field(get_args(hint)[0], item, what) for item in value)
+        kinds = get_args(hint)
+        if kinds[-1] is not ... and len(kinds) != len(value):
+            raise FluxError(f"{what} is {shown(value)}; it should be a list of {len(kinds)}")
+        return tuple(_field(kinds[0], item, what) for item in value)
     if hint is bool:
         if not isinstance(value, bool):
             raise FluxError(f"{what} is {shown(value)}; it should be true or false")
         return value
     if type(None) in get_args(hint):
         return None if value is None else _field(get_args(hint)[0], value, what)
-    return {int: partial(count, least=0), float: number, str: text}[hint](value, what)
+    readers: dict[Any, Callable[[Any, str], Any]] = {int: partial(count, least=0), float: number, str: text}
+    return readers[hint](value, what)
 
 
 def shown(value: object) -> str:

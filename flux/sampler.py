@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from flux.errors import FluxError
+from flux.jsonfiles import shown
 from flux.noise import randn
 
 MAX_SEED = 2**64 - 1  # what mx.random.key takes, and torch.manual_seed
@@ -92,7 +93,7 @@ def read_shift(value: Any) -> AnyShift:
             return float(value)
     except (TypeError, ValueError, ZeroDivisionError, OverflowError):
         pass
-    raise FluxError(f"a shift is dev, none or a factor above 0, not {value}")
+    raise FluxError(f"a shift is dev, none or a factor above 0, not {shown(value)}")
 
 
 def comfyui_times(schedule: str, num_steps: int, factor: float | None) -> list[float]:

@@ -29,8 +29,8 @@ def ids(value: Any, what: str) -> dict[str, int]:
 def merges(value: Any, what: str) -> list[str]:
     """Merges as "left right"; a file has them so, or as lists of the two."""
     pairs = [pair if isinstance(pair, str) else _pair(pair, what) for pair in _list(value, what)]
-    if wrong := next((pair for pair in pairs if pair.count(" ") != 1), None):
-        raise FluxError(f"{what}: {shown(wrong)} should be two pieces with a space between them")
+    if wrong := [shown(pair) for pair in pairs if pair.count(" ") != 1]:
+        raise FluxError(f"{what}: {wrong[0]} should be two pieces with a space between them")
     return pairs
 
 
@@ -53,10 +53,10 @@ def added(tokenizer: Mapping[str, Any], what: str) -> list[dict[str, Any]]:
 def model(tokenizer: Mapping[str, Any], kind: str, what: str) -> Mapping[str, Any]:
     """The model of a tokenizer.json; FluxError where it is of another kind than "BPE" or "Unigram"."""
     found = tokenizer.get("model")
+    if isinstance(found, dict) and found.get("type") == kind:
+        return found
     own = found.get("type") if isinstance(found, dict) else found
-    if own != kind:
-        raise FluxError(f"{what}; its model is {shown(own)}, expected {kind}")
-    return found
+    raise FluxError(f"{what}; its model is {shown(own)}, expected {kind}")
 
 
 def pieces(value: Any, what: str) -> list[tuple[str, float]]:

@@ -19,7 +19,19 @@ import mlx.core as mx
 
 from flux.errors import FluxError
 
-SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "BOOL": 1}
+SIZES = {
+    "F8_E4M3": 1,
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "U32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "U8": 1,
+    "BOOL": 1,
+}
 DEEP: Any = {"a": 1}
 for _ in range(40):
     DEEP = [DEEP, {"b": DEEP}] if len(json.dumps(DEEP)) < 4000 else [DEEP]

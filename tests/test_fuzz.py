@@ -358,17 +358,30 @@ def config_cases(model: save.Model, folder: Path) -> list[tuple[Path, dict, Call
         picture = prepare([Image.new("RGB", (8, 8))], captioner.pictures)
         return captioner.model.encode(picture, *captioner.tokenizer(["a"]))[0]
 
+    def use_model(_: Path) -> mx.array:
+        checkpoint = checkpoints.find(str(folder / "model"))
+        checkpoint.load_clip()
+        spec = checkpoint.spec
+        return mx.array([float(spec.steps), spec.guidance, spec.cfg_scale, *spec.image_size])
+
     cases = [
         (path.with_name("config.json"), use_part(kind, path))
         for kind, path in part_files(folder / "model").items()
     ]
     names = ("config.json", "generation_config.json", "preprocessor_config.json")
     cases += [(folder / "captioner" / name, use_captioner) for name in names]
+    clip = folder / "model" / "text_encoder" / "model.safetensors"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(fuzzing.File.read(clip).names(), clip.name)}
+    clip.with_name("model.safetensors.index.json").write_text(json.dumps(index))
+    jsons = ("model_index.json", "defaults.json", "scheduler/scheduler_config.json")
+    cases += [(folder / "model" / name, use_model) for name in jsons]
+    cases += [(clip.with_name("model.safetensors.index.json"), use_model)]
     return [(path, jsonfiles.read(path), use) for path, use in cases]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of what is passed over
 def test_configs(model, tmp_path):
-    """100 configs of networks and of the captioner."""
+    """100 configs of networks, of whole models and of the captioner."""
     cases = config_cases(model, tmp_path)
     ends: Counter[str] = Counter()
     with fuzzing.bounded_memory():

@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from dataclasses import dataclass
 
 import pytest
 
@@ -93,3 +94,63 @@ def test_files(tmp_path):
     (tmp_path / "large.json").write_bytes(b" " * 101)
     with pytest.raises(FluxError, match=r"large\.json: it has 101 bytes; 100 are the most"):
         jsonfiles.read(tmp_path / "large.json", 100)
+
+
+@dataclass
+class Settings:
+    steps: int = 1
+    scale: float = 1.0
+    name: str = ""
+    early: bool = True
+    last: int | None = None
+    size: tuple[int, int] = (1, 1)
+    widths: tuple[int, ...] = (1,)
+
+
+def test_fields():
+    values = {
+        "steps": 3,
+        "scale": 2,
+        "name": "x",
+        "early": False,
+        "last": None,
+        "size": [1, 2],
+        "widths": [1] * 5,
+    }
+    wanted = {**values, "size": (1, 2), "widths": (1,) * 5}
+    assert jsonfiles.fields(Settings, values, "f.json") == wanted
+    assert jsonfiles.fields(Settings, {"last": 5}, "f.json") == {"last": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("steps", [True, 1.0, "1", None, -1, 10**9, []]),
+        ("scale", ["1", True, None, [], 1e39, 10**400]),
+        ("name", [5, None, "x" * 2000]),
+        ("early", [0, "true", None]),
+        ("last", ["x", 1.5, -1]),
+        ("size", [5, [1], [1, 2, 3], ["a", "b"], {}]),
+        ("widths", [[], [0.5], [1] * 100, "12"]),
+        ("", [1]),
+        ("\ud800" * 9999, [1]),
+    ],
+    ids=range(9),
+)
+def test_fields_of_another_type(name, values):
+    for value in values:
+        with pytest.raises(FluxError, match=r"^f\.json: ") as error:
+            jsonfiles.fields(Settings, {name: value}, "f.json")
+        assert len(str(error.value)) < 200
+        assert str(error.value).isprintable()
+
+
+def test_text(tmp_path):
+    file = tmp_path / "merges.txt"
+    file.write_bytes(b"\xef\xbb\xbfa b\n")
+    assert jsonfiles.read_text(file) == "a b\n"
+    file.write_bytes(b"\xff")
+    with pytest.raises(FluxError, match=r"merges\.txt: its text is not UTF-8"):
+        jsonfiles.read_text(file)
+    with pytest.raises(FluxError, match="cannot be read"):
+        jsonfiles.read_text(tmp_path / "none")

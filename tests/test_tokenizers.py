@@ -193,3 +193,49 @@ def test_a_damaged_gzip_is_one_line(tmp_path):
         (tmp_path / "merges.txt.gz").write_bytes(content)
         with pytest.raises(FluxError, match=r"merges\.txt\.gz"):
             CLIPTokenizer.from_folder(tmp_path)
+
+
+BYTES = [*byte_letters(), *(letter + "</w>" for letter in byte_letters()), "<|startoftext|>", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize("number", [-1, 10**9, True, "5", None, 1.0])
+def test_ids_that_no_embedding_has(number, tmp_path):
+    """+10^6 was a segmentation fault, and a negative one another picture."""
+    vocab = {piece: i for i, piece in enumerate(BYTES)}
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    assert CLIPTokenizer.from_folder(tmp_path).size == len(BYTES)
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab | {"a": number}))
+    with pytest.raises(FluxError, match=r"vocab\.json: the id of 'a' is"):
+        CLIPTokenizer.from_folder(tmp_path)
+
+
+def test_sizes_tell_of_the_highest_id(tmp_path):
+    """Where it is beyond the embedding, the parts of a model do not fit."""
+    vocab = {piece: i for i, piece in enumerate(BYTES)} | {"a": 10**6}
+    (tmp_path / "merges.txt").write_text("")
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    assert CLIPTokenizer.from_folder(tmp_path).size == 10**6 + 1
+    content = {
+        "model": {"type": "Unigram", "vocab": [["<pad>", 0], ["</s>", 0], ["<unk>", 0], ["▁a", -1.5]]},
+        "added_tokens": [{"content": "</s>", "id": 5000}, {"content": "<extra_id_0>", "id": 9000}],
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert T5Tokenizer.from_folder(tmp_path, 8).size == 5001
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"vocab": 5}, "vocab should be a list"),
+        ({"vocab": []}, "vocab holds no pieces"),
+        ({"vocab": [["a"]]}, "should be a piece and its score"),
+        ({"vocab": [["a", "x"]]}, "the score of 'a' is 'x'"),
+        ({"vocab": [[5, 1.0]]}, "should be a piece and its score"),
+    ],
+)
+def test_pieces_that_make_no_sense(change, words, tmp_path):
+    content = {"model": {"type": "Unigram", "vocab": [["<pad>", 0]], **change}, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(FluxError, match=rf"tokenizer\.json: .*{words}"):
+        T5Tokenizer.from_folder(tmp_path, 8)

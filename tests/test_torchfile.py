@@ -236,3 +236,11 @@ def test_what_is_no_file(tmp_path):
     assert "not a file" in fault(tmp_path / "pipe.bin")
     assert "not a file" in fault(tmp_path)
     assert "No such file" in fault(tmp_path / "none.bin")
+
+
+def test_the_number_of_steps(tmp_path):
+    for name, line in (
+        ("many steps", "a pickle of more than 500000 steps"),
+        ("memo of 2^32", "something else"),
+    ):
+        assert line in fault(files.write_zip(tmp_path / "f.bin", HOSTILE[name], STORAGE))

@@ -4,7 +4,6 @@ The mean cosine of CLIP's features over all pairs of a generated and a real pict
 ViT-B/32's: 0.885 among real pictures of a subject, 0.803 for Stable Diffusion fine-tuned by DreamBooth.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from flux import images
+from flux import images, jsonfiles
 from flux.errors import FluxError
 from flux.models.clip_vision import CLIPVision, CLIPVisionParams
 from flux.weights import checkpoints, tensors
@@ -38,7 +37,7 @@ def to_folder(folder: Path) -> Callable[[Sequence[np.ndarray]], float]:
 
 def load() -> CLIPVision:
     """CLIP ViT-B/32 from the Hub or its cache, in float32; FluxError where it cannot be had."""
-    config = json.loads(checkpoints.fetch(REPO, "config.json").read_text(encoding="utf-8"))
+    config = jsonfiles.read(checkpoints.fetch(REPO, "config.json"))
     return build(config, checkpoints.fetch(REPO, "model.safetensors"))
 
 

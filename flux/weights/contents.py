@@ -1,6 +1,7 @@
 """What is in the weight files of a folder, by their headers: shards together, faults named."""
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from flux import jsonfiles
 from flux.errors import FluxError
 from flux.weights import prefixes, strangers, tensors
-from flux.weights.headers import Entry, Header
+from flux.weights.headers import MAX_NAME, Entry, Header
 
 SUFFIXES = (".safetensors", ".sft", ".gguf")
 MOST_FILES, DEPTH = 2000, 5  # of a folder, and of folders in it, that are looked at
@@ -167,11 +168,12 @@ def _indexed(index: Path) -> tuple[list[Path], str | None]:
     """The files that an index lists, and what is wrong with it."""
     try:
         listed = sorted(set(jsonfiles.read(index)["weight_map"].values()))
+        if any(not name.isprintable() or len(name) > MAX_NAME for name in listed):
+            raise ValueError
         files = [index.parent / Path(name).name for name in listed]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return [], f"{index}: not an index of safetensors files"
-    absent = [file.name for file in files if not file.is_file()]
-    if absent:
-        there = [file for file in files if file.is_file()]
+    there = [file for file in files if os.path.isfile(file)]  # which no name is too long for
+    if absent := [file.name for file in files if file not in there]:
         return there, f"{index}: lists files that are not there: {', '.join(absent)}"
     return files, None

@@ -79,7 +79,7 @@ LANGUAGE_DEFAULTS = LanguageParams(
 )
 # What other networks of these families may have and ours has not: anything else than these would load, and
 # err.
-FIXED = {
+FIXED: dict[str, dict[str, Any]] = {
     "text_config": {"activation_function": "gelu", "scale_embedding": False},
     "vision_config": {
         "activation_function": "gelu",
@@ -177,7 +177,7 @@ def _table(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _shape(defaults: VisionParams | LanguageParams, config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    shape = {}
+    shape: dict[str, Any] = {}
     for field in fields(defaults):
         name = field.name if field.name in config else VISION_NAMES.get(field.name, field.name)
         if name in config:

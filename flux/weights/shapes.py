@@ -53,8 +53,13 @@ def params(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Params:
         for theirs, (ours, checked) in FROM_CONFIG[part].items()
         if config.get(theirs) is not None
     }
-    read = {"transformer": flux_params, "ae": autoencoder_params, "clip": clip_params, "t5": t5_params}[part]
-    return read(tensors, known)
+    readers: dict[str, Callable[[Tensors, Mapping[str, Any]], Params]] = {
+        "transformer": flux_params,
+        "ae": autoencoder_params,
+        "clip": clip_params,
+        "t5": t5_params,
+    }
+    return readers[part](tensors, known)
 
 
 def _size(tensors: Tensors, default: int, *places: tuple[str, int]) -> int:
@@ -138,11 +143,8 @@ def autoencoder_params(tensors: Tensors, known: Mapping[str, Any]) -> AutoEncode
     if any(width % ch for width in widths):
         raise FluxError(f"the autoencoder's widths {widths} are not multiples of the first, {ch}")
     if ch % (groups := known.get("norm_groups", usual.norm_groups)):
-        raise FluxError(
-            f"{ch} channels in {groups} norm groups: its config.json (norm_num_groups) is missing"
-        )
-    for width in widths:
-        _divided(width, known.get("norm_groups", usual.norm_groups), "norm_num_groups")
+        why = "is wrong" if "norm_groups" in known else "is missing"
+        raise FluxError(f"{ch} channels in {groups} norm groups: its config.json (norm_num_groups) {why}")
     return AutoEncoderParams(
         in_channels=_size(tensors, usual.in_channels, ("encoder.conv_in.weight", 3)),
         ch=ch,
@@ -166,7 +168,7 @@ def clip_params(tensors: Tensors, known: Mapping[str, Any]) -> CLIPTextParams:
         (f"{layer}.layer_norm1.weight", 0),
         (f"{layer}.mlp.fc2.bias", 0),
     )
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": hidden,
         "intermediate_size": _size(tensors, 4 * hidden, (f"{layer}.mlp.fc1.bias", 0)),
         "num_hidden_layers": _count(tensors, f"{model}.encoder.layers"),
@@ -176,8 +178,9 @@ def clip_params(tensors: Tensors, known: Mapping[str, Any]) -> CLIPTextParams:
         ),
         "vocab_size": _size(tensors, usual.vocab_size, (f"{model}.embeddings.token_embedding.weight", 0)),
     }
-    _divided(hidden, (sizes | known)["num_attention_heads"], "num_attention_heads")
-    return CLIPTextParams(**(sizes | known))
+    sizes |= known
+    _divided(hidden, sizes["num_attention_heads"], "num_attention_heads")
+    return CLIPTextParams(**sizes)
 
 
 def t5_params(tensors: Tensors, known: Mapping[str, Any]) -> T5Params:

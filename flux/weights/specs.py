@@ -16,6 +16,7 @@ from flux.weights.registry import ModelSpec
 DEFAULTS = "defaults.json"  # in a folder that this program wrote: the model's own defaults
 SCHEDULER = "scheduler/scheduler_config.json"
 INDEX = "model_index.json"
+MAX_STEPS, MAX_TOKENS = 10_000, 4096  # that a folder's defaults may ask for
 GUIDANCE = ("guidance_in.", "guidance_embedder.")  # of the names of that input's layers
 # What schedulers can do beyond FLUX.1's, and the value that leaves it out.
 BEYOND: dict[str, Any] = {
@@ -70,10 +71,14 @@ def _shift(path: Path) -> AnyShift | None:
     config = read_config(path)
     if not config:
         return None
-    beyond = [f"{key} {config[key]}" for key, usual in BEYOND.items() if config.get(key, usual) != usual]
+    beyond = [
+        f"{key} {jsonfiles.shown(config[key])}"
+        for key, usual in BEYOND.items()
+        if config.get(key, usual) != usual
+    ]
     kind = str(config.get("_class_name", "FlowMatchEulerDiscreteScheduler"))
     if not kind.startswith("FlowMatch"):
-        beyond.append(kind)
+        beyond.append(jsonfiles.shown(kind).strip("'"))
     if beyond:
         warnings.warn(f"{path}: not done here: {', '.join(beyond)}", stacklevel=2)
     try:
@@ -84,7 +89,7 @@ def _shift(path: Path) -> AnyShift | None:
         factor = sampler.read_shift(config.get("shift", 1.0))
         return factor if factor != 1 else False
     except (FluxError, TypeError, ZeroDivisionError):
-        raise FluxError(f"{path}: its shift is no time shift: {config}") from None
+        raise FluxError(f"{path}: its shift is no time shift: {jsonfiles.shown(config)}") from None
 
 
 def _warn_of_kontext(folder: Path, transformer: Part, name: str) -> None:
@@ -106,10 +111,12 @@ def _defaults(path: Path, spec: ModelSpec) -> ModelSpec:
     """The row with what the folder's own defaults.json, if any, says otherwise."""
     if not path.is_file():
         return spec
+    own = jsonfiles.read(path)
     try:
-        own = jsonfiles.read(path)
-        own["image_size"] = tuple(own.get("image_size", spec.image_size))
-        own["shift"] = sampler.read_shift(own.get("shift", spec.shift))
-        return replace(spec, **own)
-    except (ValueError, TypeError):
-        raise FluxError(f"{path}: should hold a JSON object of ModelSpec's fields") from None
+        shift = sampler.read_shift(own.pop("shift", spec.shift))
+    except FluxError as error:
+        raise FluxError(f"{path}: {error}") from None
+    found = replace(spec, shift=shift, **jsonfiles.fields(ModelSpec, own, str(path)))
+    jsonfiles.count(found.steps, f"{path}: steps", most=MAX_STEPS)
+    jsonfiles.count(found.t5_length, f"{path}: t5_length", most=MAX_TOKENS)
+    return found

@@ -25,7 +25,7 @@ from flux.errors import FluxError
 from flux.jsonfiles import shown
 from flux.weights.headers import MAX_AXES, MAX_NAME, MAX_SIDE
 
-TYPES = {
+TYPES: dict[str, np.dtype] = {
     "DoubleStorage": np.dtype("<f8"),
     "FloatStorage": np.dtype("<f4"),
     "HalfStorage": np.dtype("<f2"),
@@ -213,8 +213,8 @@ def _tensors(content: Any) -> dict[str, Tensor]:
     """The pickle's content where it is named tensors."""
     if type(content) is not dict or not content or not all(type(t) is Tensor for t in content.values()):
         raise ValueError("it holds something else than named tensors")
-    if strange := next((name for name in content if not name.isprintable() or len(name) > MAX_NAME), None):
-        raise ValueError(f"a tensor is called {shown(strange)}")
+    if strange := [shown(n) for n in content if not n.isprintable() or not 0 < len(n) <= MAX_NAME]:
+        raise ValueError(f"a tensor is called {strange[0]}")
     return content
 
 

@@ -24,7 +24,7 @@ def check(path: Path, entries: dict[str, Entry], names: Collection[str]) -> None
 
     entries: of the file's header. names: the tensors to look at; those that are no floats are passed over.
     """
-    samples = {"F16": [], "BF16": []}
+    samples: dict[str, list[np.ndarray]] = {"F16": [], "BF16": []}
     with path.open("rb") as file:
         for name in names:
             entry = entries[name]

@@ -35,7 +35,8 @@ def test_two_adapters_and_the_recipe(call, model, tmp_path):
     options = ("--model", model, "--seed", "3", "--quantize", "8", "--output", "two.png")
     command = [sys.executable, str(SCRIPT), PROMPT, *adapters, *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "two.png\n", "")
+    assert (done.returncode, done.stdout) == (0, "two.png\n")
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["quantized"]
     recipe = images.read_metadata(tmp_path / "two.png")
     assert recipe["adapter"] == "my:lora/a.safetensors:1.0\nb.safetensors:-0.6"
     assert "fuse_adapter" not in recipe

@@ -114,4 +114,4 @@ def test_the_shift_is_an_option_and_in_the_recipe(call, model, tmp_path):
     assert (pictures["none"] != pictures["3"]).any()
     status, _, err = call(*PROMPT, "--model", model, "--shift", "0")
     assert status == 2
-    assert "a shift is dev, none or a factor above 0, not 0" in err[0]
+    assert "a shift is dev, none or a factor above 0, not '0'" in err[0]

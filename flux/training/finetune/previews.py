@@ -56,7 +56,9 @@ class Pictures:
         pipeline = self._base.pipeline
         network.eval()
         texts = {
-            request.texts: self._features.conditioning(*request.texts, self._pooled(network))
+            request.texts: self._features.conditioning(
+                request.prompt, request.texts[1], self._pooled(network)
+            )
             for request in self._requests
         }
         latents = generation.denoise(pipeline, self._requests, texts)
