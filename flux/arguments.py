@@ -22,6 +22,7 @@ from flux.models.transformer import ROUNDINGS
 from flux.version import __version__
 
 INTERRUPTED, UNREAD = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
+MOST = 10**7  # of anything that is counted: pixels of a side, steps, iterations
 REFUSALS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)  # of standard output
 
 
@@ -73,7 +74,7 @@ def _fault(error: Exception) -> FluxError | None:
         named = error.filename is not None and error.errno is not None
         return FluxError(f"cannot use {error.filename}: {error.strerror}") if named else None
     if isinstance(error, MemoryError) or re.search(r"\bm?alloc|allocate|out of memory", str(error), re.I):
-        return FluxError(f"there is not enough memory for this: {error or 'no more to be had'}")
+        return FluxError(f"there is not enough memory for this: {str(error) or 'no more to be had'}")
     return None
 
 
@@ -123,10 +124,13 @@ def described(text: str | None) -> Parser:
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
-    return int(text)
+    """A whole number from 1 on, of things that there can be."""
+    digits = text.strip()
+    if not digits.isdecimal() or len(digits) > 20 or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {shown(text)}")
+    if int(digits) > MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST}, not {text}")
+    return int(digits)
 
 
 def finite(text: str) -> float:

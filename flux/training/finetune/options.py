@@ -20,6 +20,8 @@ PARTS = ("transformer", "ae", "clip", "t5")
 AUTO = "auto"
 ITERATIONS = 1000  # where neither iterations nor epochs are given
 WARMUP = 100  # updates at most, and a tenth of all
+MOST_ITERATIONS = 10**7  # months of work; and what is counted here stays within 32 bits
+MOST_RANK = 2**14  # of no layer of FLUX.1 is the least side longer
 SMALL = 256  # a resolution below the usual smallest bucket
 # What changes neither the result nor its meaning: these may be given anew when a run is resumed. A data set
 # may have moved; that it is the same one is seen from its digest.
@@ -47,7 +49,7 @@ class Options:
     adapters: tuple[tuple[str, float], ...] = ()  # files and strengths to begin with; they are not trained
     fuse_adapters: bool = False
 
-    rank: int = option(16, least=1)
+    rank: int = option(16, least=1, most=MOST_RANK)
     alpha: float | None = option(None, above=0)  # the rank
     dropout: float = option(0.0, least=0, below=1)
     targets: str = "attention-mlp"
@@ -55,9 +57,11 @@ class Options:
     dora: bool = False
     train_clip: bool = False
 
-    iterations: int | None = option(None, least=1)  # batches on each machine; see `Length`
-    epochs: int | None = option(None, least=1)
-    accumulate: int = option(1, least=1)
+    iterations: int | None = option(
+        None, least=1, most=MOST_ITERATIONS
+    )  # batches on each machine; see `Length`
+    epochs: int | None = option(None, least=1, most=MOST_ITERATIONS)
+    accumulate: int = option(1, least=1, most=MOST_ITERATIONS)
     optimizer: str = option("adamw", choices=optimizers.OPTIMIZERS)
     learning_rate: float | None = option(None, above=0)  # 1e-4; Prodigy 1
     schedule: str = option("constant", choices=schedules.SCHEDULES)
