@@ -167,7 +167,7 @@ def adapter(text: str) -> tuple[str, float]:
     file, colon, number = text.rpartition(":")
     if not colon:
         return text, 1.0
-    try:  # what is no number belongs to the file's name
+    try:  # what is not a number belongs to the file's name
         return file, finite(number)
     except ValueError:
         if Path(file).exists() and not Path(text).exists():
@@ -188,6 +188,14 @@ def build_parser() -> Parser:
     parser = Parser(description="Make pictures of what a prompt says, with a FLUX.1 model.", epilog=SEVERAL)
     parser.set_defaults(picture=None)  # of a prompt's pictures the one to keep: only a recipe says so
 
+    _add_prompts(parser)
+    _add_model(parser)
+    _add_sampling(parser)
+    _add_output(parser)
+    return parser
+
+
+def _add_prompts(parser: Parser) -> None:
     add = parser.add_argument_group("what to show").add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what the pictures show; several are made in turn")
     add("--prompts-file", metavar="FILE", help="read prompts from FILE, one a line; - is standard input")
@@ -208,6 +216,8 @@ def build_parser() -> Parser:
         "ComfyUI's or its models/; other options change it",
     )
 
+
+def _add_model(parser: Parser) -> None:
     add = parser.add_argument_group("the model").add_argument
     add(
         "--model",
@@ -225,7 +235,9 @@ def build_parser() -> Parser:
     add("--force-shard", action="store_true", help="split the model over mlx.launch's ranks in any case")
     add("--preload-models", action="store_true", help="load everything at once and keep it: more memory")
 
-    add = parser.add_argument_group("sampling (where not given, the model's own)").add_argument
+
+def _add_sampling(parser: Parser) -> None:
+    add = parser.add_argument_group("sampling (where not given, the model's)").add_argument
     add("--image-size", type=size, metavar="HxW", help="in pixels, multiples of 16; one number is a square")
     add("--steps", type=count, metavar="N", help="denoising steps")
     add("--guidance", type=finite, metavar="X", help="how closely to follow the prompt (not schnell)")
@@ -246,6 +258,8 @@ def build_parser() -> Parser:
         "diffusers: torch's in --dtype",
     )
 
+
+def _add_output(parser: Parser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--n-images", type=count, metavar="N", help="pictures for each prompt (default 1)")
     add("--n-rows", type=count, metavar="N", help="rows of the grid (default: one for each prompt)")
@@ -255,7 +269,6 @@ def build_parser() -> Parser:
     add("--decoding-batch-size", type=count, default=1, metavar="N", help="pictures to decode at once (1)")
     add("--verbose", action="store_true", help="print the time and the peak memory of every stage")
     add("--version", action="version", version=__version__)
-    return parser
 
 
 def find_prompts(given: list[str], file: str | None, folder: str | None) -> list[str]:

@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 from flux import jsonfiles, outputs
 from flux.errors import FluxError
 
-# Pillow knows these files and does not decode them by itself, or they are no pictures.
+# Pillow knows these files and does not decode them by itself, or they are not pictures.
 NOT_READ = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")
 # Pictures that are named where they are not read.
 OTHER_SUFFIXES = (

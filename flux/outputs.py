@@ -73,8 +73,9 @@ def locked(folder: Path) -> Iterator[None]:
     """Makes a folder that this process alone writes into within the block.
 
     FluxError where it cannot be written into, or another process is in such a block: the system ends its lock
-    with the process, however that ends. The file of the lock is removed.
+    with the process, however that ends. The lock's file is removed, and a folder with nothing else in it.
     """
+    is_new = not folder.exists()
     file = _lock(folder)
     try:
         yield
@@ -82,6 +83,9 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             (folder / LOCK).unlink()
         file.close()
+        if is_new:
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 def _lock(folder: Path) -> TextIO:

@@ -27,7 +27,7 @@ from flux.generation import OnStep, Request
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
-from flux.models.transformer import ROUNDINGS, Flux, Modulation
+from flux.models.transformer import ROUNDINGS, Flux, ModulationVectors
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import checkpoints
 from flux.weights.fit import check_fit
@@ -59,7 +59,7 @@ class Branch(NamedTuple):
 
     text: mx.array  # (1, Lt, hidden)
     positions: mx.array  # rotary tables
-    modulation: list[Modulation]  # one a step
+    modulation: list[ModulationVectors]  # one a step
 
 
 class Plan(NamedTuple):
@@ -106,7 +106,7 @@ class FluxPipeline:
         steps are faster, and the networks that they change are in memory from the start.
         ranks: to split the transformer and T5 over; all of them must then call `encode`, `prepare` and
         `denoise` together, with the same arguments, and have the same results.
-        shift: of the sampling's times: "dev", "none" or a factor; None as the model's own config says.
+        shift: of the sampling's times: "dev", "none" or a factor; None as the model's config says.
         noise: whose random numbers a seed stands for: "mlx", "torch" (ComfyUI's and diffusers' in float32) or
         "diffusers" (PyTorch's, rounded to `dtype`), made as by PyTorch's CPU generator.
         rounding: of time and guidance in 16-bit types, one of `ROUNDINGS`.
@@ -211,7 +211,7 @@ class FluxPipeline:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
         seed: of the first picture; picture i is made from seed + i. None: a random one.
-        image_size: (height, width) in pixels. It, num_steps, guidance, cfg_scale: the model's own where None.
+        image_size: (height, width) in pixels. It, num_steps, guidance, cfg_scale: the model's where None.
         negative_prompt: what to lead away from, with a `cfg_scale` above 1; empty where None.
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
@@ -252,7 +252,7 @@ class FluxPipeline:
         When it has been evaluated, `t5` and `clip` may be deleted.
 
         latent_size: (height, width), an eighth of the picture's; both even.
-        num_steps, guidance, cfg_scale: the model's own where None.
+        num_steps, guidance, cfg_scale: the model's where None.
         seed: of the first picture; picture i is made from seed + i, whatever the batch. None: a random one.
         negative_prompt: what to lead away from, with a `cfg_scale` above 1; empty where None.
         keep_modulation: False lets go of a quarter of the transformer's weights before the first step; the

@@ -19,7 +19,7 @@ from flux.errors import FluxError
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The tables of a YAML, TOML or JSON file, by its suffix. FluxError for a file that is none of these."""
+    """The tables of a YAML, TOML or JSON file, by its suffix. FluxError for any other file."""
     readers: dict[str, Callable[[str], Any]] = {
         ".yaml": _yaml,
         ".yml": _yaml,
@@ -45,7 +45,7 @@ def parse_toml(text: str) -> dict[str, Any]:
         import tomllib
     except ImportError:  # Python 3.10
         try:
-            import tomli as tomllib  # type: ignore[no-redef]
+            import tomli as tomllib  # type: ignore[no-redef]  # the same functions
         except ImportError:
             raise FluxError("TOML needs Python 3.11 or newer, or `pip install tomli`") from None
     return tomllib.loads(text)
@@ -69,6 +69,7 @@ class Faults:
         self.lines: list[str] = []
 
     def add(self, where: str, text: str) -> None:
+        """Adds a line. where: the key, "" for the whole file."""
         self.lines.append(f"{where}: {text}" if where else text)
 
 

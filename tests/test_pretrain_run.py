@@ -201,7 +201,7 @@ def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(s
     assert weights(made.networks) == weights(straight[1].networks)
     for path in checkpoints.iterdir():
         (path / "progress.json").write_text("[]")
-    with pytest.raises(FluxError, match="no state is whole"):
+    with pytest.raises(FluxError, match="every state is damaged"):
         Run(load(tmp_path / "config.json"), resume=True, quiet=True)
 
 

@@ -29,7 +29,7 @@ def targets(model: nn.Module, which: str = DEFAULT_TARGET, last_blocks: int | No
     """The names of the layers to train.
 
     which: a preset of TARGETS or a regular expression for whole names. last_blocks: only so many blocks from
-    the network's end (single blocks come after double blocks). FluxError where that is no layer.
+    the network's end (single blocks come after double blocks). FluxError where that is not a layer.
     """
     try:
         pattern = re.compile(TARGETS.get(which, which))
@@ -64,7 +64,7 @@ def new_adapter(
 
     That is Kaiming's uniform law with a = sqrt(5) (torch.nn.Linear's). All in float32: updates are smaller
     than what 16 bits can tell apart. dora: with magnitudes, the weights' row norms. Add it to the network by
-    `Adapters.add(adapter, name=..., dropout=..., learns=True)`, then `Adapters.freeze_all_but(name)`.
+    `Adapters.add(adapter, name=..., dropout=..., trainable=True)`, then `Adapters.freeze_all_but(name)`.
     """
     if rank < 1:
         raise FluxError(f"rank {rank}: give 1 or more")

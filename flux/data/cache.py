@@ -137,7 +137,7 @@ class Latents(Store[tuple[Placed, int]]):
     def encode(self, placed: Placed, repeat: int, encode: PictureEncoder) -> None:
         """Encodes a picture, with flip_aug its mirror image too, and keeps both with the mask, if any.
 
-        The mask is the alpha averaged over each of the latent's places, in 0..1.
+        The mask is the alpha averaged over each of the latent's pixels, in 0..1.
         """
         picture, mask = pictures.prepare(placed, self._seed, repeat)  # (H, W, 3), (H, W)
         views = {"": picture}

@@ -1,4 +1,4 @@
-"""The processes that mlx.launch starts: what they tell each other, and how one that is lost ends them all.
+"""The processes that mlx.launch starts: what they send each other, and how one that is lost ends them all.
 
 A rank is a process; rank 0 is the one that prints and writes. Nothing here knows a model.
 """
@@ -197,7 +197,7 @@ class Ranks:
             for item in items:
                 with self.waiting():
                     result = work(item)
-                self.barrier()  # a sum without one of the ranks is no error to MLX
+                self.barrier()  # a sum without one of the ranks is not an error to MLX
                 yield result
             return
         for start in range(0, len(items), self.size):
@@ -285,7 +285,7 @@ def _meet(seconds: float) -> tuple[mx.distributed.Group, list[int]]:
         raise FluxError(
             f"cannot meet the other ranks: {error}: check the host file and that all were started"
         ) from None
-    # MLX leaves the sockets of attempts open that came before the other rank was there: they are none.
+    # MLX leaves the sockets of attempts open that came before the other rank was there: they do not count.
     links = [link for link in _sockets() if link not in before and not _is_cut([link])]
     return group, links if "MLX_HOSTFILE" in os.environ else []
 

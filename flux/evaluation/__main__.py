@@ -53,8 +53,8 @@ def add_grid(commands: argparse._SubParsersAction) -> None:
         help="the subject's pictures: adds how like them each cell is (CLIP-I; fetches CLIP ViT-B/32)",
     )
     add("--seed", nargs="+", type=int, default=[0], metavar="N", help="a row for each (default 0)")
-    add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's own")
-    add("--steps", type=count, metavar="N", help="denoising steps; default: the model's own")
+    add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's")
+    add("--steps", type=count, metavar="N", help="denoising steps; default: the model's")
     add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="the model to 4 or 8 bits a weight")
     add("--output", type=Path, default=Path("grid.png"), metavar="FILE", help="*.png (default grid.png)")
     show.set_defaults(run=run_grid)

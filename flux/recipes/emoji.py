@@ -161,7 +161,7 @@ def _grammar() -> tuple[dict[str, tuple[str, str]], list[re.Pattern[str]]]:
 
 
 def parse(caption: str) -> Composition | None:
-    """The composition that a caption is one of; None where it is no caption of ours."""
+    """The composition that a caption is one of; None where it is not a caption of ours."""
     nouns, forms = _grammar()
     found = next(filter(None, (form.fullmatch(caption) for form in forms)), None)
     if found is None:
@@ -228,7 +228,7 @@ def main() -> int:
 
 
 def run(ranks: Ranks) -> int:
-    """Do what the command line asks for."""
+    """Draw the folder."""
     parser = Parser(description="Draw a folder of emoji pictures with captions (font: OFL 1.1).")
     parser.add_argument(
         "--output", type=Path, required=True, help="folder; gets pictures, captions.tsv, LICENCE"

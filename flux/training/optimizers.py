@@ -154,7 +154,7 @@ def muon(
     """Muon for matrices and convolutions, AdamW for vectors and for whatever `is_other(name, array)` names.
 
     Muon (Jordan, 2024, https://kellerjordan.github.io/posts/muon) makes every step a matrix with singular
-    values near one; embeddings and the layers next to the pixels are no good for it.
+    values near one; embeddings and the layers next to the pixels do not suit it.
     """
     adam = optim.AdamW(adam_rate, betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
     rest = GramMuon(rate, momentum=0.95, weight_decay=0.0)

@@ -64,7 +64,7 @@ class States:
             except FluxError as error:
                 damaged.append(str(error))
         if damaged:
-            raise FluxError(f"no state is whole: {'; '.join(damaged)}")
+            raise FluxError(f"every state is damaged: {'; '.join(damaged)}")
         return None
 
     def save(self, name: str, table: dict[str, Any], save_arrays: Callable[[Path], None]) -> None:
@@ -114,10 +114,10 @@ def _checked(path: Path, parse: Callable[[dict[str, Any]], Value]) -> Value:
         table = json.loads((path / PROGRESS).read_bytes())
         checksums = table.pop(CHECKSUMS, None)
         if checksums is not None and checksums["table"] != _table_checksum(table):
-            raise FluxError(f"{PROGRESS} is not what was written: its checksum is another")
+            raise FluxError(f"{PROGRESS} is not what was written: its checksum differs")
         tensors.read_header(path / STATE)
         if checksums is not None and checksums["arrays"] != _file_checksum(path / STATE):
-            raise FluxError(f"{STATE} is not what was written: its checksum is another")
+            raise FluxError(f"{STATE} is not what was written: its checksum differs")
         return parse(table)
     except FluxError as error:
         raise FluxError(f"{path} is damaged: {error}") from None

@@ -77,7 +77,7 @@ class Trainer:
         save_frozen: bool = True,
     ):
         """average, average_metrics: combine the gradients and the metrics of several processes, once a step;
-        each of them is given its own batches and the same parameters.
+        each of them is given other batches and the same parameters.
         around_step: a context for each step with its callbacks, such as a limit on waiting for others.
         accumulate: batches a step; `batches` counts batches, from 0.
         clip_norm: the gradients' norm is at most this; the metrics then have it as `norm`, as it was.
@@ -207,7 +207,9 @@ class Trainer:
         found = {name: array.shape for name, array in arrays.items()}
         wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
         if wrong:
-            raise FluxError(f"{path} is not a state of this training: other or no shape: {', '.join(wrong)}")
+            raise FluxError(
+                f"{path} is not a state of this training: missing, or of another shape: {', '.join(wrong)}"
+            )
         # Not from the names alone: the optimizer wants the empty entries of frozen layers, too.
         self._put(tree_map_with_path(lambda name, _: arrays[name], self._trees()))
         self.step = step

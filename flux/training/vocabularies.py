@@ -17,7 +17,7 @@ from flux.captioning.tokenizer import FLORENCE_TOKENS, BartTokenizer
 from flux.tokenizers import CLIPTokenizer, byte_letters
 
 BART_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # the last one after all pieces
-IMAGE_TOKEN = "<image>"  # transformers' place for a picture's features
+IMAGE_TOKEN = "<image>"  # in transformers a picture's features replace it
 
 
 def train_clip(captions: Iterable[str], merges: int) -> tuple[dict[str, int], list[str]]:
@@ -98,7 +98,7 @@ def save_bart(vocab: dict[str, int], merges: list[str], folder: Path) -> None:
     flags = dict.fromkeys(("single_word", "rstrip", "normalized"), False) | {"special": True}
     added = [{"id": i, "content": t, "lstrip": t == "<mask>", **flags} for t, i in special.items()]
     bytes_of = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-    own = {token: i for token, i in vocab.items() if token not in special or token in BART_TOKENS}
+    kept = {token: i for token, i in vocab.items() if token not in special or token in BART_TOKENS}
     content = {
         "version": "1.0",
         "added_tokens": added,
@@ -111,7 +111,7 @@ def save_bart(vocab: dict[str, int], merges: list[str], folder: Path) -> None:
             "add_prefix_space": False,
         },
         "decoder": {**bytes_of, "add_prefix_space": True},
-        "model": {"type": "BPE", "vocab": own, "merges": [merge.split(" ") for merge in merges]},
+        "model": {"type": "BPE", "vocab": kept, "merges": [merge.split(" ") for merge in merges]},
     }
     named = dict(
         zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), BART_TOKENS, strict=True)

@@ -86,7 +86,7 @@ def caption_loss(
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:
-    """What Muon is no good for: embeddings, the layers at pixels and at names, depthwise convolutions."""
+    """What Muon does not suit: embeddings, the layers at pixels and at names, depthwise convolutions."""
     edges = ("probe", "shared", "embed_positions", "position_embed", "convs.0", "conv1", "conv2")
     return any(edge in name for edge in edges)
 
@@ -130,7 +130,7 @@ def main() -> int:
 
 
 def run(ranks: Ranks) -> int:
-    """Do what the command line asks for."""
+    """Train the captioner, or go on with it."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: states, logs, vocabulary")
     parser.add_argument("--tower-steps", type=int, default=450, help="(default: %(default)s)")

@@ -150,7 +150,7 @@ def main() -> int:
 
 
 def run(ranks: Ranks) -> int:
-    """Do what the command line asks for."""
+    """Train the autoencoder, or go on with it."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: state, log, pictures")
     parser.add_argument("--steps", type=int, required=True)

@@ -24,7 +24,7 @@ def main() -> int:
 
 
 def run(ranks: Ranks) -> int:
-    """Do what the command line asks for."""
+    """Write the trained model as diffusers' folder."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
     parser.add_argument("--output", type=Path, required=True)

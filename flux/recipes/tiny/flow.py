@@ -144,12 +144,13 @@ def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
 
 
 def make_model(run: Path, clip: CLIPTokenizer) -> TextToLatent:
+    """The networks of a run, untrained. run: the folder with its tokenizers."""
     vocabulary = json.loads((run / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     return TextToLatent(len(vocabulary), recipe.T5_VOCABULARY, clip.eos_token_id)
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:
-    """What Muon is no good for (embeddings, layers at latent, text and time) or too slow for (modulation)."""
+    """What Muon does not suit (embeddings, layers at latent, text and time) or too slow for (modulation)."""
     edges = ("embedding", "shared", "relative_attention_bias", "img_in", "txt_in", "in_layer", "final_layer")
     return any(edge in name for edge in (*edges, "img_mod", "txt_mod", "modulation"))
 
@@ -160,7 +161,7 @@ def main() -> int:
 
 
 def run(ranks: Ranks) -> int:
-    """Do what the command line asks for."""
+    """Train the text encoders and the transformer, or go on with it."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: latents, state, log")
     parser.add_argument("--steps", type=int, required=True)

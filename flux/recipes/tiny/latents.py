@@ -80,12 +80,12 @@ def encode(model: AutoEncoder, chosen: list[Composition], batch: int = 64) -> tu
 
 
 def encode_shared(model: AutoEncoder, chosen: list[Composition]) -> list[mx.array]:
-    """`encode` by all processes, each its part."""
+    """`encode` by all processes, a part each."""
     group = mx.distributed.init()
     size = group.size()
     padded = chosen + chosen[: -len(chosen) % size]
-    own = encode(model, padded[group.rank() :: size])  # (P / size, 8, 8, 16)
-    gathered = [mx.distributed.all_gather(mx.array(part)[None], group=group) for part in own]
+    parts = encode(model, padded[group.rank() :: size])  # (P / size, 8, 8, 16)
+    gathered = [mx.distributed.all_gather(mx.array(part)[None], group=group) for part in parts]
     mx.eval(gathered)  # by every process, also by those that do not use it
     return [part.swapaxes(0, 1).flatten(0, 1)[: len(chosen)] for part in gathered]
 
@@ -104,7 +104,7 @@ def main() -> int:
 
 
 def run(ranks: Ranks) -> int:
-    """Do what the command line asks for."""
+    """Encode all training pictures and write the file."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder with the trained autoencoder's state")
     run = parser.parse_args().run

@@ -41,8 +41,8 @@ def describe(
     need = needed(options, params, shape, ranks)
     if need.adapter > memory:
         raise FluxError(
-            f"training an adapter of rank {options.rank} needs {need.adapter / 1e9:,.0f} GB at least, and there "
-            f"are {memory / 1e9:,.0f} GB; give a lower --lora-rank"
+            f"training an adapter of rank {options.rank} needs {need.adapter / 1e9:,.0f} GB at least, and "
+            f"there are {memory / 1e9:,.0f} GB; give a lower --lora-rank"
         )
     parts = {"weights": need.weights, "adapter": need.adapter, "activations": need.activations}
     text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())

@@ -20,7 +20,7 @@ PARTS = ("transformer", "ae", "clip", "t5")
 AUTO = "auto"
 ITERATIONS = 1000  # where neither iterations nor epochs are given
 WARMUP = 100  # updates at most, and a tenth of all
-MOST_ITERATIONS = 10**7  # months of work; and what is counted here stays within 32 bits
+MOST_ITERATIONS = 10**6  # weeks of work; and what is counted from them stays within 32 bits
 MOST_RANK = 2**14  # of no layer of FLUX.1 is the least side longer
 SMALL = 256  # a resolution below the usual smallest bucket
 # What changes neither the result nor its meaning: these may be given anew when a run is resumed. A data set
@@ -57,9 +57,7 @@ class Options:
     dora: bool = False
     train_clip: bool = False
 
-    iterations: int | None = option(
-        None, least=1, most=MOST_ITERATIONS
-    )  # batches on each machine; see `Length`
+    iterations: int | None = option(None, least=1, most=MOST_ITERATIONS)  # of each rank; see `Length`
     epochs: int | None = option(None, least=1, most=MOST_ITERATIONS)
     accumulate: int = option(1, least=1, most=MOST_ITERATIONS)
     optimizer: str = option("adamw", choices=optimizers.OPTIMIZERS)
