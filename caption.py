@@ -3,7 +3,8 @@
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -13,14 +14,15 @@ import flux  # before mlx.core, so that OpenBLAS is there first
 from PIL import Image
 from tqdm import tqdm
 
-from flux.arguments import Parser, count
+from flux.arguments import Parser, count, run_program
 from flux.captioning import files, pictures, records, sheet
 from flux.captioning.captioner import Captioner
 from flux.captioning.files import Picture
 from flux.captioning.tasks import TASKS, Task
 from flux.captioning.wording import Wording
-from flux.distributed.ranks import Ranks, print_error
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
+from flux.outputs import locked
 from flux.weights import checkpoints, quantize
 from flux.weights.registry import CAPTIONERS
 
@@ -30,15 +32,9 @@ SEVERAL = "With mlx.launch each rank captions its share; all must see the pictur
 
 def main() -> int:
     """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
-    ranks = None
-    try:
-        ranks = Ranks()
-        return run(ranks.on_all_ranks(lambda: build_parser().parse_intermixed_args()), ranks)
-    except FluxError as error:
-        print_error(error, ranks)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_program(
+        lambda ranks: run(ranks.on_all_ranks(lambda: build_parser().parse_intermixed_args()), ranks)
+    )
 
 
 # --- Arguments ---
@@ -95,6 +91,22 @@ FORMAT = "jsonl: train.jsonl in the folder (default); txt: a file beside each pi
 
 def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Caption what is to be captioned, and print where the captions are. Returns the exit status."""
+    with ranks.in_rank_zero(nullcontext() if args.dry_run else locked_folders(args.paths)):
+        return caption_all(args, ranks)
+
+
+@contextmanager
+def locked_folders(paths: list[str]) -> Iterator[None]:
+    """The block while no other process writes captions into the folders of these."""
+    folders = {files.folder_of(Path(path)).resolve() for path in paths}
+    with ExitStack() as stack:
+        for folder in sorted(folder for folder in folders if folder.is_dir()):
+            stack.enter_context(locked(folder))
+        yield
+
+
+def caption_all(args: argparse.Namespace, ranks: Ranks) -> int:
+    """As `run`, in folders that are its alone."""
     # Rank 0 alone looks at the disk: another might look later, when the first captions are written.
     todo, kept, carried = ranks.on_all_ranks(lambda: plan(args) if ranks.rank == 0 else ([], {}, {}))
     todo = [Picture(Path(path), Path(folder), name) for path, folder, name in ranks.gather(as_text(todo))[0]]

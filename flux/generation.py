@@ -71,7 +71,7 @@ class Request:
             clip_prompt=self.clip_prompt,
         )
         request.check()
-        pipeline.check_memory(size)
+        pipeline.check_memory(size, request.steps)
         if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once

@@ -162,8 +162,10 @@ class FluxPipeline:
             )
         return h, w
 
-    def check_memory(self, latent_size: tuple[int, int]) -> None:
-        """Raise FluxError where the largest arrays of one step or picture exceed the machine's memory."""
+    def check_memory(self, latent_size: tuple[int, int], steps: int = 1) -> None:
+        """Raise FluxError where the largest arrays of one step or picture exceed the machine's memory, or
+        those that are made of all steps together.
+        """
         (h, w), params = latent_size, self.flow.params
         tokens = h // 2 * (w // 2) + self.spec.t5_length
         hidden = tokens * params.hidden_size * int(4 + params.mlp_ratio) * self.flow.dtype.size
@@ -172,6 +174,8 @@ class FluxPipeline:
         picture = 2 * 4 * 3 * h * w * self.downscale**2  # float32, before and after it is clipped
         size = f"{h * self.downscale}x{w * self.downscale}"
         machine.require(max(hidden + scores, picture), f"a picture of {size}")
+        modulation = params.hidden_size * (12 * params.depth + 3 * params.depth_single_blocks + 2)
+        machine.require(steps * modulation * self.flow.dtype.size, f"a picture of {steps} steps")
 
     def fingerprints(self) -> dict[str, str]:
         """A digest of each file of weights, by what it is: the same on ranks that have the same files."""

@@ -4,7 +4,6 @@ import argparse
 import runpy
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from flux.adapters.adapter import part_of
 from flux.adapters.folders import adapter_files
 from flux.adapters.report import table
 from flux.adapters.writers import WRITERS
-from flux.arguments import adapter, count, run_command
+from flux.arguments import Parser, adapter, count, run_program
 from flux.errors import FluxError
+from flux.outputs import check_writable
 from flux.weights import checkpoints, layouts
 
 FILES = "adapters: files, folders (all in them), patterns such as 'loras/*dog*', or OWNER/NAME[:FILE]"
@@ -26,9 +26,9 @@ MODELS = "schnell, dev, krea, tiny, a folder, or a repository of the Hub"
 NETWORKS = {"flux": "transformer", "clip": "CLIP", "t5": "T5"}
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The program's arguments."""
-    main = argparse.ArgumentParser(prog="python -m flux.adapters", description=__doc__.split(": ", 1)[1])
+    main = Parser(prog="python -m flux.adapters", description=__doc__.split(": ", 1)[1])
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     inspect = commands.add_parser(
@@ -194,9 +194,10 @@ def load_whole(file: str | Path, strict: bool = False) -> Adapter:
 
 
 def check_out(path: Path) -> None:
-    """FluxError where a new file's name does not end with .safetensors."""
+    """FluxError where an adapter could not be written there, before the long work."""
     if path.suffix != ".safetensors":
         raise FluxError(f"{path}: the new file's name should end with .safetensors")
+    check_writable(path)
 
 
 def run_merge(options: argparse.Namespace) -> int:
@@ -248,8 +249,13 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["grid"]:  # stands above this package, which does not import it
         return runpy.run_module("flux.evaluation")["main"](arguments)
+    return run_program(lambda _: run(arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command that the arguments name; the exit status."""
     options = parser().parse_args(arguments)
-    return run_command(partial(options.run, options))
+    return options.run(options)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from flux.errors import FluxError
 from flux.models.florence2 import Florence2, GenerationParams, generate
 from flux.weights import florence2
 
+MOST_BEAMS = 100
 MAX_SIDE = 4096  # of the pictures that a captioner may ask for; Florence-2 asks for 768
 
 
@@ -43,6 +44,8 @@ class Captioner:
         known, limit = self.generation, self.model.language_model.max_tokens
         if max_tokens is not None and max_tokens > limit:
             raise FluxError(f"answers of {max_tokens} tokens; the captioner writes {limit} at most")
+        if beams is not None and beams > MOST_BEAMS:
+            raise FluxError(f"a search with {beams} beams; {MOST_BEAMS} are the most")
         self.generation = replace(
             known,
             num_beams=known.num_beams if beams is None else beams,

@@ -37,10 +37,15 @@ def find(paths: Iterable[str | Path], passed_over: Iterable[Path] = ()) -> list[
             files = [file for file in in_folder(path, disk) if file.resolve() not in passed]
         if not files:
             raise FluxError(f"{path}: no pictures in it, nor in its sub-folders")
-        folder = path if path.is_dir() else path.parent
+        folder = folder_of(path)
         for file in files:
             found.setdefault(file.resolve(), Picture(file, folder, file.relative_to(folder).as_posix()))
     return list(found.values())
+
+
+def folder_of(path: Path) -> Path:
+    """The folder whose list the pictures of a folder, or a picture, belong in."""
+    return path if path.is_dir() else path.parent
 
 
 def in_folder(folder: Path, disk: Disk) -> list[Path]:

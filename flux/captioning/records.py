@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flux import outputs
 from flux.captioning.files import Picture
 from flux.data import files, folders, lists
 from flux.data.files import nfc
@@ -174,14 +175,11 @@ def _text(path: Path) -> str | None:
 
 def _replace(path: Path, text: str) -> None:
     """Writes beside the file, then renames: the file is never there in part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        partial.write_bytes(text.encode())
-        os.replace(partial, path)
+        with outputs.replacing(path) as partial:
+            partial.write_bytes(text.encode())
     except OSError as error:
         raise FluxError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _as_lines(rows: list[Row]) -> str:

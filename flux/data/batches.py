@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
@@ -141,7 +142,7 @@ class Plan:
         """All captions of the first epochs and of the validation, each once: what must be encoded."""
         trained = (self._caption(i, epoch) for epoch in range(epochs) for i in range(len(self.items)))
         validated = (entry.caption for batch in self.validation() for entry in batch.entries)
-        return list(dict.fromkeys([*trained, *validated]))
+        return list(dict.fromkeys(chain(trained, validated)))
 
     def variants(self) -> list[tuple[Placed, int]]:
         """All (picture, repeat) of the training and the validation, each once: what must be encoded."""

@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-from functools import partial
 from pathlib import Path
 
 import flux  # before mlx.core, so that OpenBLAS is there first
 from flux import images
-from flux.arguments import finite, run_command, size
+from flux.arguments import Parser, count, finite, run_program, size
 from flux.errors import FluxError
 from flux.evaluation import clip_similarity
 from flux.evaluation.grid import STRENGTHS, grid
@@ -17,9 +16,9 @@ from flux.pipeline import FluxPipeline
 from flux.weights.quantize import report
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The program's arguments."""
-    main = argparse.ArgumentParser(prog="python -m flux.evaluation", description=__doc__.split(": ", 1)[1])
+    main = Parser(prog="python -m flux.evaluation", description=__doc__.split(": ", 1)[1])
     add_grid(main.add_subparsers(dest="command", required=True, metavar="COMMAND"))
     return main
 
@@ -55,7 +54,7 @@ def add_grid(commands: argparse._SubParsersAction) -> None:
     )
     add("--seed", nargs="+", type=int, default=[0], metavar="N", help="a row for each (default 0)")
     add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's")
-    add("--steps", type=int, metavar="N", help="denoising steps; default: the model's")
+    add("--steps", type=count, metavar="N", help="denoising steps; default: the model's")
     add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="the model to 4 or 8 bits a weight")
     add("--output", type=Path, default=Path("grid.png"), metavar="FILE", help="*.png (default grid.png)")
     show.set_defaults(run=run_grid)
@@ -94,8 +93,13 @@ def run_grid(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; its exit status: 0, or 2 for bad input."""
+    return run_program(lambda _: run(arguments))
+
+
+def run(arguments: list[str] | None) -> int:
+    """Run the command that the arguments name; the exit status."""
     options = parser().parse_args(arguments)
-    return run_command(partial(options.run, options))
+    return options.run(options)
 
 
 if __name__ == "__main__":

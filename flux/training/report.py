@@ -1,13 +1,12 @@
 """What a training leaves behind of its numbers: lines of JSON, and the plots that are drawn from them."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flux import images
+from flux import images, outputs
 from flux.errors import FluxError
 from flux.training.plots import Curve, figure
 
@@ -29,9 +28,7 @@ class Events:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_file():
                 lines = [line for line in read_lines(path) if number(line.get(position), np.inf) <= kept]
-                partial = path.with_suffix(".partial")
-                partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-                os.replace(partial, path)
+                write_whole(path, "".join(json.dumps(line) + "\n" for line in lines))
         except OSError as error:
             raise FluxError(f"{path}: cannot be written: {error.strerror}") from None
 
@@ -61,12 +58,10 @@ def read_lines(path: Path) -> list[Line]:
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all. FluxError where the disk refuses."""
-    partial = path.with_suffix(".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        with outputs.replacing(path) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise FluxError(f"{path}: cannot be written: {error.strerror}") from None
 
 

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from flux.errors import FluxError
+from flux.outputs import flush
 from flux.weights import tensors
 
 Value = TypeVar("Value")
@@ -81,12 +82,13 @@ class States:
             checksums = {"arrays": _file_checksum(partial / STATE), "table": _table_checksum(table)}
             with (partial / PROGRESS).open("w", encoding="utf-8") as file:
                 json.dump({**table, CHECKSUMS: checksums}, file)
-                file.flush()
-                os.fsync(file.fileno())
+            for path in (partial / PROGRESS, partial):
+                flush(path)
             if target.exists():  # never half of it: a kill while it is removed leaves the state before
                 shutil.rmtree(replaced, ignore_errors=True)
                 os.rename(target, replaced)
             os.rename(partial, target)
+            flush(self._folder)
             shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(partial, ignore_errors=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 import regex
 import sentencepiece
 
+from flux import outputs
 from flux.captioning.tokenizer import FLORENCE_TOKENS, BartTokenizer
 from flux.tokenizers import CLIPTokenizer, byte_letters
 
@@ -119,9 +120,8 @@ def save_bart(vocab: dict[str, int], merges: list[str], folder: Path) -> None:
     config |= {"cls_token": "<s>", "sep_token": "</s>", "extra_special_tokens": {"image_token": IMAGE_TOKEN}}
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in (("tokenizer_config", config), ("tokenizer", content)):
-        partial = folder / f"{name}.partial"
-        partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-        partial.replace(folder / f"{name}.json")
+        with outputs.replacing(folder / f"{name}.json") as partial:
+            partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
 
 def train_t5(captions: Iterable[str], size: int, file: Path) -> None:

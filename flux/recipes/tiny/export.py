@@ -3,10 +3,12 @@
 python -m flux.recipes.tiny.export --run DIR --output flux/assets/tiny
 """
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from flux.arguments import described
+from flux.arguments import described, run_program
+from flux.distributed.ranks import Ranks
 from flux.models.autoencoder import AutoEncoder
 from flux.recipes.tiny import recipe
 from flux.recipes.tiny.flow import load_tokenizers, make_model
@@ -16,7 +18,12 @@ from flux.weights import registry
 from flux.weights.save import Model, save_diffusers
 
 
-def main() -> None:
+def main() -> int:
+    """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
+    return run_program(run)
+
+
+def run(ranks: Ranks) -> int:
     """Write the trained model as diffusers' folder."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run")
@@ -36,7 +43,8 @@ def main() -> None:
     model = Model(parts.flow, autoencoder, parts.clip, parts.t5, *tokenizers, spec)
     save_diffusers(arguments.output, model)
     print(arguments.output)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,6 +6,7 @@ Alone, or by several processes that share the pictures out:
     mlx.launch -n 2 --backend ring -- python -m flux.recipes.tiny.latents ...
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from flux import images
-from flux.arguments import described
+from flux.arguments import described, run_program
+from flux.distributed.ranks import Ranks
 from flux.models.autoencoder import AutoEncoder
 from flux.recipes.emoji import (
     PAIR,
@@ -96,7 +98,12 @@ def read(file: Path) -> Latents:
     return Latents(training_compositions(recipe.PAIRS), mean, logvar, scale, shift)
 
 
-def main() -> None:
+def main() -> int:
+    """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
+    return run_program(run)
+
+
+def run(ranks: Ranks) -> int:
     """Encode all training pictures and write the file."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder with the trained autoencoder's state")
@@ -106,7 +113,8 @@ def main() -> None:
     mean, logvar = encode_shared(model, training_compositions(recipe.PAIRS))
     if mx.distributed.init().rank() == 0:
         mx.save_safetensors(str(run / "latents.safetensors"), {"mean": mean, "logvar": logvar})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

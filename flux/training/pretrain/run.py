@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
+from flux.outputs import locked
 from flux.training.callbacks import Estimate, Every, Finite, Log, Stop, Stopped, always, interval
 from flux.training.console import Advance, Console
 from flux.training.ema import averaged
@@ -68,7 +69,14 @@ class Run:
         self.networks = self._prepared.networks
 
     def execute(self) -> Path:
-        """Runs all steps that are left; the path of the trained model."""
+        """Runs all steps that are left; the path of the trained model.
+
+        FluxError where another process trains in the folder.
+        """
+        with self._ranks.in_rank_zero(locked(self.folder)):
+            return self._execute()
+
+    def _execute(self) -> Path:
         if self._latest is not None:
             load_state(self.networks, self._latest)
         elif self.config.model_checkpoint is not None:
