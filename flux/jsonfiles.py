@@ -3,8 +3,10 @@
 `json` itself takes any size and depth, the last of two equal keys, NaN, and text that is not Unicode.
 """
 
+import contextlib
 import json
 import math
+import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -31,6 +33,19 @@ def read(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
         return parse_object(read_bytes(path, max_bytes))
     except ValueError as error:
         raise FluxError(f"{path}: {error}") from None
+
+
+def write(path: Path, table: Mapping[str, Any]) -> None:
+    """Writes an object beside the file and renames it. FluxError where the disk refuses."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise FluxError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:

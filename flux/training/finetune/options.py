@@ -28,7 +28,7 @@ SMALL = 256  # a resolution below the usual smallest bucket
 CHANGEABLE = (
     *("iterations", "epochs", "format", "save_every", "save_every_epochs", "state_every", "keep_states"),
     *("shard_base", "data", "trigger", "cache_dir"),
-    *("validate_every", "progress_prompts", "progress_every", "progress_seed"),
+    *("log_every", "validate_every", "progress_prompts", "progress_every", "progress_seed"),
 )
 
 
@@ -66,6 +66,9 @@ class Options:
     restarts: int = option(1, least=1)
     warmup: int | None = option(None, least=0)  # updates
     weight_decay: float | None = option(None, least=0)  # 0.01 for AdamW, else 0
+    adam_beta1: float | None = option(None, least=0, below=1)  # the optimizer's own, as the next two
+    adam_beta2: float | None = option(None, least=0, below=1)
+    adam_epsilon: float | None = option(None, above=0)
     clip_norm: float = option(1.0, least=0)  # 0: none
     ema: float | None = option(None, least=0, below=1)
     # auto: schnell's four times for a model of its kind, else sigmoid
@@ -82,7 +85,8 @@ class Options:
     shard_base: bool = False  # over the ranks; with grad_checkpoint
     seed: int = option(0, least=0, most=MAX_SEED)
 
-    validate_every: int = option(100, least=1)  # iterations, as the following
+    log_every: int | None = option(None, least=1)  # iterations, as the following; a twentieth of the run
+    validate_every: int = option(100, least=1)
     progress_prompts: tuple[str, ...] = ()
     progress_every: int = option(500, least=1)
     progress_seed: int = option(0, least=0, most=MAX_SEED)
@@ -113,6 +117,11 @@ class Options:
     def peak_rate(self) -> float:
         """The learning rate, also where the optimizer decides it."""
         return self.learning_rate or (1.0 if self.optimizer == "prodigy" else 1e-4)
+
+    @property
+    def file(self) -> str:
+        """The name of the adapter's file at the end."""
+        return f"{self.name or 'final_adapters'}.safetensors"
 
     def resolved(self) -> "Options":
         """With what follows from other options filled in, and files by their whole paths."""
@@ -224,6 +233,12 @@ def shown(name: str) -> str:
         "schedule": "lr-schedule",
         "delta": "huber-delta",
         "delta_schedule": "huber-schedule",
+        "num_repeats": "repeats",
+        "class_tokens": "class-prompt",
+        "enable_bucket": "buckets",
+        "bucket_no_upscale": "no-upscale",
+        "flip_aug": "flip",
+        "caption_dropout_rate": "caption-dropout",
     }
     return "--" + other.get(name, name.replace("_", "-"))
 

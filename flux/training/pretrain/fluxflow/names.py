@@ -115,7 +115,7 @@ class Notes:
 
 
 def rename(table: Table, section: str) -> None:
-    """Gives the keys of a section our names. Of a switch with two names either turns it on."""
+    """Gives keys their names here, in place; of two switches of one name either is enough."""
     for old, new in RENAMED[section].items():
         if old in table:
             value = table.pop(old)
@@ -124,7 +124,7 @@ def rename(table: Table, section: str) -> None:
 
 
 def drop_unused(table: Table, section: str, where: str, notes: Notes) -> None:
-    """Takes out the keys that are not used here, with a note why for each."""
+    """Takes out, in place, and notes what has no effect here. A key that is null is not noted."""
     for name, reason in UNUSED[section].items():
         if table.pop(name, None) is not None:
             notes.add(reason, f"{where}.{name}")
