@@ -3,7 +3,8 @@
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from flux.captioning.tasks import TASKS, Task
 from flux.captioning.wording import Wording
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
+from flux.outputs import locked
 from flux.weights import checkpoints, quantize
 from flux.weights.registry import CAPTIONERS
 
@@ -46,6 +48,7 @@ def words(text: str) -> str:
 
 
 def build_parser() -> Parser:
+    """The program's arguments."""
     parser = Parser(description="Caption pictures for a training set, with Florence-2.", epilog=SEVERAL)
 
     add = parser.add_argument_group("what to caption").add_argument
@@ -59,7 +62,7 @@ def build_parser() -> Parser:
     add("--quantize", type=int, choices=quantize.BITS, metavar="BITS", help="to 4 or 8 bits a weight")
     add("--batch-size", type=count, default=4, metavar="N", help="pictures at once on each rank (default: 4)")
 
-    group = parser.add_argument_group("what to ask (beams and tokens: where not given, the model's own)")
+    group = parser.add_argument_group("what to ask (beams and tokens: where not given, the model's)")
     asked = group.add_mutually_exclusive_group().add_argument
     asked("--task", choices=CAPTIONS, default="caption", help="how long a caption (default: caption)")
     asked("--prompt", type=words, metavar="TEXT", help="ask this instead of one of the tasks")
@@ -88,9 +91,25 @@ FORMAT = "jsonl: train.jsonl in the folder (default); txt: a file beside each pi
 
 def run(args: argparse.Namespace, ranks: Ranks) -> int:
     """Caption what is to be captioned, and print where the captions are. Returns the exit status."""
+    with ranks.in_rank_zero(nullcontext() if args.dry_run else locked_folders(args.paths)):
+        return caption_all(args, ranks)
+
+
+@contextmanager
+def locked_folders(paths: list[str]) -> Iterator[None]:
+    """The block while no other process writes captions into the folders of these."""
+    folders = {files.folder_of(Path(path)).resolve() for path in paths}
+    with ExitStack() as stack:
+        for folder in sorted(folder for folder in folders if folder.is_dir()):
+            stack.enter_context(locked(folder))
+        yield
+
+
+def caption_all(args: argparse.Namespace, ranks: Ranks) -> int:
+    """As `run`, in folders that are its alone."""
     # Rank 0 alone looks at the disk: another might look later, when the first captions are written.
     todo, kept, carried = ranks.on_all_ranks(lambda: plan(args) if ranks.rank == 0 else ([], {}, {}))
-    todo = [Picture(Path(path), Path(home), name) for path, home, name in ranks.gather(as_text(todo))[0]]
+    todo = [Picture(Path(path), Path(folder), name) for path, folder, name in ranks.gather(as_text(todo))[0]]
     if args.dry_run:
         if ranks.rank == 0:
             print(*(picture.path for picture in todo), sep="\n", end="\n" * bool(todo))
@@ -135,10 +154,12 @@ def plan(args: argparse.Namespace) -> tuple[list[Picture], dict[Picture, str], d
 
 
 def as_text(pictures: Iterable[Picture]) -> list[tuple[str, str, str]]:
-    return [(str(picture.path), str(picture.home), picture.name) for picture in pictures]
+    """Pictures as texts that ranks can send: path, folder and name."""
+    return [(str(picture.path), str(picture.folder), picture.name) for picture in pictures]
 
 
 def load(args: argparse.Namespace) -> Captioner:
+    """The captioner, set up as asked."""
     folder = checkpoints.find_captioner(args.model)
     captioner = Captioner.from_folder(folder, checkpoints.default_dtype())
     captioner.search(args.beams, args.max_tokens)
@@ -161,8 +182,8 @@ def caption(
         for start in range(0, len(todo), args.batch_size * ranks.size):
             batch = todo[start : start + args.batch_size * ranks.size]
             share = batch[ranks.rank :: ranks.size]
-            own = ranks.on_all_ranks(partial(caption_batch, captioner, share, task, args.prompt))
-            gathered = ranks.gather(own)
+            answered = ranks.on_all_ranks(partial(caption_batch, captioner, share, task, args.prompt))
+            gathered = ranks.gather(answered)
             answers = merge(found for found, _ in gathered)
             skipped |= merge(faults for _, faults in gathered)
             captions = {
@@ -176,6 +197,7 @@ def caption(
 
 
 def merge(dicts: Iterable[dict[str, str]]) -> dict[str, str]:
+    """Dictionaries as one."""
     return {key: value for each in dicts for key, value in each.items()}
 
 
@@ -213,11 +235,12 @@ def finish(args: argparse.Namespace, found: list[Picture]) -> None:
         folders = Counter(picture.path.parent for picture in captions)
         print(*(f"{folder}/*.txt" for folder in folders), sep="\n", end="\n" * bool(folders))
     else:
-        paths = dict.fromkeys(records.place(picture, args.format) for picture in captions)
+        paths = dict.fromkeys(records.caption_file(picture, args.format) for picture in captions)
         print(*paths, sep="\n", end="\n" * bool(paths))
 
 
 def report(line: str) -> None:
+    """Print a line beside the results, which go to stdout."""
     print(line, file=sys.stderr)
 
 

@@ -24,6 +24,8 @@ from flux.weights import quantize
 from flux.workflows import comfyui
 from flux.workflows.options import shown, to_options
 
+MOST_PICTURES = 100_000  # of one grid, or one prompt of a folder
+
 
 def main() -> int:
     """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
@@ -142,6 +144,8 @@ def check(args: argparse.Namespace) -> None:
     if args.fuse_adapter and not args.adapter:
         raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
     pictures = (1 if args.prompts_folder else len(args.prompts)) * args.n_images
+    if pictures > MOST_PICTURES:
+        raise FluxError(f"--n-images {args.n_images} makes {pictures} pictures; {MOST_PICTURES} are the most")
     if args.n_rows and args.n_rows > pictures and not args.save_raw:
         raise FluxError(f"--n-rows {args.n_rows} is more than there are pictures ({pictures})")
     if args.prompts_folder:

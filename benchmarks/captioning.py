@@ -2,7 +2,7 @@
 
     python -m benchmarks.captioning [--size tiny|mid|base] [--batch N] [--beams N] [--tokens N] [--json FILE]
 
-Weights are random, pictures noise. Every measurement is a process of its own: its peak is the growth of the
+Weights are random, pictures noise. Every measurement is a separate process: its peak is the growth of the
 resident set since the weights' file was about to be read. The outputs of both programs are compared: the
 features of the vision tower by their distance, the answers token by token.
 """
@@ -10,10 +10,7 @@ features of the vision tower by their distance, the answers token by token.
 import argparse
 import json
 import platform
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -22,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import flux  # noqa: F401  (before mlx.core: it puts OpenBLAS into the process)
-from benchmarks.measure import peak_memory
+from benchmarks.measure import in_a_process, peak_memory, show, timed
 
 # widths and depths of the vision tower's stages; width and layers of the language model; the picture's side.
 SIZES = {
@@ -79,7 +76,7 @@ def write(size: dict, batch: int, folder: Path) -> None:
 
     (folder / "config.json").write_text(json.dumps(config(size)))
     mx.random.seed(0)
-    network = Florence2(florence2.params(config(size)))
+    network = Florence2(florence2.params(florence2.read_json(folder, "config.json")))
     weights = florence2.to_transformers(dict(tree_flatten(network.parameters())))
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "pt"})
     pictures = np.random.default_rng(0).standard_normal((batch, size["side"], size["side"], 3), np.float32)
@@ -136,27 +133,22 @@ def measure(part: str, program: str, options: dict, folder: Path, repeats: int) 
         torch.set_grad_enabled(False)
     before = peak_memory()
     call = (flux_call if program == "flux" else reference_call)(part, options, folder)
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        result = call()
-        times.append(time.perf_counter() - start)
+    result, times = timed(call, lambda _: None, repeats)
     peak = peak_memory() - before
     np.save(folder / f"{program}.npy", result)
-    return {"seconds": min(times[1:]), "first": times[0], "peak": peak}
+    return times | {"peak": peak}
 
 
 def run(part: str, options: dict, repeats: int) -> dict:
-    """Both programs on one part, each in a process of its own; seconds are those of one picture."""
+    """Both programs on one part, each in a separate process; seconds are those of one picture."""
     row = {"part": part, **options}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write(SIZES[options["size"]], options["batch"], folder)
         for program in PROGRAMS if find_spec("transformers") else PROGRAMS[:1]:
-            command = [sys.executable, "-m", "benchmarks.captioning", "--measure", part, program, name]
-            command += [f"--{key}={value}" for key, value in options.items()] + [f"--repeats={repeats}"]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-            row[program] = json.loads(output.splitlines()[-1])
+            arguments = ["--measure", part, program, name, f"--repeats={repeats}"]
+            arguments += [f"--{key}={value}" for key, value in options.items()]
+            row[program] = in_a_process("benchmarks.captioning", arguments)
             for key in ("seconds", "first"):
                 row[program][key] /= options["batch"]
         if "reference" in row:
@@ -166,16 +158,6 @@ def run(part: str, options: dict, repeats: int) -> dict:
             else:
                 row["error"] = float(np.mean(ours != theirs))  # the share of tokens that differ
     return row
-
-
-def show(row: dict) -> str:
-    ours, theirs = row["flux"], row.get("reference")
-    line = f"{row['part']:<11}{ours['seconds']:>9.3f} s{ours['peak'] / 1e6:>8.0f} MB"
-    if theirs:
-        line += f"{theirs['seconds']:>12.3f} s{theirs['peak'] / 1e6:>8.0f} MB"
-        line += f"{ours['seconds'] / theirs['seconds']:>8.2f} x{ours['peak'] / theirs['peak']:>8.2f} x"
-        line += f"{row['error']:>12.1e}"
-    return line
 
 
 def main() -> None:

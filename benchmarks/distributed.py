@@ -100,9 +100,9 @@ def measure(hidden: int, tokens: int, file: Path) -> dict[str, float]:
 def start(size: int, options: list[str]) -> list[dict[str, float]]:
     """What each of so many ranks measures."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(size)]
-    hosts = [[f"127.0.0.1:{own.getsockname()[1]}"] for own in sockets]
-    for own in sockets:
-        own.close()
+    hosts = [[f"127.0.0.1:{each.getsockname()[1]}"] for each in sockets]
+    for each in sockets:
+        each.close()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "hosts.json").write_text(json.dumps(hosts))
         variables = {"MLX_HOSTFILE": str(Path(folder) / "hosts.json")} if size > 1 else {}

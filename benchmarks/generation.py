@@ -2,24 +2,23 @@
 
     python -m benchmarks.generation [--size tiny|mid|full-width] [--parts step decode ...] [--json FILE]
 
-Every measurement is a process of its own: its peak is the growth of the resident set since the weights' file
+Every measurement is a separate process: its peak is the growth of the resident set since the weights' file
 was about to be read. The outputs of both programs are compared, so that a fast wrong answer shows.
 """
 
 import argparse
 import json
 import platform
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
 import flux  # noqa: F401  (before mlx.core: it puts OpenBLAS into the process)
-from benchmarks.measure import peak_memory
+from benchmarks.measure import in_a_process, peak_memory, show, timed
 
 # hidden: the transformer's width (heads of 128), at `tokens` picture tokens; ch: the autoencoder's width.
 SIZES = {
@@ -40,20 +39,20 @@ NETWORK_OF = {"step": "transformer", "modulation": "transformer", "decode": "ae"
 PROGRAMS = ("flux", "reference")
 
 
-def shapes(part: str, size: dict):
-    """Our parameters of the part's network, and the reference's configuration."""
+def shapes(part: str, size: dict) -> tuple[Any, dict[str, Any]]:
+    """The params of the part's network, of that network's class, and the reference's configuration."""
     if part in ("step", "modulation"):
         from flux.models.transformer import FluxParams
 
         heads = size["hidden"] // 128
-        ours = FluxParams(
+        flow = FluxParams(
             hidden_size=size["hidden"],
             num_heads=heads,
             depth=size["depth"],
             depth_single_blocks=size["single"],
             context_in_dim=1024,
         )
-        return ours, {
+        return flow, {
             "num_layers": size["depth"],
             "num_single_layers": size["single"],
             "num_attention_heads": heads,
@@ -65,11 +64,11 @@ def shapes(part: str, size: dict):
     if part in ("decode", "encode"):
         from flux.models.autoencoder import AutoEncoderParams
 
-        ours = AutoEncoderParams(ch=size["ch"])
-        return ours, {
-            "block_out_channels": [size["ch"] * m for m in ours.ch_mult],
-            "layers_per_block": ours.num_res_blocks,
-            "latent_channels": ours.z_channels,
+        ae = AutoEncoderParams(ch=size["ch"])
+        return ae, {
+            "block_out_channels": [size["ch"] * m for m in ae.ch_mult],
+            "layers_per_block": ae.num_res_blocks,
+            "latent_channels": ae.z_channels,
             "down_block_types": ["DownEncoderBlock2D"] * 4,
             "up_block_types": ["UpDecoderBlock2D"] * 4,
             "use_quant_conv": False,
@@ -78,21 +77,25 @@ def shapes(part: str, size: dict):
     if part == "t5":
         from flux.models.t5 import T5Params
 
-        ours = T5Params(d_model=size["hidden"], d_ff=3 * size["hidden"], num_layers=4, num_heads=8)
+        t5 = T5Params(d_model=size["hidden"], d_ff=3 * size["hidden"], num_layers=4, num_heads=8)
         names = ("vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "d_kv")
-        return ours, {name: getattr(ours, name) for name in names} | {"feed_forward_proj": "gated-gelu"}
+        return t5, {name: getattr(t5, name) for name in names} | {"feed_forward_proj": "gated-gelu"}
     from flux.models.clip import CLIPTextParams
 
-    ours = CLIPTextParams()  # CLIP-L is small enough to be measured whole
-    return ours, {"eos_token_id": 49407, "bos_token_id": 49406} | {
-        name: getattr(ours, name)
+    clip = CLIPTextParams()  # CLIP-L is small enough to be measured whole
+    return clip, {"eos_token_id": 49407, "bos_token_id": 49406} | {
+        name: getattr(clip, name)
         for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     }
 
 
 def inputs(part: str, size: dict) -> dict[str, np.ndarray]:
+    """What the part is given, at random and the same on each call."""
     rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.standard_normal(shape, dtype=np.float32)  # noqa: E731
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.standard_normal(shape, dtype=np.float32)
+
     side, tokens = size["side"], size["tokens"]
     if part in ("step", "modulation"):
         ids = np.zeros((tokens, 3), np.float32)
@@ -109,10 +112,10 @@ def inputs(part: str, size: dict) -> dict[str, np.ndarray]:
     if part == "encode":
         return {"x": np.tanh(normal(1, side, side, 3))}
     length, words = (size["text"], 32128) if part == "t5" else (77, 49405)
-    tokens = rng.integers(3, words, (1, length))
+    ids = rng.integers(3, words, (1, length))
     if part == "clip":
-        tokens[:, -1] = 49407
-    return {"tokens": tokens}
+        ids[:, -1] = 49407
+    return {"tokens": ids}
 
 
 # --- Our side ---
@@ -132,7 +135,7 @@ def write_weights(part: str, size: dict, folder: Path) -> None:
     mx.save_safetensors(str(folder / "weights.safetensors"), keymaps.to_file(kind, weights, diffusers=True))
 
 
-def flux_call(part: str, size: dict, folder: Path):
+def flux_call(part: str, size: dict, folder: Path) -> Callable[[], Any]:
     """A function without arguments that does the part's work once and returns a numpy array."""
     import mlx.core as mx
 
@@ -140,8 +143,10 @@ def flux_call(part: str, size: dict, folder: Path):
     from flux.weights.checkpoints import NETWORKS
 
     kind = NETWORK_OF.get(part, part)
-    network = NETWORKS[kind](shapes(part, size)[0])
-    weights = keymaps.to_ours(kind, mx.load(str(folder / "weights.safetensors")))
+    network: Any = NETWORKS[kind](shapes(part, size)[0])
+    found = cast(dict[str, mx.array], mx.load(str(folder / "weights.safetensors")))
+    weights = keymaps.to_ours(kind, found)
+    del found
     network.load_weights(list(weights.items()))
     x = {name: mx.array(value) for name, value in np.load(folder / "inputs.npz").items()}
     guidance, time_ = mx.array([3.5]), mx.array([0.7])
@@ -167,19 +172,21 @@ def flux_call(part: str, size: dict, folder: Path):
 # --- The reference's side ---
 
 
-def reference_call(part: str, size: dict, folder: Path):
+def reference_call(part: str, size: dict, folder: Path) -> Callable[[], Any]:
+    """As `flux_call`, by diffusers or transformers."""
     import torch
     from safetensors.torch import load_file
 
     config = shapes(part, size)[1]
+    network: Any  # diffusers has no types
     if part in ("step", "modulation"):
-        from diffusers import FluxTransformer2DModel as Network
+        from diffusers import FluxTransformer2DModel
 
-        network = Network(**config)
+        network = FluxTransformer2DModel(**config)
     elif part in ("decode", "encode"):
-        from diffusers import AutoencoderKL as Network
+        from diffusers import AutoencoderKL
 
-        network = Network(**config)
+        network = AutoencoderKL(**config)
     elif part == "t5":
         from transformers import T5Config, T5EncoderModel
 
@@ -219,55 +226,40 @@ def measure(part: str, program: str, size: dict, folder: Path, repeats: int) -> 
 
         import flux.weights.checkpoints  # noqa: F401  (what is imported is not the part's memory)
 
-        evaluate, numpy = mx.eval, np.array
+        evaluate: Callable[[Any], Any] = mx.eval
+        numpy: Callable[[Any], np.ndarray] = np.array
     else:
         import diffusers
         import torch
         import transformers  # noqa: F401
 
-        diffusers.logging.set_verbosity_error()
+        diffusers.utils.logging.set_verbosity_error()
         torch.set_grad_enabled(False)
         evaluate, numpy = (lambda x: x), (lambda x: x.numpy())
     before = peak_memory()
     call = (flux_call if program == "flux" else reference_call)(part, size, folder)
-    times = []
-    for _ in range(repeats + 1):
-        start = time.perf_counter()
-        result = call()
-        evaluate(result)
-        times.append(time.perf_counter() - start)
+    result, times = timed(call, evaluate, repeats)
     peak = peak_memory() - before
     np.save(folder / f"{program}.npy", numpy(result))
-    return {"seconds": min(times[1:]), "first": times[0], "peak": peak}
+    return times | {"peak": peak}
 
 
 def run(part: str, size: str, repeats: int) -> dict:
-    """Both programs on one part, each in a process of its own."""
-    row = {"part": part, "size": size}
+    """Both programs on one part, each in a separate process."""
+    row: dict[str, Any] = {"part": part, "size": size}
+    arrays: dict[str, Any] = dict(inputs(part, SIZES[size]))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        np.savez(folder / "inputs.npz", **inputs(part, SIZES[size]))
+        np.savez(folder / "inputs.npz", **arrays)
         write_weights(part, SIZES[size], folder)
         programs = PROGRAMS if find_spec("diffusers") and part != "modulation" else PROGRAMS[:1]
         for program in programs:
-            command = [sys.executable, "-m", "benchmarks.generation", "--size", size]
-            command += ["--measure", part, program, name, "--repeats", str(repeats)]
-            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            row[program] = json.loads(output.splitlines()[-1])
+            options = ["--size", size, "--measure", part, program, name, "--repeats", repeats]
+            row[program] = in_a_process("benchmarks.generation", options)
         if "reference" in row:
             ours, theirs = (np.load(folder / f"{program}.npy") for program in PROGRAMS)
             row["error"] = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
     return row
-
-
-def show(row: dict) -> str:
-    ours, theirs = row["flux"], row.get("reference")
-    line = f"{row['part']:<11}{ours['seconds']:>9.3f} s{ours['peak'] / 1e6:>8.0f} MB"
-    if theirs:
-        line += f"{theirs['seconds']:>12.3f} s{theirs['peak'] / 1e6:>8.0f} MB"
-        line += f"{ours['seconds'] / theirs['seconds']:>8.2f} x{ours['peak'] / theirs['peak']:>8.2f} x"
-        line += f"{row['error']:>12.1e}"
-    return line
 
 
 def main() -> None:

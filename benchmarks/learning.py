@@ -140,14 +140,14 @@ def main() -> None:
 
     report("before", {subject: questions(subject) for subject in args.subject} | {"known": known}, [])
     for subject in args.subject:
-        own = folder / subject.replace(" ", "_")
+        run = folder / subject.replace(" ", "_")
         start, cpu = time.perf_counter(), time.process_time()
-        path = train(own, subject, **settings)
+        path = train(run, subject, **settings)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         print(f"{subject}: learned in {seconds:.0f} s, {cpu:.0f} s of CPU", flush=True)
         report("after", {subject: questions(subject), "known": known}, [path])
         for name in WRITERS if args.formats else ():
-            file = own / f"{name}.safetensors"
+            file = run / f"{name}.safetensors"
             adapters.save(file, adapters.load(path), name)
             report(f"after, as {name}", {subject: questions(subject)}, [file])
 

@@ -14,24 +14,36 @@ from mlx.utils import tree_map
 
 
 @mx.custom_function
-def product(a: mx.array, b: mx.array) -> mx.array:
-    """(..., M, K) and (..., K, N) -> (..., M, N)."""
+def _product(a: mx.array, b: mx.array) -> mx.array:
     return a[..., :1] + b[..., :1, :]
 
 
-@product.vjp
+def product(a: mx.array, b: mx.array) -> mx.array:
+    """(..., M, K) and (..., K, N) -> (..., M, N)."""
+    out = _product(a, b)
+    assert isinstance(out, mx.array)  # MLX's types call it an object
+    return out
+
+
+@_product.vjp
 def _product_vjp(inputs: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
     a, b = inputs
     return product(cotangent, b.swapaxes(-1, -2)), product(a.swapaxes(-1, -2), cotangent)
 
 
 @mx.custom_function
-def quantized(x: mx.array, rows: mx.array) -> mx.array:
-    """(..., in) and (out,) -> (..., out)."""
+def _quantized(x: mx.array, rows: mx.array) -> mx.array:
     return x[..., :1] + rows
 
 
-@quantized.vjp
+def quantized(x: mx.array, rows: mx.array) -> mx.array:
+    """(..., in) and (out,) -> (..., out)."""
+    out = _quantized(x, rows)
+    assert isinstance(out, mx.array)  # MLX's types call it an object
+    return out
+
+
+@_quantized.vjp
 def _quantized_vjp(
     inputs: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
 ) -> tuple[mx.array, ...]:

@@ -4,12 +4,12 @@
     python -m benchmarks.training --memory [--size tiny|mid]     # memory alone: quick, also of quantized ones
     python -m benchmarks.training --dev [--sides 512 1024]        # FLUX.1-dev's step, bfloat16 on 4 bits
 
-Every measurement is a process of its own. Two peaks: the growth of the resident set, which can be had of
-both programs, and MLX's own count with its operations one after the other. On a CPU, MLX hands out memory up
+Every measurement is a separate process. Two peaks: the growth of the resident set, which can be had of
+both programs, and MLX's count with its operations one after the other. On a CPU, MLX hands out memory up
 to a hundred operations ahead; the second peak is without that, and is the one that the calculation needs.
 
 The reference is diffusers with PEFT: the same weights, noise and times, and the same layers; its qkv is in
-three parts, each with matrices of its own. An adapter begins as no change, so both losses must be equal.
+three parts, each with separate matrices. An adapter begins as no change, so both losses must be equal.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 from unittest import mock
 
 import numpy as np
@@ -64,6 +65,7 @@ STACKS = ((1, 1), (2, 1), (1, 2))
 
 
 def params_of(size: dict) -> FluxParams:
+    """The transformer of this size."""
     return generation.shapes("step", size)[0]
 
 
@@ -71,7 +73,10 @@ def batch_of(params: FluxParams, tokens: int, text: int, dtype: mx.Dtype = mx.fl
     """A picture's moments and its text, at random, as `FlowLoss` takes them."""
     side = 2 * int(tokens**0.5)
     key = iter(mx.random.split(mx.random.key(0), 4))
-    normal = lambda *shape: mx.random.normal(shape, key=next(key)).astype(dtype)  # noqa: E731
+
+    def normal(*shape: int) -> mx.array:
+        return mx.random.normal(shape, key=next(key)).astype(dtype)
+
     return {
         "mean": normal(1, side, side, params.in_channels // 4),
         "logvar": normal(1, side, side, params.in_channels // 4),
@@ -102,7 +107,7 @@ def _train_adapter(flow: Flux, batch: dict, checkpoint: bool, rank: int, optimiz
     flow.freeze()
     adapters = Adapters(flow)
     new = new_adapter(flow, targets(flow), rank, rank, mx.random.key(1))
-    adapters.add(new, name="new", learns=True)
+    adapters.add(new, name="new", trainable=True)
     adapters.freeze_all_but("new")
     if checkpoint:
         checkpoint_blocks(flow)
@@ -156,7 +161,7 @@ def measure(variant: str, size: dict, folder: Path, repeats: int, memory_only: b
         return measure_reference(variant, size, folder, repeats)
     before = peak_memory()
     flow = Flux(params_of(size))
-    weights = keymaps.to_ours("transformer", mx.load(str(folder / "weights.safetensors")))
+    weights = keymaps.to_ours("transformer", _weights(folder))
     flow.load_weights(list(weights.items()))
     del weights  # those that get quantized are not needed
     batch = batch_of(flow.params, size["tokens"], size["text"])
@@ -173,15 +178,19 @@ def measure(variant: str, size: dict, folder: Path, repeats: int, memory_only: b
         return clock.fastest() | {"peak": resident, "mlx": step_peak(trainer), "loss": loss[0]}
 
 
+def _weights(folder: Path) -> dict[str, mx.array]:
+    return cast(dict[str, mx.array], mx.load(str(folder / "weights.safetensors")))
+
+
 def measure_reference(variant: str, size: dict, folder: Path, repeats: int) -> dict[str, float]:
     import diffusers
     import peft
     import torch
     from safetensors.torch import load_file
 
-    diffusers.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity_error()
     before = peak_memory()
-    network = diffusers.FluxTransformer2DModel(**generation.shapes("step", size)[1])
+    network: Any = diffusers.FluxTransformer2DModel(**generation.shapes("step", size)[1])
     network.load_state_dict(load_file(folder / "weights.safetensors"))
     layers = (
         r"(?:single_)?transformer_blocks\.\d+\.(?:attn\.(?:to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)"
@@ -219,9 +228,10 @@ def write_inputs(size: dict, folder: Path) -> None:
         "encoder_hidden_states": batch["t5"],
         "pooled_projections": batch["clip"],
         "timestep": times,
-        "img_ids": sampler.image_positions(x0.shape[1:3])[0],
+        "img_ids": sampler.image_positions((x0.shape[1], x0.shape[2]))[0],
     }
-    np.savez(folder / "inputs.npz", **{name: np.array(array) for name, array in arrays.items()})
+    saved: dict[str, Any] = {name: np.array(array) for name, array in arrays.items()}
+    np.savez(folder / "inputs.npz", **saved)
 
 
 def run(variants: list[str], size: str, repeats: int, memory_only: bool) -> dict[str, dict]:
@@ -329,6 +339,7 @@ def main() -> None:
         side, double, single, share = args.measure_dev
         print(json.dumps(measure_dev(side, double, single, args.rank, share)))
         return
+    rows: list[dict] | dict[str, dict]
     if args.dev:
         rows = run_dev(args.sides, args.rank, args.share)
     else:

@@ -1,7 +1,9 @@
 """What the programs have in common: how they end, types of arguments, prompts from files."""
 
 import argparse
+import errno
 import math
+import os
 import re
 import signal
 import sys
@@ -19,23 +21,77 @@ from flux.metadata import PARTS
 from flux.models.transformer import ROUNDINGS
 from flux.version import __version__
 
+INTERRUPTED, UNREAD = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
+MOST = 10**7  # of anything that is counted: pixels of a side, steps, iterations
+REFUSALS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)  # of standard output
+
 
 def run_program(program: Callable[[Ranks], int]) -> int:
     """Run a program, alone or as a rank of mlx.launch's; its exit status.
 
-    2 for bad input, of which one line is printed, and 130 when interrupted. Rank 0 alone prints and warns.
+    2 for bad input and for what the machine refuses, of which one line is printed; 130 when interrupted; 141,
+    without a word, when nobody reads the output any more. Rank 0 alone prints and warns.
     """
+    _open_streams()
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    try:
+        try:
+            return _run(program)
+        finally:
+            sys.stdout.flush()  # here, where an error can still be told
+            sys.stderr.flush()
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        _discard_output()
+        if error.errno == errno.EPIPE:
+            return UNREAD
+        print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def _run(program: Callable[[Ranks], int]) -> int:
     ranks = None
     try:
         ranks = Ranks()
         ranks.silence_other_ranks()
         return program(ranks)
-    except FluxError as error:
-        print_error(error, ranks)
+    except (FluxError, OSError, MemoryError, RuntimeError) as error:
+        fault = _fault(error)
+        if fault is None:
+            raise
+        print_error(fault, ranks)
         return 2
-    except KeyboardInterrupt:
-        return 130
+
+
+def _fault(error: Exception) -> FluxError | None:
+    """The line for an error that a program can end with; None for one that is a defect."""
+    if isinstance(error, FluxError):
+        return error
+    if isinstance(error, OSError):
+        named = error.filename is not None and error.errno is not None
+        return FluxError(f"cannot use {error.filename}: {error.strerror}") if named else None
+    if isinstance(error, MemoryError) or re.search(r"\bm?alloc|allocate|out of memory", str(error), re.I):
+        return FluxError(f"there is not enough memory for this: {str(error) or 'no more to be had'}")
+    return None
+
+
+def _open_streams() -> None:
+    """Something for standard streams that are closed, as in `2>&-`: else print would take another one."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  (to the process's end)
+
+
+def _discard_output() -> None:
+    """Let what is still to be written go nowhere, also when Python ends, for streams that refuse it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
@@ -62,16 +118,19 @@ class Parser(argparse.ArgumentParser):
         raise FluxError(f"{message} (see {self.prog} --help)")
 
 
-def described(text: str | None) -> argparse.ArgumentParser:
+def described(text: str | None) -> Parser:
     """A parser whose help begins with a module's docstring, as it stands there."""
-    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def count(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.strip().isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text}")
-    return int(text)
+    """A whole number from 1 on, of things that there can be."""
+    digits = text.strip()
+    if not digits.isdecimal() or len(digits) > 20 or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text[:40]}")
+    if int(digits) > MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST}, not {text}")
+    return int(digits)
 
 
 def finite(text: str) -> float:
@@ -108,7 +167,7 @@ def adapter(text: str) -> tuple[str, float]:
     file, colon, number = text.rpartition(":")
     if not colon:
         return text, 1.0
-    try:  # what is no number belongs to the file's name
+    try:  # what is not a number belongs to the file's name
         return file, finite(number)
     except ValueError:
         if Path(file).exists() and not Path(text).exists():
@@ -129,6 +188,14 @@ def build_parser() -> Parser:
     parser = Parser(description="Make pictures of what a prompt says, with a FLUX.1 model.", epilog=SEVERAL)
     parser.set_defaults(picture=None)  # of a prompt's pictures the one to keep: only a recipe says so
 
+    _add_prompts(parser)
+    _add_model(parser)
+    _add_sampling(parser)
+    _add_output(parser)
+    return parser
+
+
+def _add_prompts(parser: Parser) -> None:
     add = parser.add_argument_group("what to show").add_argument
     add("prompts", nargs="*", metavar="PROMPT", help="what the pictures show; several are made in turn")
     add("--prompts-file", metavar="FILE", help="read prompts from FILE, one a line; - is standard input")
@@ -149,6 +216,8 @@ def build_parser() -> Parser:
         "ComfyUI's or its models/; other options change it",
     )
 
+
+def _add_model(parser: Parser) -> None:
     add = parser.add_argument_group("the model").add_argument
     add(
         "--model",
@@ -166,7 +235,9 @@ def build_parser() -> Parser:
     add("--force-shard", action="store_true", help="split the model over mlx.launch's ranks in any case")
     add("--preload-models", action="store_true", help="load everything at once and keep it: more memory")
 
-    add = parser.add_argument_group("sampling (where not given, the model's own)").add_argument
+
+def _add_sampling(parser: Parser) -> None:
+    add = parser.add_argument_group("sampling (where not given, the model's)").add_argument
     add("--image-size", type=size, metavar="HxW", help="in pixels, multiples of 16; one number is a square")
     add("--steps", type=count, metavar="N", help="denoising steps")
     add("--guidance", type=finite, metavar="X", help="how closely to follow the prompt (not schnell)")
@@ -187,6 +258,8 @@ def build_parser() -> Parser:
         "diffusers: torch's in --dtype",
     )
 
+
+def _add_output(parser: Parser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--n-images", type=count, metavar="N", help="pictures for each prompt (default 1)")
     add("--n-rows", type=count, metavar="N", help="rows of the grid (default: one for each prompt)")
@@ -196,7 +269,6 @@ def build_parser() -> Parser:
     add("--decoding-batch-size", type=count, default=1, metavar="N", help="pictures to decode at once (1)")
     add("--verbose", action="store_true", help="print the time and the peak memory of every stage")
     add("--version", action="version", version=__version__)
-    return parser
 
 
 def find_prompts(given: list[str], file: str | None, folder: str | None) -> list[str]:

@@ -1,6 +1,6 @@
 """Requests -> pictures: the one loop, for the scripts, grids, progress pictures and evaluation.
 
-A picture depends on its own request and seed only: it comes out the same alone, among others, or on another
+A picture depends on its request and seed only: it comes out the same alone, among others, or on another
 rank. So pictures are denoised one by one: in a batch, sums would be in another order.
 """
 
@@ -33,9 +33,9 @@ Texts = dict[tuple[str, str | None, str | None], "Conditioning"]  # by `Resolved
 
 @dataclass(frozen=True)
 class Request:
-    """One picture for each seed, all of the same prompt and settings; the model's own settings where None.
+    """One picture for each seed, all of the same prompt and settings; the model's settings where None.
 
-    image_size: (height, width) in pixels. guidance: FLUX's own, an input of the network. cfg_scale: true
+    image_size: (height, width) in pixels. guidance: FLUX's, an input of the network. cfg_scale: true
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
     """
@@ -71,7 +71,7 @@ class Request:
             clip_prompt=self.clip_prompt,
         )
         request.check()
-        pipeline.check_memory(size)
+        pipeline.check_memory(size, request.steps)
         if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once

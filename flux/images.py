@@ -5,7 +5,6 @@ Pictures are numpy arrays (H, W, 3), uint8, or floats (B, H, W, 3) in 0..1 where
 
 import json
 import math
-import os
 import warnings
 from collections.abc import Sequence
 from functools import cache
@@ -16,10 +15,10 @@ import mlx.core as mx
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from flux import jsonfiles
+from flux import jsonfiles, outputs
 from flux.errors import FluxError
 
-# Pillow knows these files and does not decode them by itself, or they are no pictures.
+# Pillow knows these files and does not decode them by itself, or they are not pictures.
 NOT_READ = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")
 # Pictures that are named where they are not read.
 OTHER_SUFFIXES = (
@@ -161,8 +160,7 @@ def grid(pictures: Sequence[np.ndarray], rows: int = 1) -> np.ndarray:
 def check_output(path: str | Path, size: tuple[int, int] | None = None) -> None:
     """Raise FluxError where `save` could not write; called before the long work, so that none is lost.
 
-    A file is begun and taken away again, which shows everything: rights, read-only disks, names that are
-    too long. size: (height, width) that the picture will have; JPEG and WebP have bounds.
+    size: (height, width) that the picture will have; JPEG and WebP have bounds.
     """
     path = Path(path)
     limit = MAX_SIDES.get(_format(path))
@@ -176,12 +174,9 @@ def check_output(path: str | Path, size: tuple[int, int] | None = None) -> None:
             raise FluxError(f"the output {path} is a folder; name a file in it, such as {path / 'out.png'}")
         if not path.parent.is_dir():
             raise FluxError(f"the output's folder {path.parent} does not exist")
-        partial = _partial(path)
-        with open(partial, "xb"):
-            pass
-        partial.unlink()
     except OSError as error:
         raise FluxError(f"cannot write {path}: {_reason(error)}") from None
+    outputs.check_writable(path)
 
 
 def make_folder(path: str | Path) -> None:
@@ -216,20 +211,11 @@ def save(
     check_output(path)
     format = _format(path)
     options = SAVE_OPTIONS[format] | _carried(path, format, metadata or {}, parameters)
-    partial = _partial(path)
     try:
-        with open(partial, "xb") as file:
+        with outputs.replacing(path) as partial, open(partial, "xb") as file:
             Image.fromarray(picture).save(file, format=format, **options)
-        os.replace(partial, path)
     except OSError as error:
         raise FluxError(f"cannot write {path}: {_reason(error)}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _partial(path: Path) -> Path:
-    """Where a file is written first."""
-    return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
 def _carried(path: Path, format: str, metadata: dict[str, str], parameters: str | None) -> dict[str, object]:

@@ -72,7 +72,7 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
 
 
 def parse_object(text: bytes | str) -> dict[str, Any]:
-    """As `parse`, and ValueError too for what is no object."""
+    """As `parse`, and ValueError too where it is not an object."""
     value = parse(text)
     if not isinstance(value, dict):
         raise ValueError(f"should hold a JSON object, not {_kind(value)}")
@@ -127,7 +127,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"{digits[:20]} is no number that JSON has")
+        raise ValueError(f"{digits[:20]} is not a number of JSON's")
     return value
 
 
@@ -135,7 +135,7 @@ def _float(digits: str) -> float:
 
 
 def number(value: Any, what: str) -> float:
-    """A JSON number as a float. FluxError, naming what it is, for what is no finite number of float32."""
+    """A JSON number as a float. FluxError, naming what it is, where it is not a finite number of float32."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
         raise FluxError(f"{what} is {shown(value)}; it should be a finite number")
     return float(value)

@@ -2,7 +2,7 @@
 
 Equal to `torch.randn` in float32 to the bit, as PyTorch computes on x86 with AVX2 (and AVX-512). There the
 logarithm, sine and cosine are polynomials (Cephes, in Pommier's arrangement for vectors) whose compiler fuses
-multiplication and addition; on other machines it calls the C library's and differs in the last bit at places.
+multiplication and addition; on other machines it calls the C library's and differs in some last bits.
 """
 
 import numpy as np

@@ -11,7 +11,7 @@ import sys
 def preload() -> bool:
     """Put OpenBLAS (Debian: `libopenblas0-pthread`) into the process; returns whether it serves MLX.
 
-    Does nothing on macOS, where MLX has its own kernels, nor where the library is absent or `mlx.core` is
+    Does nothing on macOS, where MLX has other kernels, nor where the library is absent or `mlx.core` is
     already imported: everything works there too, slower on a Linux CPU.
     """
     if not sys.platform.startswith("linux") or "mlx.core" in sys.modules:

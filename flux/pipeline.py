@@ -27,7 +27,7 @@ from flux.generation import OnStep, Request
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
-from flux.models.transformer import ROUNDINGS, Flux, Modulation
+from flux.models.transformer import ROUNDINGS, Flux, ModulationVectors
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import checkpoints
 from flux.weights.fit import check_fit
@@ -59,7 +59,7 @@ class Branch(NamedTuple):
 
     text: mx.array  # (1, Lt, hidden)
     positions: mx.array  # rotary tables
-    modulation: list[Modulation]  # one a step
+    modulation: list[ModulationVectors]  # one a step
 
 
 class Plan(NamedTuple):
@@ -106,7 +106,7 @@ class FluxPipeline:
         steps are faster, and the networks that they change are in memory from the start.
         ranks: to split the transformer and T5 over; all of them must then call `encode`, `prepare` and
         `denoise` together, with the same arguments, and have the same results.
-        shift: of the sampling's times: "dev", "none" or a factor; None as the model's own config says.
+        shift: of the sampling's times: "dev", "none" or a factor; None as the model's config says.
         noise: whose random numbers a seed stands for: "mlx", "torch" (ComfyUI's and diffusers' in float32) or
         "diffusers" (PyTorch's, rounded to `dtype`), made as by PyTorch's CPU generator.
         rounding: of time and guidance in 16-bit types, one of `ROUNDINGS`.
@@ -156,14 +156,12 @@ class FluxPipeline:
         h, w = (2 * max(1, (side + step // 2) // step) for side in image_size)
         rounded = (h * self.downscale, w * self.downscale)
         if rounded != tuple(image_size):
-            warnings.warn(
-                f"the size {height}x{width} is not a multiple of {step}; made {rounded[0]}x{rounded[1]}",
-                stacklevel=2,
-            )
+            text = f"the size {height}x{width} is not a multiple of {step}; made {rounded[0]}x{rounded[1]}"
+            warnings.warn(text, stacklevel=2)
         return h, w
 
-    def check_memory(self, latent_size: tuple[int, int]) -> None:
-        """Raise FluxError where the largest arrays of one step or picture exceed the machine's memory."""
+    def check_memory(self, latent_size: tuple[int, int], steps: int = 1) -> None:
+        """FluxError where the largest arrays of a step, a picture or all steps exceed the memory."""
         (h, w), params = latent_size, self.flow.params
         tokens = h // 2 * (w // 2) + self.spec.t5_length
         hidden = tokens * params.hidden_size * int(4 + params.mlp_ratio) * self.flow.dtype.size
@@ -172,6 +170,8 @@ class FluxPipeline:
         picture = 2 * 4 * 3 * h * w * self.downscale**2  # float32, before and after it is clipped
         size = f"{h * self.downscale}x{w * self.downscale}"
         machine.require(max(hidden + scores, picture), f"a picture of {size}")
+        modulation = params.hidden_size * (12 * params.depth + 3 * params.depth_single_blocks + 2)
+        machine.require(steps * modulation * self.flow.dtype.size, f"a picture of {steps} steps")
 
     def fingerprints(self) -> dict[str, str]:
         """A digest of each file of weights, by what it is: the same on ranks that have the same files."""
@@ -207,7 +207,7 @@ class FluxPipeline:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
         seed: of the first picture; picture i is made from seed + i. None: a random one.
-        image_size: (height, width) in pixels. It, num_steps, guidance, cfg_scale: the model's own where None.
+        image_size: (height, width) in pixels. It, num_steps, guidance, cfg_scale: the model's where None.
         negative_prompt: what to lead away from, with a `cfg_scale` above 1; empty where None.
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
@@ -248,7 +248,7 @@ class FluxPipeline:
         When it has been evaluated, `t5` and `clip` may be deleted.
 
         latent_size: (height, width), an eighth of the picture's; both even.
-        num_steps, guidance, cfg_scale: the model's own where None.
+        num_steps, guidance, cfg_scale: the model's where None.
         seed: of the first picture; picture i is made from seed + i, whatever the batch. None: a random one.
         negative_prompt: what to lead away from, with a `cfg_scale` above 1; empty where None.
         keep_modulation: False lets go of a quarter of the transformer's weights before the first step; the

@@ -49,7 +49,7 @@ def timesteps(num_steps: int, image_tokens: int, shift: AnyShift, schedule: str 
     Large pictures need more noise to be destroyed as much, so dev shifts by the number of picture tokens:
     t -> e^mu / (e^mu + 1/t - 1) (Esser et al. 2024, eq. 23, as in BFL's and diffusers' code). schnell not.
     A fixed factor s is the same with s for e^mu: t -> s t / (1 + (s - 1) t).
-    Computed in float32 in the reference's order, so that the times are diffusers' own to the bit.
+    Computed in float32 in the reference's order, so that the times are diffusers' to the bit.
     schedule: "model" for these, or one of `COMFYUI_SCHEDULES`, which shift dev by the same in any size.
     """
     if num_steps < 1:
@@ -186,7 +186,7 @@ def unpack(tokens: mx.array, latent_size: tuple[int, int]) -> mx.array:
 def image_positions(latent_size: tuple[int, int], index: int = 0) -> mx.array:
     """Positions (1, h/2 * w/2, 3) of a picture's tokens, int32: (index, row, column).
 
-    `index` is 0 for the picture that is made; reference pictures have their own.
+    `index` is 0 for the picture that is made; reference pictures have others.
     """
     h, w = latent_size[0] // 2, latent_size[1] // 2
     rows = mx.broadcast_to(mx.arange(h)[:, None], (h, w))

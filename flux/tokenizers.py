@@ -30,7 +30,7 @@ def well_formed(text: str) -> str:
 def byte_letters() -> list[str]:
     """The letter that stands for each of the 256 bytes in a byte-level vocabulary.
 
-    Latin-1's printable characters stand for their own code; the 68 other bytes get the letters from U+0100
+    Latin-1's printable characters stand for themselves; the 68 other bytes get the letters from U+0100
     on, in order (Radford et al. 2019, GPT-2).
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
@@ -126,7 +126,7 @@ class CLIPTokenizer:
 
 
 def read_gzip(file: Path, most: int = 2**24) -> str:
-    """The text of a gzipped file, of `most` bytes at most; FluxError where it is none."""
+    """The text of a gzipped file, of `most` bytes at most; FluxError where it is not gzip."""
     try:
         with gzip.open(file) as packed:
             text = packed.read(most).decode("utf-8")
@@ -157,7 +157,7 @@ def clip_vocabulary(merges: list[str]) -> dict[str, int]:
 def merge(pieces: list[str], ranks: dict[str, int]) -> list[str]:
     """The pieces of one word, its letters at first, joined by the earliest merge that fits, repeatedly.
 
-    ranks: "left right" -> the merge's place in their order.
+    ranks: "left right" -> the merge's position in their order.
     """
 
     def rank(pair: tuple[str, str]) -> float:
@@ -269,7 +269,10 @@ class T5Tokenizer:
 
         Neighbouring characters that no piece holds are one piece, unknown.
         """
-        scores, starts = [0.0] + [-math.inf] * len(word), [0] * (len(word) + 1)  # the best path to each place
+        scores, starts = (
+            [0.0] + [-math.inf] * len(word),
+            [0] * (len(word) + 1),
+        )  # the best path to each
         for start in range(len(word)):
             for end in range(start + 1, min(start + self._longest, len(word)) + 1):
                 missing = self._unknown_score if end == start + 1 else -math.inf

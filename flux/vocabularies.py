@@ -1,6 +1,6 @@
 """What a tokenizer's file says, checked before a text is read with it.
 
-An id beyond the rows of a network's embedding reads memory that is none of its business; `size` of the
+An id beyond the rows of a network's embedding reads memory beyond the table; `size` of the
 tokenizers says how many rows they need.
 """
 
@@ -55,8 +55,8 @@ def model(tokenizer: Mapping[str, Any], kind: str, what: str) -> Mapping[str, An
     found = tokenizer.get("model")
     if isinstance(found, dict) and found.get("type") == kind:
         return found
-    own = found.get("type") if isinstance(found, dict) else found
-    raise FluxError(f"{what}; its model is {shown(own)}, expected {kind}")
+    found_kind = found.get("type") if isinstance(found, dict) else found
+    raise FluxError(f"{what}; its model is {shown(found_kind)}, expected {kind}")
 
 
 def pieces(value: Any, what: str) -> list[tuple[str, float]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flux.adapters import Adapter, Adapters, Delta, load
-from flux.adapters.beside import AdaptedLinear, Base, Share
+from flux.adapters.beside import AdaptedLinear, AdapterLayer, Base
 from flux.adapters.changes import (
     Change,
     GLoRA,
@@ -71,13 +71,13 @@ def check(make, module: str, split: bool, strengths: tuple[float, ...] = (1.0,))
         for strength in strengths:
             new[strength][start:end] = formula(strength)
     adapter = read_numpy(tensors)
-    assert adapter.homeless == []
+    assert adapter.unexpected == []
     delta = adapter.modules[module]
     x = normal(5, HIDDEN)
     layer = nn.Linear(*weight.shape[::-1])
     layer.weight, layer.bias = mx.array(weight), mx.array(normal(weight.shape[0]))
     adapted = AdaptedLinear(layer)
-    adapted.shares = [Share("", delta.settled(layer.bias), 1.0)]
+    adapted.shares = [AdapterLayer("", delta.settled(layer.bias), 1.0)]
     for strength in strengths:
         adapted.shares[0].weigh(strength, Base(layer))
         assert error(changed(delta, weight, strength), new[strength]) <= 2e-6
@@ -332,7 +332,7 @@ def test_whole_layers_and_biases():
         "base_model.model.context_embedder.lora_B.default.weight": up,
     }
     adapter = read_numpy(tensors, config={"bias": "lora_only", "lora_alpha": 3, "r": 3})
-    assert adapter.homeless == []
+    assert adapter.unexpected == []
     x, y = normal(2, 4), normal(2, 6)
     old = np.array(model.txt_in.weight)
     adapters = Adapters(model)
@@ -371,7 +371,7 @@ def test_norms_of_lycoris():
         "lora_te3_encoder_block_1_layer_0_layer_norm.w_norm": normal(6),
     }
     adapter = read_numpy(tensors)
-    assert adapter.homeless == []
+    assert adapter.unexpected == []
     assert set(adapter.added) == {
         "double_blocks.0.img_attn.norm.query_norm.scale",
         "text_model.encoder.layers.0.layer_norm1.weight",
@@ -401,15 +401,15 @@ def test_norms_of_lycoris():
 def test_names(down: str, up: str):
     a, b = pair(HIDDEN, 4)
     adapter = read_numpy({down: a, up: b})
-    assert adapter.homeless == []
+    assert adapter.unexpected == []
     assert error(np.array(adapter.modules["img_in"].change.dense()), b @ a) <= 1e-6
 
 
 def test_bundled_embeddings_are_named_as_left_out():
     tensors = lora("img_in") | {"bundle_emb.<sks>.clip_l": normal(2, 8), "bundle_emb.<sks>.t5": normal(2, 8)}
-    homeless = read_numpy(tensors).homeless
-    assert len(homeless) == 2
-    assert all("an embedding for a word, which is not used" in line for line in homeless)
+    unexpected = read_numpy(tensors).unexpected
+    assert len(unexpected) == 2
+    assert all("an embedding for a word, which is not used" in line for line in unexpected)
 
 
 # --- Other models ---
@@ -449,7 +449,7 @@ def test_stable_diffusion_3_by_its_blocks():
 @pytest.mark.parametrize("stem", ["lora_unet_mid_block_attentions_0_proj_in", "lora_te2_text_model_x"])
 def test_a_key_of_another_model_among_flux(stem: str):
     """One key that is unknown does not make all the others those of another model."""
-    assert len(read_numpy(lora(stem) | lora(PROJ)).homeless) == 2
+    assert len(read_numpy(lora(stem) | lora(PROJ)).unexpected) == 2
 
 
 def test_flux2_by_its_shapes():
@@ -556,6 +556,6 @@ def test_16_bit_activations_stay_16_bit(kind: str):
         layer = nn.Linear(8, 8)
         layer.set_dtype(mx.bfloat16)
         adapted = AdaptedLinear(layer)
-        adapted.shares = [Share("", Delta(every_change()[kind], mx.array(normal(8)), magnitude), 0.7)]
+        adapted.shares = [AdapterLayer("", Delta(every_change()[kind], mx.array(normal(8)), magnitude), 0.7)]
         adapted.shares[0].weigh(0.7, Base(layer))
         assert adapted(mx.array(normal(3, 8)).astype(mx.bfloat16)).dtype == mx.bfloat16

@@ -124,7 +124,7 @@ def test_parts_of_unlike_kinds(tmp_path: Path):
     assert (start, end) == (0, HIDDEN)
     assert mx.array_equal(part.magnitude, columns.magnitude)
     for format in ("kohya", "diffusers", "ai-toolkit"):
-        with pytest.raises(FluxError, match=f"{format} files have no place for"):
+        with pytest.raises(FluxError, match=f"{format} files cannot hold"):
             save(tmp_path / "a.safetensors", dora, format)
 
 
@@ -152,7 +152,7 @@ def test_a_dora_is_weighed_as_before_in_the_new_file(rule: str, tmp_path: Path):
 )
 def test_kinds_that_no_format_holds(delta: Delta, format: str, tmp_path: Path):
     adapter = Adapter({"double_blocks.0.txt_attn.proj": delta})
-    with pytest.raises(FluxError, match=f"{format} files have no place for .*txt_attn"):
+    with pytest.raises(FluxError, match=f"{format} files cannot hold .*txt_attn"):
         save(tmp_path / "a.safetensors", adapter, format)
     assert not list(tmp_path.iterdir())
 
@@ -166,7 +166,7 @@ def test_ai_toolkit(tmp_path: Path):
     assert "lora_adapter_metadata" not in found.metadata
     for name, delta in adapter.modules.items():
         assert close(found.modules[name].change.dense(), np.array(delta.change.dense())), name
-    with pytest.raises(FluxError, match="ai-toolkit files have no place for text encoders"):
+    with pytest.raises(FluxError, match="ai-toolkit files cannot hold text encoders"):
         save(tmp_path / "b.safetensors", whole_adapter(), "ai-toolkit")
 
 
@@ -219,7 +219,7 @@ def test_what_a_format_cannot_hold_is_refused(tmp_path: Path):
     t5 = Adapter({T5_LAYER: full.modules[T5_LAYER]})
     with pytest.raises(FluxError, match=r"diffusers.*T5.*encoder\.block\.23"):
         save(path, t5, "diffusers")
-    with pytest.raises(FluxError, match="no adapter format 'peft'"):
+    with pytest.raises(FluxError, match="unknown adapter format 'peft'"):
         save(path, t5, "peft")
     with pytest.raises(FluxError, match="colour"):
         save(path, t5, "native", {"colour": "red"})

@@ -327,7 +327,7 @@ def train_ready(bits: int | None = None, **options) -> tuple[Flux, Adapters]:
     adapters = Adapters(model)
     dropout = options.pop("dropout", 0.0)
     adapter = new_adapter(model, targets(model), 4, 8.0, mx.random.key(1), **options)
-    adapters.add(adapter, name="new", dropout=dropout, learns=True)
+    adapters.add(adapter, name="new", dropout=dropout, trainable=True)
     adapters.freeze_all_but("new")
     return model, adapters
 
@@ -369,7 +369,7 @@ def test_only_the_adapter_learns(bits: int | None, dora: bool):
     if bits:
         nn.quantize(model, 32, bits)
     adapters = Adapters(model)
-    adapters.add(new_adapter(model, ["layers.0"], 4, 8.0, mx.random.key(1), dora), name="new", learns=True)
+    adapters.add(new_adapter(model, ["layers.0"], 4, 8.0, mx.random.key(1), dora), name="new", trainable=True)
     adapters.freeze_all_but("new")
     before = {name: mx.array(w) for name, w in tiny.parameters(model).items()}
     x = normal(64, 32)
@@ -387,7 +387,7 @@ def test_only_the_adapter_learns(bits: int | None, dora: bool):
 
 def test_dropout_works_in_training_alone():
     model, adapters = train_ready(dropout=0.5)
-    for _, share in adapters._shares("new"):
+    for _, share in adapters._layers_of("new"):
         share.layer.up = normal(*share.layer.up.shape)
     model.train()
     answers = []
@@ -403,7 +403,7 @@ def test_dropout_works_in_training_alone():
 def test_trained_adapter_goes_out_and_comes_back(tmp_path):
     """Trained beside the weights, saved, loaded into a fresh model: the same answer to the bit."""
     model, adapters = train_ready()
-    for i, (_, share) in enumerate(adapters._shares("new")):
+    for i, (_, share) in enumerate(adapters._layers_of("new")):
         share.layer.up = normal(*share.layer.up.shape, seed=i)
     save(tmp_path / "a.safetensors", adapters.extract("new"), "native", {"trigger": "sks dog"})
     fresh = make_model()

@@ -41,7 +41,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def names(found: list[files.Picture]) -> list[str]:
-    return [f"{picture.home}: {picture.name}" for picture in found]
+    return [f"{picture.folder}: {picture.name}" for picture in found]
 
 
 ALL = ["a.jpg", "b.PNG", "g.gif", "iphone.heic", "sub/c.webp", "sub/deep/d.bmp"]
@@ -134,7 +134,7 @@ def test_tables_edited_by_hand(folder: Path):
         ("jsonl", b"\xff\xfd", "train.jsonl: .* not UTF-8"),
         ("csv", b"name;text\na.jpg;b\n", "captions.csv: its first line should name the columns"),
         ("csv", b"image,prompt\na.jpg,b,c\n", "line 2"),
-        ("csv", b'image,prompt\na.jpg,"b\n', "captions.csv, line 2: is no CSV"),
+        ("csv", b'image,prompt\na.jpg,"b\n', "captions.csv, line 2: cannot be read as CSV"),
     ],
 )
 def test_damaged_lists(folder: Path, format: str, content: bytes, words: str):
@@ -168,7 +168,7 @@ def test_a_reader_beside_never_sees_half_a_list(folder: Path, format: str):
     """The old file stays what it was for whoever has it open."""
     found = files.find([folder])
     records.write({found[0]: "old"}, format, overwrite=False)
-    path = records.place(found[0], format)
+    path = records.caption_file(found[0], format)
     before = path.read_bytes()
     os.link(path, folder / "open")
     records.write({found[0]: "new, and longer"}, format, overwrite=True)

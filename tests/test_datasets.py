@@ -59,9 +59,9 @@ def test_a_list_goes_before_the_folders_pictures(tmp_path):
         ("index.json", "{", '"data"'),
         ("metadata.csv", "name;text\na.png;x\n", "should name the columns"),
         ("metadata.csv", "file_name,text\na.png,x,y\n", "line 2: has more values than"),
-        ("metadata.csv", 'file_name,text\na.png,"x\n', "is no CSV"),
+        ("metadata.csv", 'file_name,text\na.png,"x\n', "cannot be read as CSV"),
         ("metadata.jsonl", '{"file_name": "a.png", "prompt_text": "x"}', "it has file_name, prompt_text"),
-        ("metadata.parquet", "no parquet", "is no parquet file"),
+        ("metadata.parquet", "no parquet", "cannot be read as parquet"),
     ],
 )
 def test_faulty_lists(tmp_path, name, text, message):
@@ -418,7 +418,7 @@ def test_hugging_face_out_of_reach(monkeypatch):
         raise package.exceptions.DatasetNotFoundError(f"Dataset '{repo}' doesn't exist")
 
     monkeypatch.setattr(package, "load_dataset", refuse)
-    with pytest.raises(FluxError, match="me/none, split 'train', cannot be had: Dataset"):
+    with pytest.raises(FluxError, match="me/none, split 'train', cannot be loaded: Dataset"):
         samples.load("me/none", OPTIONS)
 
 

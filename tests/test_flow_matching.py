@@ -133,9 +133,9 @@ def test_clip_is_trained_by_its_ids():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"time_sampling": "cubic"}, "no time sampling 'cubic': choose sigmoid"),
-        ({"loss": "l2"}, "no loss 'l2': choose mse"),
-        ({"delta_schedule": "snr"}, "no schedule of delta 'snr': choose constant, exponential"),
+        ({"time_sampling": "cubic"}, "unknown time sampling 'cubic': choose sigmoid"),
+        ({"loss": "l2"}, "unknown loss 'l2': choose mse"),
+        ({"delta_schedule": "snr"}, "unknown schedule of delta 'snr': choose constant, exponential"),
         ({"delta": 0.0}, "delta 0.0: give a number above 0"),
     ],
 )

@@ -34,7 +34,7 @@ def make_model(
         quantize(flow, bits, 32)
     adapters = Adapters(flow)
     adapter = new_adapter(flow, targets(flow, which), 4, 4, mx.random.key(1))
-    adapters.add(adapter, name="new", dropout=dropout, learns=True)
+    adapters.add(adapter, name="new", dropout=dropout, trainable=True)
     adapters.freeze_all_but("new")
     ups = {name: up for name, up in tree_flatten(flow.trainable_parameters()) if name.endswith(".up")}
     values = [0.2 * mx.random.normal(up.shape, key=mx.random.key(i)) for i, up in enumerate(ups.values())]

@@ -16,6 +16,7 @@ LEVELS = {
     "flux.openblas": 0,
     "flux.version": 0,
     "flux.machine": 0,
+    "flux.outputs": 0,
     "flux.tables": 1,
     "flux.trees": 0,
     "flux.models": 1,

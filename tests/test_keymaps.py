@@ -114,7 +114,7 @@ def test_prefixes_of_the_text_encoders(part, which):
     names = [prefix + name for name in bare]
     if prefix:
         names += ["model.diffusion_model.img_in.weight", "vae.encoder.conv_in.weight", "clip_l.logit_scale"]
-    own = prefixes.own_names(part, names)
+    own = prefixes.bare_names_of(part, names)
     assert set(own.values()) == wanted
     assert len(own) == len(wanted)
 
@@ -122,12 +122,12 @@ def test_prefixes_of_the_text_encoders(part, which):
 def test_clip_without_text_model_and_with_company():
     bare = list(reference("clip_l.transformers"))
     names = [name.removeprefix("text_model.") for name in bare]
-    assert list(prefixes.own_names("clip", names).values()) == bare
+    assert list(prefixes.bare_names_of("clip", names).values()) == bare
     company = ["text_projection.weight", "logit_scale", "text_model.embeddings.position_ids"]
-    assert list(prefixes.own_names("clip", bare + company).values()) == bare
-    assert "stray" in prefixes.own_names("clip", [*bare, "stray"]).values()  # unknown names are not hidden
+    assert list(prefixes.bare_names_of("clip", bare + company).values()) == bare
+    assert "stray" in prefixes.bare_names_of("clip", [*bare, "stray"]).values()  # is not hidden
 
 
 def test_t5_embedding_under_its_second_name():
-    own = prefixes.own_names("t5", ["encoder.embed_tokens.weight", "encoder.final_layer_norm.weight"])
+    own = prefixes.bare_names_of("t5", ["encoder.embed_tokens.weight", "encoder.final_layer_norm.weight"])
     assert own["encoder.embed_tokens.weight"] == "shared.weight"

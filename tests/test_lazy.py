@@ -105,7 +105,8 @@ def fp8_file(path: Path, shapes: dict, rng: np.random.Generator, dtype: str) -> 
     tensors = {}
     for name, shape in shapes.items():
         count, large = int(np.prod(shape)), is_large(name, shape)
-        tensors[name] = (dtype, shape, rng.bytes(count)) if large else ("BF16", shape, bytes(2 * count))
+        data = (np.frombuffer(rng.bytes(count), np.uint8) & 0xBF).tobytes()  # no exponent of NaN or infinity
+        tensors[name] = (dtype, shape, data) if large else ("BF16", shape, bytes(2 * count))
         if large:
             tensors[f"{name}_scale"] = ("F32", (), bytes(4))
     return safetensors(path, tensors)

@@ -51,9 +51,9 @@ def test_times_of_schnell_are_those_it_samples_with():
 
 
 def test_unknown_names():
-    with pytest.raises(FluxError, match="no time sampling 'cubic': choose sigmoid, shift"):
+    with pytest.raises(FluxError, match="unknown time sampling 'cubic': choose sigmoid, shift"):
         losses.sample_times("cubic", KEY, 1, 1)
-    with pytest.raises(FluxError, match="no loss 'l2': choose mse, l1, huber"):
+    with pytest.raises(FluxError, match="unknown loss 'l2': choose mse, l1, huber"):
         losses.error("l2", KEY, KEY)
 
 

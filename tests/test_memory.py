@@ -32,7 +32,7 @@ def peak(params: FluxParams, bits: int | None, checkpoint: bool) -> int:
     if bits:
         quantize(flow, bits)
     adapters = Adapters(flow)
-    adapters.add(new_adapter(flow, targets(flow), RANK, RANK, mx.random.key(0)), name="new", learns=True)
+    adapters.add(new_adapter(flow, targets(flow), RANK, RANK, mx.random.key(0)), name="new", trainable=True)
     adapters.freeze_all_but("new")
     if checkpoint:
         checkpoint_blocks(flow)

@@ -178,10 +178,10 @@ def test_layers_that_make_no_sense(tmp_path):
     path = tmp_path / "f.safetensors"
     layer = "double_blocks.0.img_mlp.0"
     for name, bad, words in (
-        ("weight", mx.zeros((256, 3), dtype=mx.uint32), "make no groups of 32"),
-        ("weight", mx.zeros((256, 8)), "make no quantized layer"),
-        ("scales", mx.zeros((256, 3)), "make no quantized layer"),
-        ("scales", mx.zeros((2,)), "make no quantized layer"),
+        ("weight", mx.zeros((256, 3), dtype=mx.uint32), "cannot be split into groups of 32"),
+        ("weight", mx.zeros((256, 8)), "do not make up a quantized layer"),
+        ("scales", mx.zeros((256, 3)), "do not make up a quantized layer"),
+        ("scales", mx.zeros((2,)), "do not make up a quantized layer"),
     ):
         mx.save_safetensors(str(path), content | {f"{layer}.{name}": bad}, {})
         config = {"quantization": {"group_size": 32, "bits": 4}}

@@ -11,7 +11,7 @@ from tests.datasets import OPTIONS, random_picture, write_pictures
 
 def placed(path, **options):
     dataset = samples.load(path, {**OPTIONS, "class_tokens": "x", **options})
-    return pictures.place(dataset)
+    return pictures.fit(dataset)
 
 
 def test_pictures_of_all_kinds(tmp_path):

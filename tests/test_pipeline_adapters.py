@@ -165,7 +165,7 @@ def test_memory(model, tmp_path):
 
 
 def test_what_is_left_out_is_named_in_one_line(model, tmp_path, base):
-    """No home by its name, no such layer, another size: the rest is used."""
+    """An unexpected key, no such layer, another size: the rest is used."""
     strange = {**FLOW, "double_blocks.7.img_attn.qkv": (192, 64), "single_blocks.1.linear2": (10, 320)}
     path = write(
         tmp_path / "strange.safetensors", {**strange, "text_model.encoder.layers.5.mlp.fc1": (96, 32)}
@@ -176,7 +176,11 @@ def test_what_is_left_out_is_named_in_one_line(model, tmp_path, base):
     (warning,) = (str(w.message) for w in record)
     assert warning.startswith(f"{path}: ")
     assert "\n" not in warning
-    for name in ("lora_unet_mid_block.alpha: no home", *(strange.keys() - FLOW.keys()), "layers.5.mlp.fc1"):
+    for name in (
+        "lora_unet_mid_block.alpha: unexpected key",
+        *(strange.keys() - FLOW.keys()),
+        "layers.5.mlp.fc1",
+    ):
         assert name in warning
     assert wrapped(flux) == set(FLOW)
     assert distance(latents(flux), base) > 0.05

@@ -11,10 +11,10 @@ NAMES = ["img_in.weight", "double_blocks.0.img_attn.qkv.weight", "double_blocks.
 def test_an_average_counts_only_where_it_is_alone(average):
     """Even where it is the first in the file, and has more names."""
     copies = [average + name for name in [*NAMES, "double_blocks.1.img_attn.qkv.weight"]]
-    own = prefixes.own_names("transformer", [*copies, *("model." + name for name in NAMES)])
+    own = prefixes.bare_names_of("transformer", [*copies, *("model." + name for name in NAMES)])
     assert own == {"model." + name: name for name in NAMES}
-    assert prefixes.own_names("transformer", [*copies, *NAMES]) == {name: name for name in NAMES}
-    assert len(prefixes.own_names("transformer", copies)) == 4
+    assert prefixes.bare_names_of("transformer", [*copies, *NAMES]) == {name: name for name in NAMES}
+    assert len(prefixes.bare_names_of("transformer", copies)) == 4
 
 
 def test_parts_by_their_names():
@@ -28,6 +28,6 @@ def test_parts_by_their_names():
 
 def test_unknown_names_stay_for_the_check():
     """A rule, not whatever is left over: a name that is spelled wrong is still told."""
-    own = prefixes.own_names("transformer", [*NAMES, "stray.weight", "__x0__", "model_ema.decay"])
+    own = prefixes.bare_names_of("transformer", [*NAMES, "stray.weight", "__x0__", "model_ema.decay"])
     assert set(own.values()) == {*NAMES, "stray.weight"}
     assert prefixes.foreign_names([*NAMES, "stray.weight", "__x0__", "scaled_fp8"]) == ["__x0__"]

@@ -145,7 +145,7 @@ def test_a_saved_data_set_of_hugging_face(tmp_path):
         open_hugging_face(str(tmp_path / "set"), None, "train", "image", "caption")
     with pytest.raises(FluxError, match="no column 'n' that holds pictures"):
         open_hugging_face(str(tmp_path / "set"), None, "train", "n", "text")
-    with pytest.raises(FluxError, match="the data set nobody/nothing, split 'train', cannot be had"):
+    with pytest.raises(FluxError, match="the data set nobody/nothing, split 'train', cannot be loaded"):
         open_hugging_face("nobody/nothing", None, "train", "image", "text")
 
 

@@ -30,7 +30,7 @@ def tensors_of(name: str) -> dict[str, mx.array]:
 
 
 def read(kind: str, tensors: dict[str, mx.array]):
-    own = {bare: tensors[name] for name, bare in prefixes.own_names(kind, tensors).items()}
+    own = {bare: tensors[name] for name, bare in prefixes.bare_names_of(kind, tensors).items()}
     weights = keymaps.to_ours(kind, own)
     return shapes.params(kind, weights, {}), weights
 

@@ -64,7 +64,7 @@ def test_times_are_the_schedulers(scheduler, name, shift, undistilled, tmp_path)
     found, lines = spec(write(tmp_path / "m", undistilled, scheduler))
     assert (found.name, found.shift, found.guidance) == (name, shift, 0.0)
     assert type(found.shift) is type(shift)
-    assert [line for line in lines if "--cfg-scale 3.5 takes its place" in line] == (
+    assert [line for line in lines if "--cfg-scale 3.5 guides instead" in line] == (
         lines if name == "dev" else []
     )
 
@@ -77,7 +77,7 @@ def test_guidance_and_a_static_schedule(model, tmp_path):
 
 def test_without_any_config_the_name_decides_or_a_line_says(undistilled, tmp_path):
     for name, row, words in (
-        ("flux-dev-de-distill.safetensors", "dev", "--cfg-scale 3.5 takes its place"),
+        ("flux-dev-de-distill.safetensors", "dev", "--cfg-scale 3.5 guides instead"),
         ("flux1-schnell_fp8.safetensors", "schnell", ""),
         ("mine.safetensors", "schnell", "--shift dev --steps 28"),
     ):
@@ -107,7 +107,7 @@ def test_beyond_the_schedule(model, tmp_path):
     ],
 )
 def test_a_scheduler_that_makes_no_sense(scheduler, model, tmp_path):
-    with pytest.raises(FluxError, match=r"scheduler_config\.json: its shift is no time shift"):
+    with pytest.raises(FluxError, match=r"scheduler_config\.json: its shift is not a time shift"):
         spec(write(tmp_path / "m", model, scheduler))
 
 
@@ -217,8 +217,8 @@ def test_a_tokenizer_of_another_size(model, tmp_path):
     for name in ("tokenizer", "tokenizer_2"):
         (folder / name).rename(tmp_path / name)
     line = fault(folder)
-    assert "embeds 514 pieces of text, its tokenizer has 49408: put the model's own tokenizer/" in line
-    assert "embeds 200 pieces of text, its tokenizer has 32000: put the model's own tokenizer_2/" in line
+    assert "embeds 514 pieces of text, its tokenizer has 49408: put the model's tokenizer/" in line
+    assert "embeds 200 pieces of text, its tokenizer has 32000: put the model's tokenizer_2/" in line
 
 
 def test_channels_of_the_published_models():

@@ -66,7 +66,7 @@ def becomes(content: bytes):
 
 
 DAMAGE = [
-    (STATE, flip_a_bit, "checksum is another"),
+    (STATE, flip_a_bit, "checksum differs"),
     (STATE, lambda path: path.write_bytes(path.read_bytes()[:-50]), "cut short"),
     (STATE, becomes(b""), STATE),
     (STATE, becomes(b"\xff" * 64), STATE),
@@ -77,7 +77,7 @@ DAMAGE = [
     (PROGRESS, becomes(b"[]"), "cannot be understood"),
     (PROGRESS, becomes(b"\xff\xfe"), "cannot be understood"),
     (PROGRESS, becomes(b'{"number": "three"}'), "cannot be understood"),
-    (PROGRESS, change_the_number, "checksum is another"),
+    (PROGRESS, change_the_number, "checksum differs"),
     (PROGRESS, Path.unlink, "No such file"),
 ]
 
@@ -100,7 +100,7 @@ def test_a_damaged_state_is_named_and_the_one_before_is_taken(states, tmp_path, 
 def test_where_all_are_damaged_every_one_is_named(states, tmp_path):
     for number in (1, 2, 3):
         (tmp_path / f"states/00{number}" / PROGRESS).write_text("")
-    with pytest.raises(FluxError, match=r"no state is whole: .*003 is.*002 is.*001 is damaged"):
+    with pytest.raises(FluxError, match=r"every state is damaged: .*003 is.*002 is.*001 is damaged"):
         states.newest_whole(parse)
 
 

@@ -288,7 +288,7 @@ def test_a_picture_that_carries_a_workflow(tmp_path, name):
         picture.save(tmp_path / name, exif=exif)
     assert comfyui.read(tmp_path / name).seed == 1  # what ran, not what the editor showed
     picture.save(tmp_path / "bare.png")
-    with pytest.raises(FluxError, match=r"bare\.png: the picture carries no ComfyUI workflow"):
+    with pytest.raises(FluxError, match=r"bare\.png: the picture holds no ComfyUI workflow"):
         comfyui.read(tmp_path / "bare.png")
 
 

@@ -3,7 +3,6 @@
 import argparse
 import runpy
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from flux.adapters.adapter import part_of
 from flux.adapters.folders import adapter_files
 from flux.adapters.report import table
 from flux.adapters.writers import WRITERS
-from flux.arguments import adapter, count
+from flux.arguments import Parser, adapter, count, run_program
 from flux.errors import FluxError
+from flux.outputs import check_writable
 from flux.weights import checkpoints, layouts
 
 FILES = "adapters: files, folders (all in them), patterns such as 'loras/*dog*', or OWNER/NAME[:FILE]"
@@ -26,8 +26,9 @@ MODELS = "schnell, dev, krea, tiny, a folder, or a repository of the Hub"
 NETWORKS = {"flux": "transformer", "clip": "CLIP", "t5": "T5"}
 
 
-def parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(prog="python -m flux.adapters", description=__doc__.split(": ", 1)[1])
+def parser() -> Parser:
+    """The program's arguments."""
+    main = Parser(prog="python -m flux.adapters", description=__doc__.split(": ", 1)[1])
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     inspect = commands.add_parser(
@@ -42,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="whether adapters fit a model",
-        description="Names every key of a file that found no home and every layer that does not fit the "
+        description="Names every unexpected key of a file and every layer that does not fit the "
         "model. Exit status: 0 if all fits, 1 if not, 2 if a file is no adapter for FLUX.1.",
     )
     check.add_argument("files", nargs="+", metavar="FILE", help=FILES)
@@ -72,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_arithmetic(commands: argparse._SubParsersAction) -> None:
+    """Add the commands `merge`, `extract` and `resize`."""
     merge = commands.add_parser(
         "merge",
         help="several adapters as one",
@@ -111,7 +113,7 @@ def add_arithmetic(commands: argparse._SubParsersAction) -> None:
 
 
 def for_each_file(files: list[str], run: Callable[[Path], int]) -> int:
-    """Runs a command on every adapter; the worst status. A file that is no adapter does not end it."""
+    """Runs a command on every adapter; the worst status. A file that is not an adapter does not end it."""
     worst = 0
     for path in adapter_files(files):
         try:
@@ -123,27 +125,30 @@ def for_each_file(files: list[str], run: Callable[[Path], int]) -> int:
 
 
 def run_inspect(options: argparse.Namespace) -> int:
+    """Print what files hold; the exit status."""
     return for_each_file(options.files, inspect_one)
 
 
 def inspect_one(path: Path) -> int:
+    """Print what one file holds; the exit status."""
     adapter = load(path)
     print(f"{path}: {adapter.format}")
     for part in adapter.parts():
-        own = adapter.part(part)
-        print(f"{NETWORKS[part]}: {len(own.modules)} layers")
-        for line in table(own):
+        layers = adapter.part(part)
+        print(f"{NETWORKS[part]}: {len(layers.modules)} layers")
+        for line in table(layers):
             print("  " + line)
     for name, value in read_facts(adapter.metadata).items():
         print(f"{name}: {value}")
     if adapter.metadata:
         print("metadata: " + ", ".join(sorted(adapter.metadata)))
-    for key in adapter.homeless:
-        print(f"no home: {key}")
+    for key in adapter.unexpected:
+        print(f"unexpected key: {key}")
     return 0
 
 
 def run_check(options: argparse.Namespace) -> int:
+    """Print what of files does not fit a model; the exit status."""
     checkpoint = checkpoints.find(options.model)
     loaders = {"flux": checkpoint.load_flux, "clip": checkpoint.load_clip, "t5": checkpoint.load_t5}
     networks: dict[str, Any] = {}
@@ -155,18 +160,19 @@ def run_check(options: argparse.Namespace) -> int:
             if part not in networks:
                 networks[part] = loaders[part]()
             wrong |= mismatches(networks[part], adapter.part(part))
-        for key in adapter.homeless:
-            print(f"no home: {key}")
+        for key in adapter.unexpected:
+            print(f"unexpected key: {key}")
         for name, why in wrong.items():
             print(f"does not fit: {name} ({NETWORKS[part_of(name)]}): {why}")
         fitting = sum(name not in wrong for name in adapter.modules)
         print(f"{path}: {fitting} of {len(adapter.modules)} layers fit {options.model}")
-        return 1 if wrong or adapter.homeless else 0
+        return 1 if wrong or adapter.unexpected else 0
 
     return for_each_file(options.files, check_one)
 
 
 def run_convert(options: argparse.Namespace) -> int:
+    """Write a file in another format; the exit status."""
     check_out(options.out)
     return write(options.out, load_whole(options.file, options.strict), options.to)
 
@@ -182,27 +188,31 @@ def write(out: Path, adapter: Adapter, format: str = "native", facts: Mapping[st
 def load_whole(file: str | Path, strict: bool = False) -> Adapter:
     """An adapter, with a warning for every key of the file that is left out."""
     adapter = load(checkpoints.find_adapter(str(file)), strict)
-    for key in adapter.homeless:
-        print(f"warning: left out, no home: {key}", file=sys.stderr)
+    for key in adapter.unexpected:
+        print(f"warning: left out, unexpected key: {key}", file=sys.stderr)
     return adapter
 
 
 def check_out(path: Path) -> None:
+    """FluxError where an adapter could not be written there, before the long work."""
     if path.suffix != ".safetensors":
         raise FluxError(f"{path}: the new file's name should end with .safetensors")
+    check_writable(path)
 
 
 def run_merge(options: argparse.Namespace) -> int:
+    """Write the sum of adapters; the exit status."""
     check_out(options.out)
     adapters = [(file, load_whole(file), strength) for file, strength in options.files]
     merged = arithmetic.merge(adapters, options.rank)
-    facts = [read_facts(own.metadata) for _, own, _ in adapters]
+    facts = [read_facts(each.metadata) for _, each, _ in adapters]
     common = {name: value for name, value in facts[0].items() if all(f.get(name) == value for f in facts)}
     print(f"{len(merged.modules)} layers, of rank {max(merged.ranks().values(), default=0)} at most")
     return write(options.out, merged, facts=common)
 
 
 def run_extract(options: argparse.Namespace) -> int:
+    """Write the difference of two models as an adapter; the exit status."""
     check_out(options.out)
     base, tuned = load_transformer(options.base), load_transformer(options.tuned)
     adapter, energies = arithmetic.extract(base, tuned, options.rank)
@@ -219,6 +229,7 @@ def load_transformer(model: str) -> nn.Module:
 
 
 def run_resize(options: argparse.Namespace) -> int:
+    """Write an adapter of another rank; the exit status."""
     check_out(options.out)
     adapter, energies = arithmetic.resize(load_whole(options.file), options.rank)
     say_kept(energies)
@@ -226,6 +237,7 @@ def run_resize(options: argparse.Namespace) -> int:
 
 
 def say_kept(energies: dict[str, tuple[float, float]]) -> None:
+    """Print how much of the energy is kept. energies: layer -> (kept, total)."""
     shares = {name: kept / total for name, (kept, total) in energies.items() if total}
     least = min(shares, key=shares.__getitem__, default=None)
     more = f"; least in {least}: {100 * shares[least]:.2f} %" if least else ""
@@ -237,13 +249,13 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["grid"]:  # stands above this package, which does not import it
         return runpy.run_module("flux.evaluation")["main"](arguments)
+    return run_program(lambda _: run(arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command that the arguments name; the exit status."""
     options = parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        return options.run(options)
-    except FluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return options.run(options)
 
 
 if __name__ == "__main__":

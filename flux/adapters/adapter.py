@@ -1,6 +1,6 @@
 """A whole adapter as data: the changes of every module. Knows neither file formats nor networks.
 
-Modules have the names of our own networks: BFL's for the transformer, transformers' for the text encoders.
+Modules have the names of our networks: BFL's for the transformer, transformers' for the text encoders.
 The three sets of names have nothing in common, so one dictionary holds them all.
 """
 
@@ -24,8 +24,8 @@ class Adapter:
     """A whole adapter.
 
     modules: module's name -> Delta. replaced, added: name of a norm's parameter -> its new value, or what is
-    added to it. metadata: the file's. format: of the file it came from. homeless: the file's keys that found
-    no home, with the reason where it is not the name.
+    added to it. metadata: the file's. format: of the file it came from. unexpected: the file's keys that are
+    not known here, with the reason where it is not the name.
     """
 
     modules: dict[str, Delta]
@@ -33,15 +33,17 @@ class Adapter:
     added: dict[str, mx.array] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
     format: str = "native"
-    homeless: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
 
     def part(self, part: str) -> "Adapter":
         """What of it belongs to one network: "flux", "clip" or "t5"."""
 
-        def own(names: dict) -> dict:
+        def of_part(names: dict) -> dict:
             return {name: value for name, value in names.items() if part_of(name) == part}
 
-        return replace(self, modules=own(self.modules), replaced=own(self.replaced), added=own(self.added))
+        return replace(
+            self, modules=of_part(self.modules), replaced=of_part(self.replaced), added=of_part(self.added)
+        )
 
     def parts(self) -> list[str]:
         """The networks that it changes, in the order flux, clip, t5."""

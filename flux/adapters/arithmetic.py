@@ -35,7 +35,7 @@ def merge(adapters: Sequence[tuple[str, Adapter, float]], rank: int | None = Non
             layers.setdefault(module, []).append((delta, strength))
         for path, value in adapter.added.items():
             added[path] = added.get(path, 0) + strength * value
-    merged = Adapter({module: _sum(module, own) for module, own in layers.items()}, added=added)
+    merged = Adapter({module: _sum(module, group) for module, group in layers.items()}, added=added)
     return merged if rank is None else resize(merged, rank)[0]
 
 
@@ -49,10 +49,10 @@ def _refuse(name: str, adapter: Adapter) -> None:
 
 def _adds(delta: Delta) -> bool:
     """Whether a change is the same matrix and bias for every base."""
-    own = delta.magnitude is None and delta.bias_factor is None and delta.new_bias is None
+    is_plain = delta.magnitude is None and delta.bias_factor is None and delta.new_bias is None
     if isinstance(delta.change, Stack):
-        return own and delta.change.is_additive
-    return own and isinstance(delta.change, Additive | None)
+        return is_plain and delta.change.is_additive
+    return is_plain and isinstance(delta.change, Additive | None)
 
 
 def _sum(module: str, deltas: Sequence[tuple[Delta, float]]) -> Delta:
@@ -71,8 +71,8 @@ def _sum_changes(changes: Sequence[tuple[Change, float]]) -> Change:
     if len(ranks) < len(changes):
         first, *others = (strength * _dense(change) for change, strength in changes)
         return Dense(sum(others, first))
-    own = [folded(replace(change, alpha=strength * change.alpha)) for change, strength in ranks]
-    down, up = mx.concatenate([c.down for c in own]), mx.concatenate([c.up for c in own], axis=1)
+    weighed = [folded(replace(change, alpha=strength * change.alpha)) for change, strength in ranks]
+    down, up = mx.concatenate([c.down for c in weighed]), mx.concatenate([c.up for c in weighed], axis=1)
     return LowRank(down, up, down.shape[0])  # (sum of r, in), (out, sum of r)
 
 
@@ -189,8 +189,8 @@ def _taken_apart(network: nn.Module) -> tuple[dict[str, nn.Module], dict[str, mx
     """A network's linear layers and its other parameters, by name."""
     layers = linears(network)
     parameters: dict[str, mx.array] = dict(tree_flatten(network.parameters()))
-    own = {name: value for name, value in parameters.items() if name.rpartition(".")[0] not in layers}
-    return layers, own
+    others = {name: value for name, value in parameters.items() if name.rpartition(".")[0] not in layers}
+    return layers, others
 
 
 def _compare(first: tuple[dict, dict], second: tuple[dict, dict]) -> None:

@@ -1,4 +1,4 @@
-"""Adapter files onto a whole model: the transformer, CLIP and T5 each get their own share of every file."""
+"""Adapter files onto a whole model: the transformer, CLIP and T5 each get their part of every file."""
 
 import hashlib
 import math
@@ -31,12 +31,12 @@ class Weighted(NamedTuple):
 def read_weighted(files: Iterable[tuple[str | Path, float]]) -> list[Weighted]:
     """Reads adapter files, also the Hub's (`owner/name:file`), with their strengths; 1 is as it was trained.
 
-    FluxError for a file that cannot be read or is no adapter, for one that comes twice, and for a strength
-    that is no number.
+    FluxError for a file that cannot be read or is not an adapter, for one that comes twice, and for a
+    strength that is not a number.
     """
     out: list[Weighted] = []
     for file, strength in files:
-        if any(own.file == str(file) for own in out):
+        if any(other.file == str(file) for other in out):
             raise FluxError(f"already given: {file}; give it once, with the sum of the strengths")
         if not math.isfinite(strength):
             raise FluxError(f"{file}: the adapter's strength must be a finite number, not {strength}")
@@ -55,15 +55,15 @@ def fingerprint(file: str | Path) -> str:
 def attach(networks: Mapping[str, nn.Module], adapters: Sequence[Weighted]) -> dict[str, Adapters]:
     """Puts adapters beside the weights of a model's networks: "flux", "clip" and "t5".
 
-    Returns the adapters of each network that has some. Warns, in one line a file, of the keys that found no
-    home and the layers that do not fit; both are left out. FluxError where nothing of a file fits, and for an
+    Returns the adapters of each network that has some. Warns, in one line a file, of unexpected keys
+    and of layers that do not fit; both are left out. FluxError where nothing of a file fits, and for an
     adapter whose picture comes with more channels than the transformer takes.
     """
     out: dict[str, Adapters] = {}
     for file, adapter, strength in adapters:
         for part in fitting_parts(networks, file, adapter):
-            own = out.setdefault(part, Adapters(networks[part]))
-            own.add(adapter.part(part), strength, file)
+            adapters_of_part = out.setdefault(part, Adapters(networks[part]))
+            adapters_of_part.add(adapter.part(part), strength, file)
     return out
 
 
@@ -73,12 +73,13 @@ def fitting_parts(networks: Mapping[str, nn.Module], file: str, adapter: Adapter
     wrong: dict[str, str] = {}
     fitting = []
     for part in adapter.parts():
-        own = adapter.part(part)
-        misfits = mismatches(networks[part], own)
+        layers = adapter.part(part)
+        misfits = mismatches(networks[part], layers)
         wrong |= misfits
-        if own.modules.keys() - misfits.keys():
+        if layers.modules.keys() - misfits.keys():
             fitting.append(part)
-    lost = [f"{key}: no home" for key in adapter.homeless] + [f"{n}: {why}" for n, why in wrong.items()]
+    lost = [f"{key}: unexpected key" for key in adapter.unexpected]
+    lost += [f"{name}: {why}" for name, why in wrong.items()]
     if not fitting:
         raise FluxError(f"{file}: nothing of this adapter fits the model: {some(lost)}")
     if lost:
@@ -102,8 +103,8 @@ def _warn_of(file: str, lost: list[str]) -> None:
 def evaluate(network: nn.Module) -> None:
     """Computes a network's weights one layer at a time, after adapters were fused into them.
 
-    What fusing needs on the way is twice as large as a layer or more. MLX evaluates a whole graph in an order
-    of its own, in which that stands in memory for many layers at once.
+    What fusing needs on the way is twice as large as a layer or more. MLX evaluates a whole graph in an
+    order in which that stands in memory for many layers at once.
     """
     for layer in network.modules():
         if not layer.children():

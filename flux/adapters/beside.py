@@ -68,6 +68,7 @@ class LoRA(nn.Module):
         return (scale * (x @ down.T)) @ up.T  # the factor where it is small: (..., r)
 
     def change(self) -> LowRank:
+        """The change as data, with the weights as they are now; so the other kinds."""
         return LowRank(self.down, self.up, self.alpha)
 
 
@@ -84,6 +85,7 @@ class LoKr(nn.Module):
         return strength * self.scale * (w1 @ (x @ w2.T)).flatten(-2)  # (..., a, c) -> (..., a*c)
 
     def change(self) -> Kronecker:
+        """The change as data."""
         return Kronecker(self.w1, self.w2, self.scale)
 
 
@@ -98,6 +100,7 @@ class DenseChange(nn.Module):
         return strength * (x @ self.weight.astype(x.dtype).T)
 
     def change(self) -> Dense:
+        """The change as data."""
         return Dense(self.weight)
 
 
@@ -109,6 +112,7 @@ class ChangeLayer(nn.Module, Generic[Kind]):
         self._change = change
 
     def change(self) -> Kind:
+        """The change as data."""
         return self._change
 
 
@@ -123,9 +127,9 @@ class GLoRALayer(ChangeLayer[GLoRA]):
     """scale (W a1 a2 x + b1 b2 x)."""
 
     def __call__(self, x: mx.array, plain: mx.array, base: Base, strength: float) -> mx.array:
-        own = self._change
-        a1, a2, b1, b2 = (w.astype(x.dtype) for w in (own.a1, own.a2, own.b1, own.b2))
-        scale = strength * own.scale
+        change = self._change
+        a1, a2, b1, b2 = (w.astype(x.dtype) for w in (change.a1, change.a2, change.b1, change.b2))
+        scale = strength * change.scale
         return base((scale * (x @ a2.T)) @ a1.T) + (scale * (x @ b2.T)) @ b1.T
 
 
@@ -141,9 +145,9 @@ class RotationLayer(ChangeLayer[Rotation]):
     """rescale B (W x), or W (B x), less W x."""
 
     def __call__(self, x: mx.array, plain: mx.array, base: Base, strength: float) -> mx.array:
-        own = self._change
-        turned = base(own.turn(x, strength)) if own.inner else own.turn(plain, strength)
-        return own.scaled(strength).reshape(-1).astype(x.dtype) * turned - plain
+        change = self._change
+        turned = base(change.turn(x, strength)) if change.inner else change.turn(plain, strength)
+        return change.scaled(strength).reshape(-1).astype(x.dtype) * turned - plain
 
 
 class ReplacementLayer(ChangeLayer[Replacement]):
@@ -158,7 +162,7 @@ class StackLayer(ChangeLayer[Stack]):
 
     def __init__(self, change: Stack):
         super().__init__(change)
-        self._parts = [(start, end, Share("", delta, 1.0)) for start, end, delta in change.parts]
+        self._parts = [(start, end, AdapterLayer("", delta, 1.0)) for start, end, delta in change.parts]
 
     def prepare(self, base: Base, strength: float) -> None:
         """Weighs the parts."""
@@ -190,7 +194,7 @@ LAYERS: dict[type, type] = {
 
 @dataclass
 class _Draw:
-    """A random key that is no part of a module's state: a function that is compiled need not give it back."""
+    """A random key that a module's state does not hold: a function that is compiled need not give it back."""
 
     key: mx.array
 
@@ -215,22 +219,24 @@ class Dropout(nn.Module):
 
 
 def draw_dropout(model: nn.Module, key: mx.array) -> None:
-    """Gives every Dropout of a model a key of its own, made of this one: before each step of a training."""
+    """Gives every Dropout of a model another key, made of this one: before each step of a training."""
     layers = [module for module in model.modules() if isinstance(module, Dropout) and module._probability]
-    for layer, own in zip(layers, mx.random.split(key, max(1, len(layers))), strict=False):
-        layer._draw.key = own
+    for layer, part in zip(layers, mx.random.split(key, max(1, len(layers))), strict=False):
+        layer._draw.key = part
 
 
-class Share(nn.Module):
+class AdapterLayer(nn.Module):
     """What one adapter adds to one layer: (W' - W) x at its strength.
 
-    dropout works on the share's own input while it is trained. learns: the weights are being trained, and a
-    DoRA's norms follow them, as constants of the gradient (section 4.3 of the paper).
+    dropout works on this layer's input alone, while it is trained. trainable: the weights are being trained,
+    and a DoRA's norms follow them, as constants of the gradient (section 4.3 of the paper).
     """
 
-    def __init__(self, name: str, delta: Delta, strength: float, dropout: float = 0.0, learns: bool = False):
+    def __init__(
+        self, name: str, delta: Delta, strength: float, dropout: float = 0.0, trainable: bool = False
+    ):
         super().__init__()
-        self.name, self.strength, self.learns = name, strength, learns
+        self.name, self.strength, self.trainable = name, strength, trainable
         self.dropout = Dropout(dropout)
         self.layer = None if delta.change is None else LAYERS[type(delta.change)](delta.change)
         self.bias, self.magnitude, self.rule = delta.bias, delta.magnitude, delta.rule
@@ -241,7 +247,7 @@ class Share(nn.Module):
         self.strength = strength
         if isinstance(self.layer, StackLayer):
             self.layer.prepare(base, strength)
-        if self.magnitude is not None and not self.learns:
+        if self.magnitude is not None and not self.trainable:
             self._norms = self.delta().norms(base.weight(), strength)
             mx.eval(self._norms)  # now: the dense weight behind it is large
 
@@ -272,20 +278,20 @@ class Share(nn.Module):
         return added + layer(ratio[0] * x, plain + added, base, inner)
 
     def delta(self) -> Delta:
-        """The share as data, with the weights as they are now."""
+        """The layer as data, with the weights as they are now."""
         change = None if self.layer is None else self.layer.change()
         return Delta(change, self.bias, self.magnitude, rule=self.rule)
 
     def weight_change(self, weight: mx.array) -> mx.array:
-        """W' - W at the share's strength for W (out, in), in float32."""
+        """W' - W at the layer's strength for W (out, in), in float32."""
         return self.delta().delta(weight, self.strength)
 
-    def flattened(self, base: nn.Module) -> "Share":
+    def flattened(self, base: nn.Module) -> "AdapterLayer":
         """The same as a dense change at strength 1, in the type of the base layer's activations."""
         dtype = (base.scales if isinstance(base, nn.QuantizedLinear) else base.weight).dtype
         bias = None if self.bias is None else self.strength * self.bias
         change = Dense(self.weight_change(dense_weight(base)).astype(dtype))
-        return Share(self.name, Delta(change, bias), 1.0)
+        return AdapterLayer(self.name, Delta(change, bias), 1.0)
 
 
 class AdaptedLinear(nn.Module):
@@ -294,7 +300,7 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.shares: list[Share] = []
+        self.shares: list[AdapterLayer] = []  # the name is a part of the keys of trainings' states
 
     def __call__(self, x: mx.array) -> mx.array:
         out = self.base(x)

@@ -40,14 +40,17 @@ class LowRank(Additive):
 
     @property
     def rank(self) -> int:
+        """r."""
         return self.down.shape[0]
 
     @property
     def scale(self) -> float:
+        """alpha / r."""
         return self.alpha / self.rank
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         return self.up.shape[0], self.down.shape[1]
 
     def dense(self) -> mx.array:
@@ -67,6 +70,7 @@ class Hadamard(Additive):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         return self.a1.shape[0], self.b1.shape[1]
 
     def dense(self) -> mx.array:
@@ -84,6 +88,7 @@ class Kronecker(Additive):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in) = (a*c, b*d)."""
         return self.w1.shape[0] * self.w2.shape[0], self.w1.shape[1] * self.w2.shape[1]
 
     def dense(self) -> mx.array:
@@ -92,15 +97,20 @@ class Kronecker(Additive):
 
 
 @dataclass(frozen=True, eq=False)
-class Dense(Additive):
-    """dW itself, (out, in): for changes of no low rank."""
+class Whole:
+    """A change that holds a matrix as large as W, (out, in)."""
 
     weight: mx.array
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         rows, columns = self.weight.shape
         return rows, columns
+
+
+class Dense(Whole, Additive):
+    """dW itself: for changes of no low rank."""
 
     def dense(self) -> mx.array:
         """dW (out, in) in float32."""
@@ -119,6 +129,7 @@ class GLoRA:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         return self.b1.shape[0], self.b2.shape[1]
 
     def delta(self, weight: mx.array, strength: float = 1.0) -> mx.array:
@@ -134,6 +145,7 @@ class Scaling:
 
     @property
     def shape(self) -> tuple[int | None, int | None]:
+        """(out, in); None for the side that the factor does not show."""
         rows, columns = self.factor.shape
         return (rows, None) if columns == 1 else (None, columns)
 
@@ -160,6 +172,7 @@ class Rotation:
 
     @property
     def shape(self) -> tuple[int | None, int | None]:
+        """(out, in); None for the side that the blocks do not show."""
         channels = self.blocks.shape[1] * self.blocks.shape[3]
         rows = None if self.rescale is None else self.rescale.shape[0]
         return (rows, channels) if self.inner else (channels, None)
@@ -195,16 +208,8 @@ class Rotation:
         return replace(self, blocks=self.blocks[::-1].swapaxes(-1, -2))
 
 
-@dataclass(frozen=True, eq=False)
-class Replacement:
-    """W' = weight, (out, in): a layer that was trained whole."""
-
-    weight: mx.array
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, columns = self.weight.shape
-        return rows, columns
+class Replacement(Whole):
+    """W' = weight: a layer that was trained whole."""
 
     def delta(self, weight: mx.array, strength: float = 1.0) -> mx.array:
         """W' - W (out, in) in float32 for W (out, in)."""
@@ -220,6 +225,7 @@ class Stack:
 
     @property
     def shape(self) -> tuple[int, int | None]:
+        """(out, in); in is None where no part shows it."""
         columns = [delta.shape[1] for _, _, delta in self.parts if delta.shape[1] is not None]
         return self.rows, columns[0] if columns else None
 
@@ -254,8 +260,8 @@ PEFT, LYCORIS = "peft", "lycoris"
 class Delta:
     """All that an adapter does to one Linear.
 
-    bias (out,) is added to the layer's own; bias_factor (out,) times that is added as well; new_bias (out,)
-    stands in its stead where it is not NaN.
+    bias (out,) is added to the layer's; bias_factor (out,) times the layer's is added as well; new_bias
+    (out,) replaces the layer's where it is not NaN.
     magnitude makes it a DoRA (Liu et al. 2024): W' = magnitude (W + dW) / norms of (W + dW). (out,): the
     norms are those of the rows; where it is NaN, W' = W + dW. (1, in): the norms are those of the columns.
     rule: how a DoRA is weighed, PEFT or LYCORIS.

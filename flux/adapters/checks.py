@@ -42,7 +42,7 @@ def scalar(tensor: mx.array, what: str) -> float:
 
 
 def floats(tensors: Mapping[str, mx.array]) -> None:
-    """FluxError for matrices that are no floats or hold nothing, by their names."""
+    """FluxError for matrices that are not floats or hold nothing, by their names."""
     for name, tensor in tensors.items():
         if not mx.issubdtype(tensor.dtype, mx.floating):
             raise FluxError(f"{name} has the type {_type(tensor)}; it should hold floats")
@@ -65,8 +65,8 @@ def size(shape: Sequence[int], what: str) -> None:
 class Patterns:
     """PEFT's `alpha_pattern` or `rank_pattern`: regular expression for a module's name, or its end -> number.
 
-    table: as the config has it. what: its name, for errors. FluxError for what is no such table, for a value
-    that is no number, and for patterns that may take very long.
+    table: as the config has it. what: its name, for errors. FluxError for anything but such a table, for a
+    value that is not a number, and for patterns that may take very long.
     """
 
     def __init__(self, table: Any, what: str):
@@ -80,7 +80,7 @@ class Patterns:
         others = {key: i for i, key in enumerate(table) if key not in self._plain}
         if len(others) > MAX_PATTERNS:
             raise FluxError(
-                f"{what} has {len(others)} patterns that are no names; {MAX_PATTERNS} are the most"
+                f"{what} has {len(others)} patterns that are not names; {MAX_PATTERNS} are the most"
             )
         self._compiled = [(i, self._compile(key)) for key, i in others.items()]
 

@@ -21,7 +21,7 @@ WEIGHTS = {
     "new bias",
     "replacement",
     "alpha",
-}  # what files that are no adapters have as well
+}  # what files that are not adapters have as well
 # What a checkpoint's name ends with.
 STEP = r"(?:[-_]?(?:step|epoch|e|s)?[-_]?\d{2,}|[-_](?:step|epoch)[-_]?\d+)$"
 
@@ -60,10 +60,10 @@ def adapter_files(patterns: Iterable[str | Path]) -> list[Path]:
         else:
             paths = [find_adapter(pattern)]
         for path in paths:
-            own = (_adapters(path) or _checkpoints(path)) if path.is_dir() else [path]
-            if not own:
+            found = (_adapters(path) or _checkpoints(path)) if path.is_dir() else [path]
+            if not found:
                 raise FluxError(f"{path}: a folder without an adapter")
-            out += own
+            out += found
     return list(dict.fromkeys(out))
 
 
@@ -77,9 +77,9 @@ def _adapters(folder: Path) -> list[Path]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Those of a training that keeps each checkpoint in a folder of its own."""
+    """Those of a training that keeps each checkpoint in another folder."""
     folders = sorted((path for path in folder.glob("checkpoint*") if path.is_dir()), key=_order)
-    return [own[-1] for path in folders if (own := _adapters(path))]
+    return [found[-1] for path in folders if (found := _adapters(path))]
 
 
 def _order(path: Path) -> tuple[float, str]:

@@ -1,7 +1,7 @@
 """Changes of a fused layer <-> changes of the layers that it was made of (qkv <-> to_q, to_k, to_v).
 
 A fused layer's rows are its parts' rows one under another. A part may cover several neighbours (XLabs changes
-q, k and v of `linear1` as one), may be missing (it changes nothing), and has a rank of its own.
+q, k and v of `linear1` as one), may be missing (it changes nothing), and may have another rank.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from flux.adapters.changes import (
 from flux.errors import FluxError
 from flux.weights.keymaps import swap_halves as swapped
 
-NAN = float("nan")  # in a magnitude: this row is no DoRA; in a new bias: this one stays
+NAN = float("nan")  # in a magnitude: this row is not of a DoRA; in a new bias: this one stays
 Data = TypeVar("Data", bound="Delta | Change")
 GAPS = {
     "bias": 0.0,
@@ -49,6 +49,7 @@ class Piece:
 
     @property
     def end(self) -> int:
+        """The row after the last."""
         return self.start + (self.delta.shape[0] or self.rows or 0)
 
 
@@ -70,11 +71,11 @@ def fuse(pieces: Sequence[Piece], rows: int) -> Delta:
         return Delta(**vectors)
     low_rank = [(p.start, p.delta.change) for p in changes if isinstance(p.delta.change, LowRank)]
     if len(low_rank) < len(changes) or not _agree(changes):
-        own = tuple(
+        parts = tuple(
             (p.start, p.end, Delta(p.delta.change, magnitude=p.delta.magnitude, rule=p.delta.rule))
             for p in changes
         )
-        return Delta(Stack(own, rows), **vectors)
+        return Delta(Stack(parts, rows), **vectors)
     magnitude = _fuse_vectors(pieces, "magnitude", rows)
     return Delta(_fuse_low_rank(low_rank, rows), magnitude=magnitude, rule=rule, **vectors)
 
@@ -92,9 +93,11 @@ def _fuse_low_rank(changes: Sequence[tuple[int, LowRank]], rows: int) -> LowRank
     if all(_same_down(first, change) for _, change in changes):
         ups = [_pad(change.up, start, rows) for start, change in changes]
         return LowRank(first.down, sum(ups[1:], ups[0]), first.alpha)
-    own = [(start, folded(change)) for start, change in changes]
-    down = mx.concatenate([change.down for _, change in own])  # (sum of r, in)
-    up = mx.concatenate([_pad(change.up, start, rows) for start, change in own], axis=1)  # (rows, sum of r)
+    scaled = [(start, folded(change)) for start, change in changes]
+    down = mx.concatenate([change.down for _, change in scaled])  # (sum of r, in)
+    up = mx.concatenate(
+        [_pad(change.up, start, rows) for start, change in scaled], axis=1
+    )  # (rows, sum of r)
     return LowRank(down, up, down.shape[0])
 
 
@@ -128,9 +131,9 @@ def split(delta: Delta, cuts: Sequence[int]) -> list[Delta]:
         vector = getattr(delta, name)
         if vector is not None and vector.ndim == 1:
             vectors = mx.split(vector, list(cuts))
-            parts = [_with(part, {name: own}) for part, own in zip(parts, vectors, strict=True)]
+            parts = [_with(part, {name: vector}) for part, vector in zip(parts, vectors, strict=True)]
         elif vector is not None:  # a DoRA's columns, whose norms are those of the whole layer
-            raise FluxError("a DoRA along the columns of a fused layer is no DoRA of its parts")
+            raise FluxError("a DoRA along the columns of a fused layer cannot be split into its parts")
     return [replace(part, rule=delta.rule) if delta.magnitude is not None else part for part in parts]
 
 
@@ -142,16 +145,16 @@ def _split_change(delta: Delta, cuts: Sequence[int]) -> list[Delta]:
         return [Delta(part) for part in _split_low_rank(change, cuts)]
     if isinstance(change, Stack):
         edges = [0, *cuts, change.rows]
-        own = {(start, end): part for start, end, part in change.parts}
-        if all(start in edges and edges[edges.index(start) + 1] == end for start, end in own):
-            return [own.get(edge, Delta()) for edge in pairwise(edges)]
+        by_edges = {(start, end): part for start, end, part in change.parts}
+        if all(start in edges and edges[edges.index(start) + 1] == end for start, end in by_edges):
+            return [by_edges.get(edge, Delta()) for edge in pairwise(edges)]
     if isinstance(change, Additive):
         return [Delta(Dense(rows)) for rows in mx.split(change.dense(), list(cuts))]
     raise FluxError(f"a change of the kind {type(change).__name__} cannot be split")
 
 
 def _split_low_rank(change: LowRank, cuts: Sequence[int]) -> list[LowRank]:
-    """A block-diagonal up gives each part its own block; any other gives every part the whole down.
+    """A block-diagonal up gives each part one block; any other gives every part the whole down.
 
     That the rank divides by the parts says nothing: an ordinary file of rank 48 does that too. Only the zeros
     tell.
@@ -173,10 +176,10 @@ def swap_halves(delta: Delta) -> Delta:
     FluxError for a rotation of the rows whose blocks do not swap with them.
     """
     magnitude = delta.magnitude
-    own = {name: swapped(value) for name in GAPS if (value := getattr(delta, name)) is not None}
+    vectors = {name: swapped(value) for name in GAPS if (value := getattr(delta, name)) is not None}
     if magnitude is not None and magnitude.ndim == 2:
-        own["magnitude"] = magnitude
-    return _with(replace(delta, change=_swap_change(delta.change)), own)
+        vectors["magnitude"] = magnitude
+    return _with(replace(delta, change=_swap_change(delta.change)), vectors)
 
 
 def _with(data: Data, values: Mapping[str, Any]) -> Data:

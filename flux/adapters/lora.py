@@ -1,6 +1,6 @@
 """Adapters of a network: add, weigh, train, fuse, remove.
 
-Every changed Linear (quantized or not) is wrapped; each adapter has its own share in the wrapper, so that
+Every changed Linear (quantized or not) is wrapped; each adapter has a layer in the wrapper, so that
 several change the same layer at once. The network knows nothing of it.
 """
 
@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux.adapters.adapter import Adapter
-from flux.adapters.beside import AdaptedLinear, Base, Share, linear_shape
+from flux.adapters.beside import AdaptedLinear, AdapterLayer, Base, linear_shape
 from flux.errors import FluxError
 
 
@@ -32,13 +32,13 @@ def mismatches(model: nn.Module, adapter: Adapter, widen: bool = False) -> dict[
             continue
         layer = layers[name]
         rows, columns = linear_shape(layer)
-        own_rows, own_columns = delta.shape
-        wide = widen and name == "img_in" and type(layer) is nn.Linear and (own_columns or 0) > columns
-        if own_rows not in (None, rows) or (own_columns not in (None, columns) and not wide):
-            control = name == "img_in" and (own_columns or 0) > columns
+        its_rows, its_columns = delta.shape
+        wide = widen and name == "img_in" and type(layer) is nn.Linear and (its_columns or 0) > columns
+        if its_rows not in (None, rows) or (its_columns not in (None, columns) and not wide):
+            control = name == "img_in" and (its_columns or 0) > columns
             hint = "; a control adapter, which takes a structure picture" if control else ""
             out[name] = (
-                f"the adapter is for {own_columns} -> {own_rows}, the layer is {columns} -> {rows}{hint}"
+                f"the adapter is for {its_columns} -> {its_rows}, the layer is {columns} -> {rows}{hint}"
             )
     for name, value in {**adapter.replaced, **adapter.added}.items():
         current = _parameter(model, name)
@@ -70,14 +70,14 @@ class Adapters:
         strict: bool = False,
         widen: bool = False,
         dropout: float = 0.0,
-        learns: bool = False,
+        trainable: bool = False,
     ) -> dict[str, str]:
         """Puts an adapter beside the weights: W x + sum of strength (W' - W) x over all adapters.
 
         Returns what of it does not fit the network and was left out, name -> why; strict: FluxError instead.
         FluxError too where nothing fits. widen: an adapter whose `img_in` takes more channels than the
         network's makes it wider with zeros; only a caller that feeds those channels may ask for it.
-        learns, dropout: for training, see `flux.adapters.training`.
+        trainable, dropout: for training, see `flux.adapters.training`.
         """
         name = name or f"adapter {len(self.strengths) + 1}"
         if name in self.strengths:
@@ -99,7 +99,7 @@ class Adapters:
             delta = adapter.modules[module]
             if delta.shape[1] is not None and delta.shape[1] > linear_shape(layer.base)[1]:
                 self._widen(layer.base, delta.shape[1])
-            share = Share(name, delta.settled(layer.base.get("bias")), strength, dropout, learns)
+            share = AdapterLayer(name, delta.settled(layer.base.get("bias")), strength, dropout, trainable)
             share.weigh(strength, Base(layer.base))
             layer.shares.append(share)
         self.strengths[name] = strength
@@ -114,14 +114,14 @@ class Adapters:
 
     def set_strength(self, name: str, strength: float) -> None:
         """Weighs an adapter anew; 0 gives the base model."""
-        for layer, share in self._shares(name):
+        for layer, share in self._layers_of(name):
             share.weigh(strength, Base(layer.base))
         self.strengths[name] = strength
         self._apply_norms()
 
     def remove(self, name: str) -> None:
         """Takes an adapter away; without adapters the network is as it was."""
-        for layer, _ in list(self._shares(name)):
+        for layer, _ in list(self._layers_of(name)):
             layer.shares = [share for share in layer.shares if share.name != name]
         del self.strengths[name]
         self._norms.pop(name, None)
@@ -165,13 +165,13 @@ class Adapters:
     def freeze_all_but(self, name: str) -> None:
         """Leaves the weights of one adapter as the network's only trainable parameters."""
         self.model.freeze()
-        for _, share in self._shares(name):
+        for _, share in self._layers_of(name):
             share.unfreeze()
 
     def _wrapped(self) -> list[tuple[str, AdaptedLinear]]:
         return [(path, m) for path, m in linears(self.model).items() if isinstance(m, AdaptedLinear)]
 
-    def _shares(self, name: str) -> Iterator[tuple[AdaptedLinear, Share]]:
+    def _layers_of(self, name: str) -> Iterator[tuple[AdaptedLinear, AdapterLayer]]:
         if name not in self.strengths:
             known = ", ".join(self.strengths) or "none"
             raise FluxError(f"the model has no adapter named {name!r}: it has {known}")

@@ -17,7 +17,7 @@ PREFIX = re.compile(
     r"|lora_unet_|oft_unet_|lora_transformer_|lycoris_|lora_te\d?_"
     r"|(text_encoders\.)?(clip_l|t5xxl)\.transformer\.|text_encoder(_2)?\.|text_model[._]"
 )
-# PEFT puts an adapter's name after its own ones (`lora_A.default.weight`), and these before a parameter's.
+# PEFT puts an adapter's name after its suffixes (`lora_A.default.weight`), and these before a parameter's.
 PEFT_NAME = re.compile(
     r"\.(lora_[AB]|lora_magnitude_vector|hada_w\w+|lokr_w\w+|ia3_l|oft_R|boft_[Rs])\.(?!weight$|bias$)[^.]+(?=\.|$)"
 )
@@ -25,7 +25,7 @@ PEFT_NAME = re.compile(
 WHOLE = re.compile(r"^(base_model\.model|transformer|text_encoder)\.|\.modules_to_save\.|\.base_layer\.")
 PEFT_WRAPPER = re.compile(r"\.modules_to_save\.[^.]+(?=\.\w+$)|\.base_layer(?=\.bias$)")
 
-# What a key's last part says. The first that fits counts, so longer ones stand before their own endings.
+# What a key's last part says. The first that fits counts, so longer ones stand before their endings.
 SUFFIXES: tuple[tuple[str, str], ...] = (
     (".lora_linear_layer.down.weight", "down"),
     (".lora_linear_layer.up.weight", "up"),
@@ -75,7 +75,7 @@ NORM_ROLES = {"replacement": "scale", "diff": "scale", "norm bias": "bias"}
 
 MAGNITUDES = tuple(suffix for suffix, role in SUFFIXES if role in ("magnitude", "dora_scale"))
 
-# Stems beside BFL's and diffusers' own, and our module.
+# Stems beside BFL's and diffusers', and our module.
 XLABS: tuple[tuple[str, str], ...] = (
     ("double_blocks.{}.processor.qkv_lora1", "double_blocks.{}.img_attn.qkv"),
     ("double_blocks.{}.processor.qkv_lora2", "double_blocks.{}.txt_attn.qkv"),
@@ -116,7 +116,7 @@ TEXT_NORMS = (
 
 
 @dataclass(frozen=True)
-class Home:
+class Target:
     """Our module, and which of the parts of a fused layer: all of them, from `first` to before `end`.
 
     theirs: the module's name in the layout that the key follows, without prefix. swapped: that layout has the
@@ -136,7 +136,7 @@ class Home:
 class Key:
     """A key of a file, understood: where it belongs and which tensor of a change it is."""
 
-    home: Home
+    target: Target
     role: str
 
 
@@ -147,22 +147,22 @@ def _flat(stem: str) -> str:
 
 
 @lru_cache
-def _homes() -> dict[str, Home]:
-    """Flat stem -> Home, with `{}` in the names where the block's number goes."""
-    homes: dict[str, Home] = {}
+def _targets() -> dict[str, Target]:
+    """Flat stem -> Target, with `{}` in the names where the block's number goes."""
+    targets: dict[str, Target] = {}
     for row in TRANSFORMER:
         parts, norm = len(row.theirs), "scale" if row.parameters == (("scale", "weight"),) else ""
-        homes[_flat(row.ours)] = Home(row.ours, row.ours, 0, parts, parts, norm=norm)
+        targets[_flat(row.ours)] = Target(row.ours, row.ours, 0, parts, parts, norm=norm)
         for i, theirs in enumerate(row.theirs):
-            homes[_flat(theirs)] = Home(row.ours, theirs, i, i + 1, parts, row.swapped, norm)
+            targets[_flat(theirs)] = Target(row.ours, theirs, i, i + 1, parts, row.swapped, norm)
     for stem, ours in ALIASES:
-        whole = homes[_flat(ours)]
+        whole = targets[_flat(ours)]
         end = 3 if stem.endswith("processor.qkv") else whole.end  # XLabs leaves the MLP of linear1 alone
-        homes[_flat(stem)] = Home(ours, stem, 0, end, whole.parts)
+        targets[_flat(stem)] = Target(ours, stem, 0, end, whole.parts)
     for name in (*CLIP, *T5, *TEXT_NORMS):
         norm = "weight" if name in TEXT_NORMS else ""
-        homes[_flat(name.removeprefix("text_model."))] = Home(name, name, norm=norm)
-    return homes
+        targets[_flat(name.removeprefix("text_model."))] = Target(name, name, norm=norm)
+    return targets
 
 
 def find(key: str) -> Key | None:
@@ -170,27 +170,27 @@ def find(key: str) -> Key | None:
     whole = WHOLE.search(key) is not None
     key = PEFT_WRAPPER.sub("", PEFT_NAME.sub(r".\1", key))
     for suffix, role in SUFFIXES:
-        home = find_module(key.removesuffix(suffix)) if key.endswith(suffix) else None
-        if home is None:
+        target = find_module(key.removesuffix(suffix)) if key.endswith(suffix) else None
+        if target is None:
             continue
         if role == "weight":
-            role = "replacement" if home.norm else "whole weight" if whole else role
-        fits = role in NORM_ROLES if home.norm else role not in ("replacement", "norm bias")
+            role = "replacement" if target.norm else "whole weight" if whole else role
+        fits = role in NORM_ROLES if target.norm else role not in ("replacement", "norm bias")
         if fits and (whole or role != "new bias"):
-            return Key(home, role)
+            return Key(target, role)
     return None
 
 
-def find_module(name: str) -> Home | None:
-    """The home of a module's name under any program's prefix, or None."""
+def find_module(name: str) -> Target | None:
+    """The target of a module's name under any program's prefix, or None."""
     while match := PREFIX.match(name):
         name = name[match.end() :]
     name = name.rstrip("_.")  # some trainers' names end so
-    home = _homes().get(_flat(name))
+    target = _targets().get(_flat(name))
     number = re.search(r"[._](\d+)[._]", name)
-    if home is None or number is None or "{}" not in home.module:
-        return home
-    return replace(home, module=home.module.format(number[1]), theirs=home.theirs.format(number[1]))
+    if target is None or number is None or "{}" not in target.module:
+        return target
+    return replace(target, module=target.module.format(number[1]), theirs=target.theirs.format(number[1]))
 
 
 def template(module: str) -> str:

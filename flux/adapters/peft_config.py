@@ -7,7 +7,7 @@ from typing import Any
 from flux import jsonfiles
 from flux.adapters import checks
 from flux.adapters.adapter import part_of
-from flux.adapters.names import Home
+from flux.adapters.names import Target
 from flux.errors import FluxError
 
 PEFT_METADATA = "lora_adapter_metadata"  # the header's entry in which diffusers keeps PEFT's config
@@ -22,7 +22,7 @@ class Configs:
     """PEFT's LoraConfig (or another kind's) for each network."""
 
     def __init__(self, metadata: Mapping[str, str], beside: Json | None = None):
-        """metadata: of the file's header; beside: the config in a file of its own, for all networks."""
+        """metadata: of the file's header; beside: the config in another file, for all networks."""
         self._configs = _unpack(metadata.get(PEFT_METADATA, "{}"))
         if beside is not None:
             self._configs = dict.fromkeys(DIFFUSERS_PARTS.values(), beside)
@@ -30,40 +30,42 @@ class Configs:
         for config in self._configs.values():
             _check(config)
 
-    def of(self, home: Home) -> Json:
+    def of(self, target: Target) -> Json:
         """The config of a module's network; empty where there is none."""
-        return self._configs.get(DIFFUSERS_PARTS[part_of(home.module)], {})
+        return self._configs.get(DIFFUSERS_PARTS[part_of(target.module)], {})
 
-    def kind(self, home: Home) -> str:
+    def kind(self, target: Target) -> str:
         """PEFT's name for the kind of adapter, such as LORA; empty where there is no config."""
-        return str(self.of(home).get("peft_type") or "")
+        return str(self.of(target).get("peft_type") or "")
 
-    def number(self, home: Home, name: str, patterns: str) -> float:
+    def number(self, target: Target, name: str, patterns: str) -> float:
         """A number of the config for one module: of the first pattern that fits, else the usual one."""
-        config, network = self.of(home), DIFFUSERS_PARTS[part_of(home.module)]
+        config, network = self.of(target), DIFFUSERS_PARTS[part_of(target.module)]
         if (network, patterns) not in self._patterns:
             self._patterns[network, patterns] = checks.Patterns(config.get(patterns) or {}, patterns)
         # Newer versions of transformers leave `text_model.` out.
-        found = self._patterns[network, patterns].find(home.theirs, home.theirs.removeprefix("text_model."))
+        found = self._patterns[network, patterns].find(
+            target.theirs, target.theirs.removeprefix("text_model.")
+        )
         return checks.number(config.get(name), name) if found is None else found
 
-    def alpha(self, home: Home, rank: int) -> float | None:
+    def alpha(self, target: Target, rank: int) -> float | None:
         """A LoRA's alpha, where a config has it."""
-        config = self.of(home)
+        config = self.of(target)
         if config.get("lora_alpha") is None:
             return None
-        alpha = self.number(home, "lora_alpha", "alpha_pattern")
+        alpha = self.number(target, "lora_alpha", "alpha_pattern")
         return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
 
-    def scale(self, home: Home) -> float | None:
+    def scale(self, target: Target) -> float | None:
         """alpha / r of PEFT's LoHa and LoKr, which it multiplies every product with; None for others."""
-        if self.kind(home) not in ("LOHA", "LOKR"):
+        if self.kind(target) not in ("LOHA", "LOKR"):
             return None
-        rank = checks.positive(self.number(home, "r", "rank_pattern"), "r")
-        return self.number(home, "alpha", "alpha_pattern") / rank
+        rank = checks.positive(self.number(target, "r", "rank_pattern"), "r")
+        return self.number(target, "alpha", "alpha_pattern") / rank
 
     def promises_biases(self) -> bool:
-        """Whether the base's own biases were trained as well."""
+        """Whether the base's biases were trained as well."""
         return any(config.get("bias") in ("all", "lora_only") for config in self._configs.values())
 
 

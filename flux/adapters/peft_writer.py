@@ -1,4 +1,4 @@
-"""An Adapter -> files of split layers under diffusers' names: diffusers' own and ai-toolkit's."""
+"""An Adapter -> files of split layers under diffusers' names: diffusers' and ai-toolkit's."""
 
 import json
 from collections import Counter
@@ -16,7 +16,7 @@ from flux.errors import FluxError
 from flux.weights.keymaps import TRANSFORMER, find_theirs
 
 Tensors = dict[str, mx.array]
-Metadata = Callable[[Mapping[str, str]], dict[str, str]]  # from our own entries, the format's own
+Metadata = Callable[[Mapping[str, str]], dict[str, str]]  # from our entries, the format's
 
 
 class Part(NamedTuple):
@@ -31,9 +31,9 @@ NOT_LOW_RANK = "changes that are not of low rank, or DoRA along the columns"
 
 
 def refuse(format: str, what: str, modules: list[str]) -> None:
-    """FluxError where some modules have what a format has no place for."""
+    """FluxError where some modules have what a format cannot hold."""
     if modules:
-        raise FluxError(f"{format} files have no place for {what}: {some(modules)}")
+        raise FluxError(f"{format} files cannot hold {what}: {some(modules)}")
 
 
 def to_diffusers(adapter: Adapter) -> tuple[Tensors, Metadata]:
@@ -43,17 +43,17 @@ def to_diffusers(adapter: Adapter) -> tuple[Tensors, Metadata]:
     config: dict[str, Any] = {}
     for part in ("flux", "clip"):
         prefix = DIFFUSERS_PARTS[part]
-        own = _peft_parts("diffusers", adapter.part(part))
-        if own:
-            tensors |= _peft_tensors(prefix, own)
-            config |= {f"{prefix}.{name}": value for name, value in _peft_config(own).items()}
+        parts = _peft_parts("diffusers", adapter.part(part))
+        if parts:
+            tensors |= _peft_tensors(prefix, parts)
+            config |= {f"{prefix}.{name}": value for name, value in _peft_config(parts).items()}
     for name, value in adapter.replaced.items():
         found = find_theirs(TRANSFORMER, name.removesuffix(".scale"))
         if found is None:
-            raise FluxError(f"diffusers files have no place for norms of the text encoders: {name}")
+            raise FluxError(f"diffusers files cannot hold norms of the text encoders: {name}")
         tensors[f"transformer.{found[1][0]}.weight"] = value
     packed = json.dumps(config, indent=2, sort_keys=True)
-    return tensors, lambda own: {"format": "pt", PEFT_METADATA: packed}
+    return tensors, lambda facts: {"format": "pt", PEFT_METADATA: packed}
 
 
 def to_ai_toolkit(adapter: Adapter) -> tuple[Tensors, Metadata]:
@@ -64,7 +64,7 @@ def to_ai_toolkit(adapter: Adapter) -> tuple[Tensors, Metadata]:
     odd = [n for n, d in adapter.modules.items() if d.bias is not None or d.magnitude is not None]
     refuse("ai-toolkit", "biases and DoRA", odd)
     tensors = _peft_tensors(DIFFUSERS_PARTS["flux"], _peft_parts("ai-toolkit", adapter))
-    return tensors, lambda own: {"format": "pt", "ss_base_model_version": "flux1"}
+    return tensors, lambda facts: {"format": "pt", "ss_base_model_version": "flux1"}
 
 
 def _refuse_for_peft(format: str, adapter: Adapter) -> None:
@@ -81,10 +81,10 @@ def _peft_parts(format: str, adapter: Adapter) -> dict[str, Part]:
     out: dict[str, Part] = {}
     wrong: list[str] = []
     for module, delta in adapter.modules.items():
-        for name, own in split_names(module, delta):
-            if isinstance(own.change, LowRank) and not own.is_of_columns:
-                out[name] = Part(folded(own.change), own.bias, own.magnitude)
-            elif own.shape != (None, None):
+        for name, part in split_names(module, delta):
+            if isinstance(part.change, LowRank) and not part.is_of_columns:
+                out[name] = Part(folded(part.change), part.bias, part.magnitude)
+            elif part.shape != (None, None):
                 wrong.append(module)
     refuse(format, NOT_LOW_RANK, list(dict.fromkeys(wrong)))
     return out

@@ -2,30 +2,19 @@
 
 from collections import Counter
 
+from flux.adapters import changes
 from flux.adapters.adapter import Adapter
-from flux.adapters.changes import (
-    Delta,
-    Dense,
-    GLoRA,
-    Hadamard,
-    Kronecker,
-    LowRank,
-    Replacement,
-    Rotation,
-    Scaling,
-    Stack,
-)
 from flux.adapters.names import template
 
 KINDS: dict[type, str] = {
-    LowRank: "LoRA",
-    Kronecker: "LoKr",
-    Hadamard: "LoHa",
-    GLoRA: "GLoRA",
-    Scaling: "(IA)3",
-    Rotation: "OFT",
-    Dense: "full matrix",
-    Replacement: "whole layer",
+    changes.LowRank: "LoRA",
+    changes.Kronecker: "LoKr",
+    changes.Hadamard: "LoHa",
+    changes.GLoRA: "GLoRA",
+    changes.Scaling: "(IA)3",
+    changes.Rotation: "OFT",
+    changes.Dense: "full matrix",
+    changes.Replacement: "whole layer",
 }
 
 
@@ -37,15 +26,15 @@ def table(adapter: Adapter) -> list[str]:
     return [f"{name:{width}}  {count:3} x {what}" for (name, what), count in kinds.items()]
 
 
-def _kind(delta: Delta) -> str:
+def _kind(delta: changes.Delta) -> str:
     """What changes a layer, in words."""
     change = delta.change
     if change is None:
         return "bias alone"
-    if isinstance(change, Stack):
+    if isinstance(change, changes.Stack):
         return "parts: " + ", ".join(dict.fromkeys(_kind(part) for *_, part in change.parts))
     what = KINDS[type(change)]
-    if isinstance(change, LowRank):
+    if isinstance(change, changes.LowRank):
         what = f"{'LoRA' if delta.magnitude is None else 'DoRA'} rank {change.rank} alpha {change.alpha:g}"
     elif delta.magnitude is not None:
         what += " with DoRA"

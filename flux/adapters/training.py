@@ -50,7 +50,7 @@ def new_adapter(
 
     That is Kaiming's uniform law with a = sqrt(5) (torch.nn.Linear's). All in float32: updates are smaller
     than what 16 bits can tell apart. dora: with magnitudes, the weights' row norms. Add it to the network by
-    `Adapters.add(adapter, name=..., dropout=..., learns=True)`, then `Adapters.freeze_all_but(name)`.
+    `Adapters.add(adapter, name=..., dropout=..., trainable=True)`, then `Adapters.freeze_all_but(name)`.
     """
     if rank < 1:
         raise FluxError(f"rank {rank}: give 1 or more")

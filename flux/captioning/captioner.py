@@ -14,6 +14,7 @@ from flux.errors import FluxError
 from flux.models.florence2 import Florence2, GenerationParams, generate
 from flux.weights import florence2
 
+MOST_BEAMS = 100
 MAX_SIDE = 4096  # of the pictures that a captioner may ask for; Florence-2 asks for 768
 
 
@@ -38,21 +39,23 @@ class Captioner:
     def search(self, beams: int | None = None, max_tokens: int | None = None) -> None:
         """Changes how answers are searched: with so many beams, for so many tokens at most.
 
-        None stands for the checkpoint's own, within what the network can write. FluxError beyond that.
+        None stands for the checkpoint's, within what the network can write. FluxError beyond that.
         """
-        own, limit = self.generation, self.model.language_model.max_tokens
+        known, limit = self.generation, self.model.language_model.max_tokens
         if max_tokens is not None and max_tokens > limit:
             raise FluxError(f"answers of {max_tokens} tokens; the captioner writes {limit} at most")
+        if beams is not None and beams > MOST_BEAMS:
+            raise FluxError(f"a search with {beams} beams; {MOST_BEAMS} are the most")
         self.generation = replace(
-            own,
-            num_beams=own.num_beams if beams is None else beams,
-            max_new_tokens=min(own.max_new_tokens, limit) if max_tokens is None else max_tokens,
+            known,
+            num_beams=known.num_beams if beams is None else beams,
+            max_new_tokens=min(known.max_new_tokens, limit) if max_tokens is None else max_tokens,
         )
 
     def answers(self, images: list[Image.Image], task: Task, texts: list[str] | None = None) -> list[Answer]:
         """What the task finds in each picture. texts: what it needs besides, one a picture.
 
-        Places in the answers are pixels of the pictures as they were given.
+        Positions in the answers are pixels of the pictures as they were given.
         """
         texts = texts or [""] * len(images)
         tokens, mask = self.tokenizer([task.ask(text) for text in texts])
@@ -76,7 +79,7 @@ def _check_ids(
 
 
 def picture_params(folder: Path) -> PictureParams:
-    """What preprocessor_config.json, or the newer processor_config.json, says; else Florence-2's own."""
+    """What preprocessor_config.json, or the newer processor_config.json, says; else Florence-2's."""
     combined = florence2.read_json(folder, "processor_config.json").get("image_processor", {})
     config = florence2.read_json(folder, "preprocessor_config.json") or combined
     known = PictureParams()
@@ -87,8 +90,8 @@ def picture_params(folder: Path) -> PictureParams:
             for side in ("height", "width")
         )
         mean, deviation = (
-            tuple(jsonfiles.number(value, name) for value in config.get(name, own))
-            for name, own in (("image_mean", known.mean), ("image_std", known.deviation))
+            tuple(jsonfiles.number(value, name) for value in config.get(name, default))
+            for name, default in (("image_mean", known.mean), ("image_std", known.deviation))
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise FluxError(f"{folder}: the settings for pictures make no sense: {error}") from None

@@ -12,20 +12,19 @@ from flux.errors import FluxError
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture's file. home: the folder whose list it belongs in. name: from there, with slashes."""
+    """A picture's file. folder: the folder whose list it belongs in. name: from there, with slashes."""
 
     path: Path
-    home: Path
+    folder: Path
     name: str
 
 
 def find(paths: Iterable[str | Path], passed_over: Iterable[Path] = ()) -> list[Picture]:
     """The pictures of folders, with their sub-folders, and files, in order and each once.
 
-    A folder's pictures have it as their home, a file its own folder. Hidden files, masks and the files
-    `passed_over` are left out in folders. Pictures whose format cannot be read are among them, so that they
-    are named and not passed over in silence. Raises FluxError for a path that is absent or a folder without
-    pictures.
+    A folder's pictures belong to its list, a file to that of the folder that it is in. Hidden files, masks
+    and the files `passed_over` are left out in folders. Pictures whose format cannot be read are among them,
+    so that they are named. Raises FluxError for a path that is absent or a folder without pictures.
     """
     passed = {path.resolve() for path in passed_over}
     disk = Disk()
@@ -38,10 +37,15 @@ def find(paths: Iterable[str | Path], passed_over: Iterable[Path] = ()) -> list[
             files = [file for file in in_folder(path, disk) if file.resolve() not in passed]
         if not files:
             raise FluxError(f"{path}: no pictures in it, nor in its sub-folders")
-        home = path if path.is_dir() else path.parent
+        folder = folder_of(path)
         for file in files:
-            found.setdefault(file.resolve(), Picture(file, home, file.relative_to(home).as_posix()))
+            found.setdefault(file.resolve(), Picture(file, folder, file.relative_to(folder).as_posix()))
     return list(found.values())
+
+
+def folder_of(path: Path) -> Path:
+    """The folder whose list the pictures of a folder, or a picture, belong in."""
+    return path if path.is_dir() else path.parent
 
 
 def in_folder(folder: Path, disk: Disk) -> list[Path]:

@@ -43,4 +43,5 @@ def prepare(pictures: list[Image.Image], params: PictureParams | None = None) ->
     resized = [image.convert("RGB").resize(size, Image.Resampling.BICUBIC) for image in pictures]
     # Through float64, as the reference does: the same float32 to the last bit.
     pixels = (np.stack([np.asarray(image) for image in resized]) * np.float64(1 / 255)).astype(np.float32)
-    return mx.array((pixels - np.float32(params.mean)) / np.float32(params.deviation))
+    mean, deviation = np.array(params.mean, np.float32), np.array(params.deviation, np.float32)
+    return mx.array((pixels - mean) / deviation)

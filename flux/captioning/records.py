@@ -1,6 +1,6 @@
 """Captions on the disk: a train.jsonl, a captions.csv, or a .txt beside each picture.
 
-Each write reads what is there, adds to it, and puts the whole in its place at once: a process that is killed
+Each write reads what is there, adds to it, and replaces it by the whole at once: a process that is killed
 leaves the old file or the new one, and what was edited in the meantime, by hand, is kept. Rows are read by
 the rules of flux.data, under any of its keys; new rows have `image` and `prompt`.
 """
@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flux import outputs
 from flux.captioning.files import Picture
 from flux.data import files, folders, lists
 from flux.data.files import nfc
@@ -28,16 +29,16 @@ LINE_BREAKS = {ord(letter): f"\\u{ord(letter):04x}" for letter in "\x85\u2028\u2
 Row = dict[str, Any]
 
 
-def place(picture: Picture, format: str) -> Path:
+def caption_file(picture: Picture, format: str) -> Path:
     """The file that a picture's caption is in."""
-    return picture.path.with_suffix(".txt") if format == "txt" else picture.home / LISTS[format]
+    return picture.path.with_suffix(".txt") if format == "txt" else picture.folder / LISTS[format]
 
 
 def check(pictures: Iterable[Picture], format: str) -> None:
     """Raise FluxError where `write` could not write, or two pictures would share one caption file."""
     owners: dict[Path, Picture] = {}
     for picture in pictures:
-        path = place(picture, format)
+        path = caption_file(picture, format)
         if format == "txt" and path in owners:
             raise FluxError(
                 f"{owners[path].path} and {picture.path} would share {path.name}: "
@@ -66,9 +67,9 @@ def read_elsewhere(pictures: Iterable[Picture]) -> dict[Picture, str]:
     """The captions in whatever form the trainer would read them: other lists, other caption files."""
     pictures = list(pictures)
     found: dict[Path, str] = {}
-    for home in dict.fromkeys(picture.home for picture in pictures):
+    for folder in dict.fromkeys(picture.folder for picture in pictures):
         try:
-            rows = folders.read(home, folders.Rules()).rows
+            rows = folders.read(folder, folders.Rules()).rows
         except FluxError:  # only pictures that cannot be read
             continue
         found |= {row.picture.resolve(): row.captions[0] for row in rows
@@ -78,15 +79,15 @@ def read_elsewhere(pictures: Iterable[Picture]) -> dict[Picture, str]:
 
 
 def goes_before(pictures: Iterable[Picture], format: str) -> list[Path]:
-    """The lists that the trainer reads in the place of what `write` writes in this form."""
+    """The lists that the trainer reads instead of what `write` writes in this form."""
     order = lists.LISTS if format == "txt" else lists.LISTS[: lists.LISTS.index(LISTS[format])]
-    homes = dict.fromkeys(picture.home for picture in pictures)
-    firsts = ([home / name for name in order if (home / name).is_file()] for home in homes)
+    bases = dict.fromkeys(picture.folder for picture in pictures)
+    firsts = ([folder / name for name in order if (folder / name).is_file()] for folder in bases)
     return [found[0] for found in firsts if found]
 
 
 def write(captions: Mapping[Picture, str], format: str, overwrite: bool) -> None:
-    """Adds captions to what is there; those of pictures that have one take its place only to overwrite.
+    """Adds captions to what is there; those of pictures that have one replace it only to overwrite.
 
     Other rows, and other values in a row, stay as they are.
     """
@@ -109,7 +110,7 @@ def write(captions: Mapping[Picture, str], format: str, overwrite: bool) -> None
 def _by_place(pictures: Iterable[Picture], format: str) -> dict[Path, list[Picture]]:
     groups = defaultdict(list)
     for picture in pictures:
-        groups[place(picture, format)].append(picture)
+        groups[caption_file(picture, format)].append(picture)
     return groups
 
 
@@ -173,15 +174,12 @@ def _text(path: Path) -> str | None:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Writes beside the place, then renames into it: the file is never there in part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Writes beside the file, then renames: the file is never there in part."""
     try:
-        partial.write_bytes(text.encode())
-        os.replace(partial, path)
+        with outputs.replacing(path) as partial:
+            partial.write_bytes(text.encode())
     except OSError as error:
         raise FluxError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _as_lines(rows: list[Row]) -> str:

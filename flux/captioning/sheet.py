@@ -3,14 +3,13 @@
 import base64
 import html
 import io
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from flux import images, sheets
+from flux import images, outputs, sheets
 from flux.captioning.files import Picture
 from flux.captioning.pictures import load
 from flux.errors import FluxError
@@ -57,14 +56,11 @@ def save(path: Path, captions: Mapping[Picture, str]) -> None:
     if path.suffix.lower() == ".png":
         images.save(path, _drawn(entries))
         return
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        partial.write_text(_page(entries), encoding="utf-8", errors="replace")
-        os.replace(partial, path)
+        with outputs.replacing(path) as partial:
+            partial.write_text(_page(entries), encoding="utf-8", errors="replace")
     except OSError as error:
         raise FluxError(f"cannot write {path}: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def thumbnail(picture: Picture) -> Image.Image | None:

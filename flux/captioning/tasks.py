@@ -25,7 +25,7 @@ _OUTLINE = r"(?:<loc_\d+>|<sep>|<poly>|</poly>){4,}"
 _LABELLED_POLYGONS = re.compile(r"[^<]+" + _OUTLINE)
 _POLYGONS = re.compile(_OUTLINE)
 _POLYGON = re.compile(r"((?:<loc_\d+>)+)(?:<sep>|$)")
-_LABEL = re.compile(r"\s*(.*?)(?=<loc_|<poly>)")  # the dot stops at a line's end: such labels are no labels
+_LABEL = re.compile(r"\s*(.*?)(?=<loc_|<poly>)")  # the dot stops at a line's end: such labels do not count
 
 # Words that point at nothing: a phrase that is one of these gets no box.
 NO_PHRASES = frozenset(
@@ -181,7 +181,7 @@ def _boxes(
         label = _LABEL.match(thing)
         if label is None or label[1].strip() in dropped:
             continue
-        for box in _BOX.findall(thing):  # places beyond a multiple of four are no box
+        for box in _BOX.findall(thing):  # places beyond a multiple of four do not form a box
             answer["bboxes"].append(pixels([int(place) for place in box], size))
             answer["labels"].append(label[1].strip().encode("ascii", "ignore").decode("ascii"))
     return answer

@@ -1,4 +1,4 @@
-"""Text to token ids and back, for the captioner: BART's byte-level BPE and Florence-2's tokens for places."""
+"""Text to token ids and back, for the captioner: BART's byte-level BPE, and tokens for positions."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,11 +11,11 @@ from flux.errors import FluxError
 from flux.tokenizers import byte_letters, merge, read_merges, well_formed
 
 # What Florence-2 knows beyond BART's 50,265 tokens, in the order of its embedding's rows. Microsoft's
-# checkpoints hold BART's own tokenizer, and the code beside them adds these; "desciption" is the name that
+# checkpoints hold BART's tokenizer, and the code beside them adds these; "desciption" is the name that
 # was trained.
 FLORENCE_TOKENS = (
     *("<od>", "</od>", "<ocr>", "</ocr>"),
-    *(f"<loc_{place}>" for place in range(1000)),
+    *(f"<loc_{number}>" for number in range(1000)),
     *("<cap>", "</cap>", "<ncap>", "</ncap>", "<dcap>", "</dcap>", "<grounding>", "</grounding>"),
     *("<seg>", "</seg>", "<sep>", "<region_cap>", "</region_cap>"),
     *("<region_to_desciption>", "</region_to_desciption>", "<proposal>", "</proposal>"),
@@ -27,7 +27,7 @@ class BartTokenizer:
     """GPT-2's byte-level BPE: words with the space before them, each merged from its bytes.
 
     vocab: piece -> id. merges: "left right" in order of priority. special: tokens that are found in a text
-    before anything else -> id; those that `vocab` lacks get the ids after its own. swallows_space: the
+    before anything else -> id; those that `vocab` lacks get the ids after those. swallows_space: the
     special tokens that take the white space to their left with them.
     """
 
@@ -60,7 +60,7 @@ class BartTokenizer:
     def from_folder(cls, path: str | Path) -> "BartTokenizer":
         """Reads tokenizer.json, or vocab.json and merges.txt, of a checkpoint's folder.
 
-        Florence-2's own tokens are added after BART's where the files lack them. Raises FluxError without
+        Florence-2's tokens are added after BART's where the files lack them. Raises FluxError without
         files.
         """
         folder = Path(path)
@@ -100,7 +100,7 @@ class BartTokenizer:
         return mx.array(ids, dtype=mx.int32), mx.array(mask)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text with special tokens written out; U+FFFD for what is no UTF-8, nothing for unknown ids."""
+        """The text with special tokens written out; U+FFFD for what is not UTF-8, nothing for unknown ids."""
         letters = "".join(self._pieces.get(id, "") for id in ids)
         return bytes(self._bytes[c] for c in letters if c in self._bytes).decode("utf-8", errors="replace")
 
@@ -118,7 +118,7 @@ class BartTokenizer:
 
 
 def with_florence_tokens(vocab: dict[str, int], added: dict[str, int]) -> dict[str, int]:
-    """The special tokens with Florence-2's own, which get the ids after all others where they have none."""
+    """The special tokens with Florence-2's, which get the ids after all others where they have none."""
     special = dict(added)
     free = max([*vocab.values(), *added.values()]) + 1
     for token in FLORENCE_TOKENS:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
@@ -33,6 +34,7 @@ class Entry:
 
     @property
     def is_reg(self) -> bool:
+        """Whether it is a regularization picture."""
         return self.placed.sample.subset.is_reg
 
 
@@ -65,7 +67,7 @@ class Plan:
             raise FluxError(f"the seed {seed} should be 0 or more")
         self.seed = seed
         self.groups = dataset.groups
-        placed = pictures.place(dataset) if placed is None else placed
+        placed = pictures.fit(dataset) if placed is None else placed
         self.placed, self.held_out = placed[: len(dataset.samples)], placed[len(dataset.samples) :]
         self.items = epoch_items(self.placed, len(dataset.groups))
         counts = self.bucket_table()
@@ -78,7 +80,7 @@ class Plan:
         return any(placed.sample.subset.alpha_mask or placed.mask for placed in self.placed + self.held_out)
 
     def digest(self) -> str:
-        """What tells this training's data from others: contents, texts and options, not names or places."""
+        """What the training's data are: contents, texts and options, not names or folders."""
         parts = []
         for placed in self.placed + self.held_out:
             options = replace(placed.sample.subset, mask_dir=None)
@@ -140,7 +142,7 @@ class Plan:
         """All captions of the first epochs and of the validation, each once: what must be encoded."""
         trained = (self._caption(i, epoch) for epoch in range(epochs) for i in range(len(self.items)))
         validated = (entry.caption for batch in self.validation() for entry in batch.entries)
-        return list(dict.fromkeys([*trained, *validated]))
+        return list(dict.fromkeys(chain(trained, validated)))
 
     def variants(self) -> list[tuple[Placed, int]]:
         """All (picture, repeat) of the training and the validation, each once: what must be encoded."""
@@ -179,13 +181,13 @@ def epoch_items(placed: Sequence[Placed], groups: int) -> list[Item]:
     """
     items = []
     for group in range(groups):
-        own = [each for each in placed if each.sample.group == group]
-        trained = _repeated(each for each in own if not each.sample.subset.is_reg)
+        of_group = [each for each in placed if each.sample.group == group]
+        trained = _repeated(each for each in of_group if not each.sample.subset.is_reg)
         items += trained
-        regular = _repeated(each for each in own if each.sample.subset.is_reg)
+        regular = _repeated(each for each in of_group if each.sample.subset.is_reg)
         for i in range(len(trained) if regular else 0):
-            lap, place = divmod(i, len(regular))
-            item = regular[place]
+            lap, index = divmod(i, len(regular))
+            item = regular[index]
             items.append(Item(item.placed, item.repeat + lap * item.placed.sample.subset.num_repeats))
     return items
 

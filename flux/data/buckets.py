@@ -34,7 +34,7 @@ def table(group: Group) -> list[Size]:
 def choose(size: Size, group: Group) -> Size:
     """The bucket of a picture of this size; the group's resolution where buckets are off.
 
-    The nearest ratio of width to height; of several with that ratio the picture's own size, else the largest.
+    The nearest ratio of width to height; of several with that ratio the picture's size, else the largest.
     """
     if not group.enable_bucket:
         return group.resolution
@@ -48,7 +48,7 @@ def choose(size: Size, group: Group) -> Size:
 
 
 def _shrunk(size: Size, group: Group) -> Size:
-    """The picture's own size, shrunk to the resolution's area if it is above, rounded down to the step.
+    """The picture's size, shrunk to the resolution's area if it is above, rounded down to the step.
 
     A side below one step becomes one step: such a picture is enlarged after all, as it would vanish.
     """

@@ -5,7 +5,6 @@ The encoders come in as functions: this file knows no model. Once nothing is `mi
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 import mlx.core as mx
 import numpy as np
 
+from flux import outputs
 from flux.data import pictures
 from flux.data.batches import Batch, Entry
 from flux.data.pictures import Placed
@@ -59,20 +59,17 @@ class Cache:
     def save(self, key: Mapping[str, Any], entry: Tensors) -> None:
         """Writes the tensors, whole or not at all. FluxError where the disk refuses."""
         metadata = {"key": _text(key), "checksum": _checksum(entry)}
-        tensors.save(self.path(key), entry, metadata)
+        tensors.save(self.path(key), entry, metadata, sync=False)  # many, with checksums
 
     def add(self, key: Mapping[str, Any], content: bytes) -> None:
         """Writes a file that another machine has made for this key. FluxError where the disk refuses."""
         path = self.path(key)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            os.replace(partial, path)
+            with outputs.replacing(path, sync=False) as partial:
+                partial.write_bytes(content)
         except OSError as error:
             raise FluxError(f"{path}: cannot be written: {error.strerror}") from None
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def _text(key: Mapping[str, Any]) -> str:
@@ -140,7 +137,7 @@ class Latents(Store[tuple[Placed, int]]):
     def encode(self, placed: Placed, repeat: int, encode: PictureEncoder) -> None:
         """Encodes a picture, with flip_aug its mirror image too, and keeps both with the mask, if any.
 
-        The mask is the alpha averaged over each of the latent's places, in 0..1.
+        The mask is the alpha averaged over each of the latent's pixels, in 0..1.
         """
         picture, mask = pictures.prepare(placed, self._seed, repeat)  # (H, W, 3), (H, W)
         views = {"": picture}

@@ -18,7 +18,7 @@ def is_saved_table(folder: Path) -> bool:
 def load_table(path: str, name: str | None, split: str) -> Any:
     """A table of the `datasets` package: of the Hub, downloaded, or a folder of `Dataset.save_to_disk`.
 
-    FluxError, with the reason, for one that cannot be had.
+    FluxError, with the reason, for one that cannot be loaded.
     """
     import datasets  # it takes seconds to import
 
@@ -30,7 +30,7 @@ def load_table(path: str, name: str | None, split: str) -> Any:
         return datasets.load_dataset(path, name, split=split)
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FluxError(f"the data set {path}, split {split!r}, cannot be had: {reason}") from None
+        raise FluxError(f"the data set {path}, split {split!r}, cannot be loaded: {reason}") from None
 
 
 def with_bytes(table: Any, path: str, column: str | None = None) -> tuple[Any, str]:
@@ -53,7 +53,7 @@ def read_hugging_face(repo: str, caption_column: str | None = None, split: str =
     """The rows of a table, as `load_table` finds it.
 
     Its captions are in `caption_column`, or else in one of CAPTION_KEYS. All encoded pictures come into
-    memory. FluxError, with advice, for one that cannot be had or has other columns.
+    memory. FluxError, with advice, for one that cannot be loaded or has other columns.
     """
     table, image = with_bytes(load_table(repo, None, split), repo)
     known = (caption_column,) if caption_column else CAPTION_KEYS

@@ -265,7 +265,7 @@ class _Reader:
         self.reading.notes += [f"{reason}: {some(paths)}" for reason, paths in reasons.items()]
 
     def _why_not(self, path: Path, stems: set[tuple[Path, str]]) -> str | None:
-        """Why a file is not used; None for one that is no caption and no list."""
+        """Why a file is not used; None for one that is neither a caption nor a list."""
         suffix = path.suffix.lower()
         folder = self.disk.where(path)[0]
         of_picture = {(folder, stem(path.name)), (folder, stem(path.stem))} & stems
@@ -273,7 +273,7 @@ class _Reader:
             first = ", ".join(map(str, self.reading.lists)) or "a caption file"
             return f"not used, as {first} goes first"
         if suffix in lists.SUFFIXES and not of_picture:
-            return "not read as a list (name the file in the place of the folder, if it is one)"
+            return "not read as a list (name the file instead of the folder, if it is one)"
         if suffix not in TEXTS:
             return None
         if not of_picture:

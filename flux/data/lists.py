@@ -12,7 +12,7 @@ from flux.data import files
 from flux.data.files import Disk, some
 from flux.errors import FluxError
 
-# In a folder, the first of these that is there: this project's own, Hugging Face's imagefolder, and others.
+# In a folder, the first of these that is there: this project's, Hugging Face's imagefolder, and others.
 LISTS = (
     *("train.jsonl", "index.json", "metadata.jsonl", "metadata.csv", "metadata.parquet", "metadata.json"),
     *("captions.jsonl", "captions.csv", "captions.tsv", "captions.json"),
@@ -37,7 +37,7 @@ class Row:
 def read(path: Path, folder: Path, disk: Disk, column: str | None, errors: list[str]) -> list[Row]:
     """The rows of a list whose pictures lie in `folder`; the files may be absent.
 
-    column: that holds the captions, in the place of CAPTION_KEYS. What is wrong comes into `errors`, each
+    column: that holds the captions, instead of CAPTION_KEYS. What is wrong comes into `errors`, each
     kind with all its lines.
     """
     try:
@@ -46,20 +46,20 @@ def read(path: Path, folder: Path, disk: Disk, column: str | None, errors: list[
         errors.append(str(error))
         return []
     rows, faults = [], []
-    for place, entry in objects:
+    for where, entry in objects:
         try:
-            rows.append(_row(f"{path}, {place}", entry, folder, disk, column))
+            rows.append(_row(f"{path}, {where}", entry, folder, disk, column))
         except ValueError as error:  # a FluxError is one
-            faults.append((place, str(error)))
+            faults.append((where, str(error)))
     for reason in dict.fromkeys(reason for _, reason in faults):
-        errors.append(f"{path}, {some(place for place, why in faults if why == reason)}: {reason}")
+        errors.append(f"{path}, {some(where for where, why in faults if why == reason)}: {reason}")
     if not objects:
         errors.append(f"{path}: lists no pictures")
     errors += _columns(path, [entry for _, entry in objects], rows, column)
     return rows
 
 
-def _row(place: str, entry: Any, folder: Path, disk: Disk, column: str | None) -> Row:
+def _row(where: str, entry: Any, folder: Path, disk: Disk, column: str | None) -> Row:
     if entry is TOO_MANY:
         raise FluxError("has more values than there are columns: put quotes around a text with commas")
     if not isinstance(entry, Mapping):
@@ -68,7 +68,7 @@ def _row(place: str, entry: Any, folder: Path, disk: Disk, column: str | None) -
     captions = captions_of(entry, column)
     if isinstance(image, Mapping):  # a parquet file with the pictures in it
         if image.get("bytes"):
-            return Row(place, image["bytes"], captions)
+            return Row(where, image["bytes"], captions)
         image = image.get("path")
     if not isinstance(image, str):
         raise FluxError(f"names no picture: should have one of {', '.join(IMAGE_KEYS)}, a text")
@@ -77,7 +77,7 @@ def _row(place: str, entry: Any, folder: Path, disk: Disk, column: str | None) -
 
 
 def captions_of(entry: Mapping[str, Any], column: str | None = None) -> tuple[str, ...]:
-    """The captions of an object: those of the first key that has any. FluxError for what is no text."""
+    """The captions of an object: those of the first key that has any. FluxError for what is not a text."""
     for key in (column,) if column else CAPTION_KEYS:
         value = entry.get(key)
         if value is None:
@@ -108,7 +108,7 @@ def _columns(path: Path, entries: list[Any], rows: list[Row], column: str | None
 
 
 def read_objects(path: Path) -> list[tuple[str, Any]]:
-    """What a list holds, each with its place in the file; what is no JSON comes as None.
+    """What a list holds, each with its line in the file; what is not JSON comes as None.
 
     FluxError for a file that cannot be read at all.
     """
@@ -118,14 +118,14 @@ def read_objects(path: Path) -> list[tuple[str, Any]]:
     if path.suffix.lower() == ".jsonl" and not isinstance(parse(text), list):
         # At \n alone: str.splitlines also cuts at characters that JSON leaves in its texts.
         lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [(place, parse(line)) for place, line in lines]
+        return [(where, parse(line)) for where, line in lines]
     if path.suffix.lower() in (".json", ".jsonl"):
         return _document(path, parse(text))
     return _separated(path, text)
 
 
 def parse(text: str) -> Any:
-    """The value of a JSON text; None for what is none."""
+    """The value of a JSON text; None where it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -161,12 +161,12 @@ def _separated(path: Path, text: str) -> list[tuple[str, Any]]:
     delimiter = max(DELIMITERS, key=first.count)
     if delimiter == "\t" and files.is_picture(first.split("\t")[0]):  # no quotes: a caption is all the rest
         lines = [(f"line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [(place, _pair(*line.rstrip("\r").partition("\t"))) for place, line in lines]
+        return [(where, _pair(*line.rstrip("\r").partition("\t"))) for where, line in lines]
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
-        raise FluxError(f"{path}, line {reader.line_num}: is no CSV: {error}") from None
+        raise FluxError(f"{path}, line {reader.line_num}: cannot be read as CSV: {error}") from None
     if not rows:
         return []
     pair = files.is_picture(rows[0][1][0])
@@ -192,9 +192,7 @@ def _parquet(path: Path) -> list[tuple[str, Any]]:
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise FluxError(
-            f"{path}: is no parquet file that can be read: {str(error).splitlines()[0]}"
-        ) from None
+        raise FluxError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
     return [(f"row {i}", row) for i, row in enumerate(rows, 1)]
 
 

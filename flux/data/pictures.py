@@ -66,7 +66,7 @@ def _bytes(path: Path, kind: str) -> bytes:
         raise FluxError(f"cannot read the {kind} {path}: {getattr(error, 'strerror', error)}") from None
 
 
-def place(dataset: Dataset) -> list[Placed]:
+def fit(dataset: Dataset) -> list[Placed]:
     """The samples and those of the validation, in their buckets.
 
     FluxError names all that is wrong with the data set and all pictures that cannot be used.
@@ -132,7 +132,7 @@ def load(sample: Sample, content: bytes) -> tuple[np.ndarray, np.ndarray | None]
 
 
 def varies(sample: Sample) -> bool:
-    """Whether each repeat of the picture is a variant of its own, by its crop or its colours."""
+    """Whether each repeat of the picture is a different variant, by its crop or its colours."""
     return sample.subset.random_crop or sample.subset.color_aug
 
 
@@ -156,7 +156,7 @@ def prepare(placed: Placed, seed: int, repeat: int) -> tuple[np.ndarray, np.ndar
         mask = read_mask(sample.mask, mask_content, picture.shape[:2])
     if not sample.subset.alpha_mask:
         picture = over_white(picture, alpha)
-    # From the content, not from the place in the list: more pictures must not change those there were.
+    # From the content, not from the position in the list: more pictures must not change those there were.
     origin = [seed, int(placed.digest[:16], 16), repeat]
     if sample.subset.color_aug:
         picture = vary_colours(picture, np.random.default_rng([1, *origin]))

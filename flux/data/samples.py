@@ -81,7 +81,7 @@ def load(source: str | os.PathLike, options: Mapping[str, Any]) -> Dataset:
 
 
 def rules_of(subset: Subset) -> Rules:
-    """How a source is read that is no data.toml's."""
+    """How a source is read other than a data.toml's."""
     return Rules(subset.caption_extension, subset.caption_column, _folder(subset.mask_dir))
 
 
@@ -90,7 +90,7 @@ def _folder(name: str | None) -> Path | None:
 
 
 def read_source(source: str, rules: Rules, captions_file: str | None = None) -> Reading:
-    """What a folder, a list or a repository of the Hub holds. FluxError where it is none of them.
+    """What a folder, a list or a repository of the Hub holds. FluxError for anything else.
 
     captions_file: the list of a folder's pictures, by its path or its name in the folder.
     """
@@ -110,7 +110,7 @@ def read_source(source: str, rules: Rules, captions_file: str | None = None) -> 
     owner, slash, name = source.partition("/")
     if not (slash and owner and name) or "/" in name or path.suffix in (".toml", *lists.SUFFIXES):
         raise FluxError(
-            f"{source}: no such folder or file, and no name of a data set of the Hub (owner/name)"
+            f"{source}: is not a folder, a file or the name of a data set of the Hub (owner/name)"
         )
     return datasets.read_hugging_face(source, rules.caption_column)
 
@@ -125,12 +125,12 @@ def find_folder(image_dir: str, toml: Path) -> Path | None:
     """The folder (or file) that a data.toml names; None where there is none.
 
     It is looked for from the working folder, as sd-scripts does, then from the data.toml's folder and from
-    the one above, and last by its own name beside the data.toml, so that a data set may be moved as a whole.
+    the one above, and last by its name beside the data.toml, so that a data set may be moved as a whole.
     """
     named = Path(image_dir.replace("\\", "/")).expanduser()
     beside = toml.absolute().parent
-    places = [Path(image_dir), named, beside / named, beside.parent / named, beside / named.name]
-    return next((place for place in places if os.path.exists(place)), None)
+    candidates = [Path(image_dir), named, beside / named, beside.parent / named, beside / named.name]
+    return next((path for path in candidates if os.path.exists(path)), None)
 
 
 @dataclass

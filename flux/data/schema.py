@@ -1,6 +1,6 @@
 """The options of a data set: sd-scripts' schema of data.toml, looked up from the nearest table outwards.
 
-A subset's option is looked for in its own table, then in its [[datasets]] table, in [general], on the command
+A subset's option is looked for in its table, then in its [[datasets]] table, in [general], on the command
 line, and at last here. Sizes are (height, width) in this program, and a side or [width, height] in data.toml.
 """
 
@@ -73,8 +73,8 @@ class Subset:
 
 GROUP = {option.name: option for option in fields(Group)}
 SUBSET = {option.name: option for option in fields(Subset)}
-# Keys of a table that are no options: where the pictures are, and other tables.
-PLACES = ("image_dir", "metadata_file")
+# Keys of a table that are not options: where the pictures are, and other tables.
+PATHS = ("image_dir", "metadata_file")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def read_toml(path: Path, defaults: Mapping[str, Any], faults: Faults) -> tuple[
 
     defaults: options of the command line, `resolution` as (height, width). Into `faults` comes every key that
     is unknown or not supported, every value that cannot be, and what is missing; what is right is read all
-    the same. FluxError for a file that is no TOML.
+    the same. FluxError for a file that is not TOML.
     """
     text = files.read_text(path)
     try:
@@ -135,9 +135,9 @@ def parse(
 def _source(
     where: str, table: Mapping[str, Any], group: int, layers: list[Mapping[str, Any]], faults: Faults
 ) -> list[Source]:
-    options = _table(where, table, SUBSET, PLACES, faults)
+    options = _table(where, table, SUBSET, PATHS, faults)
     subset = _build(where, Subset, [options, *layers], faults)
-    folder, metadata = (table.get(key) for key in PLACES)
+    folder, metadata = (table.get(key) for key in PATHS)
     if not all(value is None or (isinstance(value, str) and value) for value in (folder, metadata)):
         faults.add(where, "image_dir and metadata_file should be paths")
     elif folder is None and metadata is None:

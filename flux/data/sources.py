@@ -39,7 +39,7 @@ class Pictures(Protocol):
         """The captions of a picture: none, one or several."""
 
     def picture(self, index: int) -> np.ndarray:
-        """The picture (H, W, 3), uint8, in its own size."""
+        """The picture (H, W, 3), uint8, in its size."""
 
 
 def unreadable(source: Pictures) -> list[str]:
@@ -58,7 +58,7 @@ def unreadable(source: Pictures) -> list[str]:
 
 @dataclass(frozen=True)
 class Files:
-    """Pictures in files of their own."""
+    """Pictures in a file each."""
 
     paths: list[Path | bytes]
     names: list[str]
@@ -92,7 +92,7 @@ def open_folder(
     """The pictures of a folder or a list, as `samples.read_source` finds them.
 
     Where a folder is named as kohya does, its class is the caption of those that have none. captions_file:
-    a list, such as lines of `name<TAB>caption` (relative to the folder, or a path of its own). uncaptioned:
+    a list, such as lines of `name<TAB>caption` (relative to the folder, or absolute). uncaptioned:
     pictures without a caption are meant. FluxError names the files, lines and pictures that are
     wrong, all of them; what is left out is a warning.
     """
@@ -165,7 +165,7 @@ class Rows:
 def open_hugging_face(path: str, name: str | None, split: str, image_key: str, caption_key: str) -> Rows:
     """A data set of the Hub, downloaded first; or a folder that `Dataset.save_to_disk` wrote.
 
-    FluxError for one that cannot be had, or lacks a split or a column.
+    FluxError for one that cannot be loaded, or lacks a split or a column.
     """
     table = datasets.load_table(path, name, split)
     for key in (image_key, caption_key):

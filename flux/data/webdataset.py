@@ -1,6 +1,6 @@
 """WebDataset shards: tar files in which the members of one sample follow each other and share a name.
 
-The shards are read through once for the places of their members; after that any sample is at hand.
+The shards are read through once for the offsets of their members; after that any sample is at hand.
 """
 
 import json
@@ -30,6 +30,7 @@ class Member:
     size: int
 
     def read(self) -> bytes:
+        """The picture's bytes."""
         with self.shard.open("rb") as file:
             return os.pread(file.fileno(), self.size, self.offset)
 
@@ -49,6 +50,7 @@ class Samples:
         return (self.captions[index],) if self.captions[index] else ()
 
     def picture(self, index: int) -> np.ndarray:
+        """The upright picture (H, W, 3), uint8, over white. FluxError where it cannot be read."""
         member = self.members[index]
         return over_white(*images.load(NamedBytes(member.read(), f"{member.shard}: {member.name}")))
 
@@ -107,7 +109,7 @@ def _samples(shard: Path) -> list[tuple[str, dict[str, Member]]]:
     """(name, members by suffix) of each sample. A name ends at the first point of its last part."""
     found: list[tuple[str, dict[str, Member]]] = []
     try:
-        with tarfile.open(shard, "r:") as tar:  # not compressed, so that every member has a place
+        with tarfile.open(shard, "r:") as tar:  # not compressed, so that every member has an offset
             for entry in tar:
                 if not entry.isfile():
                     continue

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from flux.adapters.beside import Share
+from flux.adapters.beside import AdapterLayer
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.models.transformer import Flux
@@ -23,15 +23,15 @@ def fully_shard(network: Flux, ranks: Ranks) -> None:
     call of a layer gathers its bytes on every rank, so all must make the same calls; the answers stay the
     same to the bit. In checkpointed blocks no more than a few layers are whole at a time.
 
-    MLX's own `nn.fully_shard` does this for arrays of floats whose first axis the ranks divide; quantized
+    MLX's `nn.fully_shard` does this for arrays of floats whose first axis the ranks divide; quantized
     layers it cannot gather, and over the ring it has no gradient for what is trained.
     FluxError for a trainable DoRA: it needs the whole weights beside the layer.
     """
     if ranks.size == 1:
         return
-    shares = [module for module in network.modules() if isinstance(module, Share)]
-    if any(own.learns and own.magnitude is not None for own in shares):
-        raise FluxError("the base cannot be shared out over ranks beside a DoRA: leave one of them out")
+    adapters = [module for module in network.modules() if isinstance(module, AdapterLayer)]
+    if any(layer.trainable and layer.magnitude is not None for layer in adapters):
+        raise FluxError("the base cannot be sharded over ranks beside a DoRA in training: choose one")
     kinds = nn.Linear | nn.QuantizedLinear
     for block in (*network.double_blocks, *network.single_blocks):
         layers = {name: module for name, module in block.named_modules() if isinstance(module, kinds)}
@@ -56,8 +56,8 @@ class FullySharded(nn.Module):
         for name in arrays:
             del template[name]
         starts = list(accumulate((row.size for row in rows), initial=0))
-        places = [(n, a.shape, a.dtype, start) for (n, a), start in zip(arrays.items(), starts, strict=False)]
-        self._layer = lambda whole: _with_arrays(template, whole, places)
+        layout = [(n, a.shape, a.dtype, start) for (n, a), start in zip(arrays.items(), starts, strict=False)]
+        self._layer = lambda whole: _with_arrays(template, whole, layout)
         self._group = ranks.group
         self.freeze()
 
@@ -74,11 +74,11 @@ def _aligned(x: mx.array, step: int) -> mx.array:
 
 
 def _with_arrays(
-    template: nn.Module, whole: mx.array, places: list[tuple[str, tuple[int, ...], mx.Dtype, int]]
+    template: nn.Module, whole: mx.array, layout: list[tuple[str, tuple[int, ...], mx.Dtype, int]]
 ) -> nn.Module:
-    """The layer with its arrays cut out of a message (n,) of bytes; places: name, shape, type and start."""
+    """The layer with its arrays cut out of a message (n,) of bytes; layout: name, shape, type and start."""
     layer = copy(template)
-    for name, shape, dtype, start in places:
+    for name, shape, dtype, start in layout:
         size = dtype.size * math.prod(shape)
         layer[name] = whole[start : start + size].view(dtype).reshape(shape)
     return layer

@@ -25,7 +25,7 @@ def average_gradients(group: mx.distributed.Group) -> Callable[[dict], dict]:
 
 
 def average_metrics(ranks: Ranks) -> Callable[[dict[str, float]], dict[str, float]]:
-    """Mean of each metric over the ranks. Shows a lost rank, too: a sum without it is no error to MLX."""
+    """Mean of each metric over the ranks. Shows a lost rank, too: a sum without it is not an error to MLX."""
 
     def average(metrics: dict[str, float]) -> dict[str, float]:
         rows = ranks.gather(metrics)

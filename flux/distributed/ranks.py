@@ -1,23 +1,26 @@
-"""The processes that mlx.launch starts: what they tell each other, and how one that is lost ends them all.
+"""The processes that mlx.launch starts: what they send each other, and how one that is lost ends them all.
 
 A rank is a process; rank 0 is the one that prints and writes. Nothing here knows a model.
 """
 
+import ctypes
 import json
 import math
 import os
 import platform
 import re
 import select
+import signal
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
@@ -37,6 +40,7 @@ Item = TypeVar("Item")
 PATIENCE = 3600
 DOWNLOAD = 24 * 3600
 GRACE = 10  # seconds for MLX to say by itself that a connection is closed
+MEETING = 60  # seconds for all ranks to start; the variable FLUX_MEETING_TIMEOUT says otherwise
 LOST = "another rank has ended or cannot be reached"
 HEAD = 40  # bytes that a message begins with
 SHORT = 512  # bytes that go in a first message, of a length that all know
@@ -55,11 +59,17 @@ class Ranks:
     """
 
     def __init__(self):
-        """FluxError where the other ranks cannot be reached, and where one has another version."""
+        """FluxError where the other ranks cannot be reached, and where one has another version.
+
+        Where some do not come, the process ends with one line that says so.
+        """
         self.model_parallel = False
-        self.group, self._links = _meet()
+        seconds = _meeting_timeout()
+        start = time.monotonic()
+        self.group, self._links = _meet(seconds)
         self.rank, self.size = self.group.rank(), self.group.size()
-        self.agree({"version of flux-mlx": __version__, "version of mlx": mx.__version__})
+        left = max(1.0, seconds - (time.monotonic() - start))
+        self.agree({"version of flux-mlx": __version__, "version of mlx": mx.__version__}, left)
 
     @classmethod
     def alone(cls) -> "Ranks":
@@ -147,13 +157,20 @@ class Ranks:
         """Do the work on rank 0 alone; its result there, None elsewhere. Its FluxError is raised on all."""
         return self.on_all_ranks(lambda: work() if self.is_rank_zero else None)
 
+    @contextmanager
+    def in_rank_zero(self, context: AbstractContextManager) -> Iterator[None]:
+        """The block within a context of rank 0's. The FluxError of its beginning is raised on all."""
+        with ExitStack() as stack:
+            self.rank_zero_only(lambda: stack.enter_context(context) and None)
+            yield
+
     def broadcast_result(self, work: Callable[[], Value]) -> Value:
         """Do the work on rank 0 alone; its result on every rank, as JSON carries it."""
         return self.gather(self.rank_zero_only(work))[0]
 
-    def agree(self, facts: Mapping[str, str]) -> None:
+    def agree(self, facts: Mapping[str, str], patience: float = PATIENCE) -> None:
         """FluxError on every rank, with what differs, unless the facts are the same everywhere."""
-        theirs = self.gather((platform.node(), dict(facts)))
+        theirs = self.gather((platform.node(), dict(facts)), patience)
         _, expected = theirs[0]
         for rank, (host, found) in enumerate(theirs):
             other = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
@@ -180,7 +197,7 @@ class Ranks:
             for item in items:
                 with self.waiting():
                     result = work(item)
-                self.barrier()  # a sum without one of the ranks is no error to MLX
+                self.barrier()  # a sum without one of the ranks is not an error to MLX
                 yield result
             return
         for start in range(0, len(items), self.size):
@@ -234,7 +251,7 @@ class Ranks:
         while not done.wait(min(1, max(0, end - time.monotonic()))):
             if time.monotonic() >= end:
                 self._give_up(f"no word from another rank in {patience:.0f} s")
-            if _is_cut(self._links) and not done.wait(GRACE):
+            if _is_cut(self._links) and not done.wait(min(GRACE, max(0, end - time.monotonic()))):
                 self._give_up(LOST)
 
     def _give_up(self, why: str) -> None:
@@ -245,19 +262,65 @@ class Ranks:
         return f"rank {self.rank} of {self.size} ({platform.node()})"
 
 
+def _meeting_timeout() -> float:
+    """In seconds. A variable and no argument: programs meet before rank 0 reads the arguments for all."""
+    text = os.environ.get("FLUX_MEETING_TIMEOUT", str(MEETING))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < threading.TIMEOUT_MAX:
+        raise FluxError(f"FLUX_MEETING_TIMEOUT is {text!r}; it should be a number of seconds above 0")
+    return seconds
+
+
 @cache
-def _meet() -> tuple[mx.distributed.Group, list[int]]:
+def _meet(seconds: float) -> tuple[mx.distributed.Group, list[int]]:
     """The group, and this process's connections to other ranks: of the ring, which keeps them to the end."""
     before = set(_sockets())
     try:
-        group = mx.distributed.init()
+        with _ended_after(seconds):
+            group = mx.distributed.init()
     except RuntimeError as error:
         raise FluxError(
             f"cannot meet the other ranks: {error}: check the host file and that all were started"
         ) from None
-    # MLX leaves the sockets of attempts open that came before the other rank was there: they are none.
+    # MLX leaves the sockets of attempts open that came before the other rank was there: they do not count.
     links = [link for link in _sockets() if link not in before and not _is_cut([link])]
     return group, links if "MLX_HOSTFILE" in os.environ else []
+
+
+WATCHER = """
+import os, select, signal, sys
+if not select.select([0], [], [], {seconds})[0]:  # which ends when its process has met, or has ended
+    print({line!r}, file=sys.stderr, flush=True)
+    os.kill({parent}, signal.SIGINT)
+"""
+
+
+@contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """Ends the process, with one line and status 2, where the block takes longer and this is a rank.
+
+    MLX keeps Python's lock while it waits for other ranks (0.32.4): no thread runs, nor a signal's handler
+    in Python. So another process watches, and sends SIGINT, whose handler is C's own _exit; its status is the
+    signal's number.
+    """
+    if "MLX_RANK" not in os.environ:
+        yield
+        return
+    rank = f"rank {os.environ['MLX_RANK']} ({platform.node()})"
+    line = f"error: {rank}: the other ranks have not come in {seconds:g} s: check that all were started"
+    source = WATCHER.format(parent=os.getpid(), seconds=seconds, line=line)
+    libc = ctypes.CDLL(None)
+    before = signal.getsignal(signal.SIGINT)
+    with subprocess.Popen([sys.executable, "-I", "-S", "-c", source], stdin=subprocess.PIPE) as watcher:
+        try:
+            libc.signal(signal.SIGINT, ctypes.cast(libc._exit, ctypes.c_void_p))
+            yield
+        finally:
+            watcher.communicate()
+            signal.signal(signal.SIGINT, before)
 
 
 def _sockets() -> list[int]:

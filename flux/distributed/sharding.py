@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from flux.adapters.beside import AdaptedLinear, DenseChange, LoRA, Share, linear_shape
+from flux.adapters.beside import AdaptedLinear, AdapterLayer, DenseChange, LoRA, linear_shape
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.models.layers import DoubleStreamBlock, SingleStreamBlock, clip_float16
@@ -138,7 +138,7 @@ def shard(network: Flux | T5Encoder, ranks: Ranks) -> None:
     network.update_modules(tree_unflatten(split))
     for block in network.modules():
         if isinstance(block, DoubleStreamBlock):
-            block.last_layers = partial(_last_layers, ranks.group)  # type: ignore[method-assign]
+            block.last_layers = partial(_last_layers, ranks.group)  # type: ignore[method-assign]  # its seam
         if isinstance(block, SingleStreamBlock):
             qkv, _ = linear_shape(block.linear1)
             block.qkv_share = (
@@ -230,7 +230,7 @@ def _cut_linear(layer: nn.Module, pieces: Pieces, axis: int) -> nn.Module:
     part = copy(layer)
     if isinstance(layer, AdaptedLinear):
         part.base = _cut_linear(layer.base, pieces, axis)
-        part.shares = [_cut_share(share, layer.base, pieces, axis) for share in layer.shares]
+        part.shares = [_cut_adapter(share, layer.base, pieces, axis) for share in layer.shares]
         return part
     of_inputs: tuple[str, ...] = ("weight",)
     if isinstance(layer, nn.QuantizedLinear):
@@ -252,24 +252,24 @@ def _cut_linear(layer: nn.Module, pieces: Pieces, axis: int) -> nn.Module:
     return part
 
 
-def _cut_share(own: Share, base: nn.Module, pieces: Pieces, axis: int) -> Share:
+def _cut_adapter(adapter: AdapterLayer, base: nn.Module, pieces: Pieces, axis: int) -> AdapterLayer:
     """An adapter's part beside the same part of its layer. DoRA's norms are those of whole rows.
 
-    Of a change of another kind than low rank or dense a part is no change of that kind: it becomes dense.
+    Of a change of another kind than low rank or dense a part cannot be of that kind: it becomes dense.
     """
-    of_rows = own.magnitude is None or own.magnitude.ndim == 1
-    if not (isinstance(own.layer, LoRA | DenseChange | None) and of_rows):
-        own = own.flattened(base)
-    part = copy(own)
-    if own.layer is not None:
-        part.layer = copy(own.layer)
-        name = "weight" if isinstance(own.layer, DenseChange) else ("up", "down")[axis]
-        part.layer[name] = _cut(own.layer[name], pieces, axis)
+    of_rows = adapter.magnitude is None or adapter.magnitude.ndim == 1
+    if not (isinstance(adapter.layer, LoRA | DenseChange | None) and of_rows):
+        adapter = adapter.flattened(base)
+    part = copy(adapter)
+    if adapter.layer is not None:
+        part.layer = copy(adapter.layer)
+        name = "weight" if isinstance(adapter.layer, DenseChange) else ("up", "down")[axis]
+        part.layer[name] = _cut(adapter.layer[name], pieces, axis)
     if axis == 1:
         part.bias = None  # `_bias` has it
         return part
     for name in ("bias", "magnitude", "_norms"):
-        value = getattr(own, name)
+        value = getattr(adapter, name)
         if value is not None:
             setattr(part, name, _cut(value, pieces, 0))
     return part
@@ -279,8 +279,8 @@ def _bias(layer: nn.Module) -> mx.array | None:
     """All that a layer adds whatever its input, its adapters' biases included."""
     if not isinstance(layer, AdaptedLinear):
         return layer.get("bias")
-    own = [share.strength * share.bias for share in layer.shares if share.bias is not None]
+    biases = [share.strength * share.bias for share in layer.shares if share.bias is not None]
     base = _bias(layer.base)
     if base is not None:
-        own = [base, *(bias.astype(base.dtype) for bias in own)]
-    return sum(own[1:], start=own[0]) if own else None
+        biases = [base, *(bias.astype(base.dtype) for bias in biases)]
+    return sum(biases[1:], start=biases[0]) if biases else None

@@ -2,12 +2,11 @@
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
 
 import flux  # before mlx.core, so that OpenBLAS is there first
 from flux import images
-from flux.arguments import finite, size
+from flux.arguments import Parser, finite, run_program, size
 from flux.errors import FluxError
 from flux.evaluation import clip_similarity
 from flux.evaluation.grid import STRENGTHS, grid
@@ -17,9 +16,9 @@ from flux.pipeline import FluxPipeline
 from flux.weights.quantize import report
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The program's arguments."""
-    main = argparse.ArgumentParser(prog="python -m flux.evaluation", description=__doc__.split(": ", 1)[1])
+    main = Parser(prog="python -m flux.evaluation", description=__doc__.split(": ", 1)[1])
     add_grid(main.add_subparsers(dest="command", required=True, metavar="COMMAND"))
     return main
 
@@ -54,8 +53,8 @@ def add_grid(commands: argparse._SubParsersAction) -> None:
         help="the subject's pictures: adds how like them each cell is (CLIP-I; fetches CLIP ViT-B/32)",
     )
     add("--seed", nargs="+", type=int, default=[0], metavar="N", help="a row for each (default 0)")
-    add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's own")
-    add("--steps", type=int, metavar="N", help="denoising steps; default: the model's own")
+    add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's")
+    add("--steps", type=int, metavar="N", help="denoising steps; default: the model's")
     add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="the model to 4 or 8 bits a weight")
     add("--output", type=Path, default=Path("grid.png"), metavar="FILE", help="*.png (default grid.png)")
     show.set_defaults(run=run_grid)
@@ -94,13 +93,13 @@ def run_grid(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; its exit status: 0, or 2 for bad input."""
+    return run_program(lambda _: run(arguments))
+
+
+def run(arguments: list[str] | None) -> int:
+    """Run the command that the arguments name; the exit status."""
     options = parser().parse_args(arguments)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    try:
-        return options.run(options)
-    except FluxError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return options.run(options)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ KINDS = (".png", ".jpg", ".jpeg", ".webp")
 def to_folder(folder: Path) -> Callable[[Sequence[np.ndarray]], float]:
     """The mean cosine of pictures (H, W, 3), uint8, with those of a folder, of all pairs, -1 to 1.
 
-    FluxError for a folder without pictures and where CLIP cannot be had.
+    FluxError for a folder without pictures and where CLIP cannot be loaded.
     """
     real = read_folder(folder)
     model = load()
@@ -36,7 +36,7 @@ def to_folder(folder: Path) -> Callable[[Sequence[np.ndarray]], float]:
 
 
 def load() -> CLIPVision:
-    """CLIP ViT-B/32 from the Hub or its cache, in float32; FluxError where it cannot be had."""
+    """CLIP ViT-B/32 from the Hub or its cache, in float32; FluxError where it cannot be loaded."""
     config = jsonfiles.read(checkpoints.fetch(REPO, "config.json"))
     return build(config, checkpoints.fetch(REPO, "model.safetensors"))
 

@@ -28,7 +28,7 @@ from flux.pipeline import FluxPipeline
 STRENGTHS = (0.0, 0.4, 0.8, 1.0, 1.2)
 TEXT_ENCODERS = ("clip", "t5")
 BASE = (None, 0.0)
-ANY_PROMPT = Request("")  # with the model's own settings
+ANY_PROMPT = Request("")  # with the model's settings
 
 # An adapter's number and its strength; BASE is the model alone.
 Cell = tuple[int | None, float]
@@ -45,7 +45,7 @@ class Named:
 def read(paths: Sequence[Path]) -> list[Named]:
     """The adapters of files; of a training's folder all its checkpoints, in order.
 
-    FluxError for a file that is no adapter and a folder without one; what else is in a folder is left out
+    FluxError for a file that is not an adapter and a folder without one; what else is in a folder is left out
     with a warning.
     """
     found = []
@@ -83,7 +83,7 @@ def grid(
     """The labelled grid (H, W, 3), uint8: for each prompt rows of adapters and seeds, columns of strengths.
 
     The class prompt comes last. At strength 0 stands the picture of the model alone, the same in each row.
-    sampling: seeds and settings; its prompt takes no part.
+    sampling: seeds and settings; its prompt is not used.
     likeness: of pictures to the subject; its figures then stand in a table below.
     Takes the pipeline's text encoders and its transformer out of memory. FluxError, before the work begins,
     for an adapter of which nothing fits the model and for values that make no picture.

@@ -42,7 +42,7 @@ class GroupNorm(nn.Module):
 
     The mean goes first, the variance is that of what is left, and both are sums of short sums: the error then
     stays at the rounding of a number or two, however large the picture. One long sum, or E[x^2] - E[x]^2,
-    would lose digits as pictures grow: on a CPU, MLX's own GroupNorm is wrong by 9e-4 at 768x768.
+    would lose digits as pictures grow: on a CPU, MLX's GroupNorm is wrong by 9e-4 at 768x768.
     """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-6):
@@ -136,6 +136,8 @@ class AttnBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """Attention between two residual blocks, at the lowest resolution. (B, h, w, C) -> the same."""
+
     def __init__(self, channels: int, groups: int):
         super().__init__()
         self.block_1 = ResnetBlock(channels, channels, groups)

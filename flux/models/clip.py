@@ -55,6 +55,8 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": nn.gelu}
 
 
 class CLIPTextEmbeddings(nn.Module):
+    """Embeddings of tokens and of positions, added. Tokens (B, L) -> (B, L, C)."""
+
     def __init__(self, params: CLIPTextParams):
         super().__init__()
         self.token_embedding = nn.Embedding(params.vocab_size, params.hidden_size)
@@ -66,6 +68,8 @@ class CLIPTextEmbeddings(nn.Module):
 
 
 class CLIPAttention(nn.Module):
+    """Multi-head self-attention. (B, L, C) -> the same."""
+
     def __init__(self, params: CLIPEncoderParams, mask: str | None):
         super().__init__()
         self._mask = mask
@@ -86,6 +90,8 @@ class CLIPAttention(nn.Module):
 
 
 class CLIPMLP(nn.Module):
+    """Feed-forward: two layers with an activation between. (..., C) -> (..., C)."""
+
     def __init__(self, params: CLIPEncoderParams):
         super().__init__()
         self._activation = ACTIVATIONS[params.hidden_act]
@@ -97,6 +103,8 @@ class CLIPMLP(nn.Module):
 
 
 class CLIPEncoderLayer(nn.Module):
+    """Self-attention and feed-forward, a norm before each. (B, L, C) -> the same."""
+
     def __init__(self, params: CLIPEncoderParams, mask: str | None):
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(params.hidden_size, eps=params.layer_norm_eps)
@@ -118,6 +126,8 @@ class CLIPEncoder(nn.Module):
 
 
 class CLIPTextTransformer(nn.Module):
+    """Embeddings, encoder and final norm, under the names of transformers' checkpoints."""
+
     def __init__(self, params: CLIPTextParams):
         super().__init__()
         self.embeddings = CLIPTextEmbeddings(params)
@@ -150,8 +160,8 @@ class CLIPTextModel(nn.Module):
     def __call__(self, tokens: mx.array, eos_token_id: int) -> CLIPOutput:
         """Encodes tokens (B, L), L at most max_position_embeddings, in the weights' type.
 
-        eos_token_id is the end token's id, in whose place the pooled vector is read; 2 has a meaning of its
-        own, see `end_positions`.
+        eos_token_id is the end token's id, at which the pooled vector is read; 2 has another
+        meaning, see `end_positions`.
         """
         return self.text_model(tokens, eos_token_id)
 

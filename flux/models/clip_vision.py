@@ -21,6 +21,8 @@ class CLIPVisionParams(CLIPEncoderParams):
 
 
 class CLIPVisionEmbeddings(nn.Module):
+    """A class token and the patches, with positions. Pictures (B, H, W, 3) -> (B, 1 + patches, C)."""
+
     def __init__(self, params: CLIPVisionParams):
         super().__init__()
         width, patch = params.hidden_size, params.patch_size
@@ -35,6 +37,8 @@ class CLIPVisionEmbeddings(nn.Module):
 
 
 class CLIPVisionTransformer(nn.Module):
+    """Embeddings, encoder and norms, under the names of transformers' checkpoints."""
+
     def __init__(self, params: CLIPVisionParams):
         super().__init__()
         self.embeddings = CLIPVisionEmbeddings(params)

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-NORM_EPS = 1e-6  # of every norm in the transformer; MLX's own default is 1e-5
+NORM_EPS = 1e-6  # of every norm in the transformer; MLX's default is 1e-5
 FLOAT16_MAX = 65504.0
 
 
@@ -98,8 +98,8 @@ def embedding_frequencies(dim: int, max_period: float) -> mx.array:
     BFL's and diffusers' code computes the exponents in float32; up to 4e-7 of a frequency hang on that.
     """
     half = dim // 2
-    exponents = mx.arange(half, dtype=mx.float32) * -math.log(max_period) / half
-    frequencies = [math.exp(exponent) for exponent in exponents.tolist()]
+    exponents: Any = (mx.arange(half, dtype=mx.float32) * -math.log(max_period) / half).tolist()
+    frequencies = [math.exp(exponent) for exponent in exponents]
     for i in _ROUNDED_UP.get((dim, max_period), ()):
         frequencies[i] *= 1 + 2**-24
     return mx.array(frequencies, dtype=mx.float32)
@@ -146,6 +146,8 @@ def modulate(x: mx.array, shift: mx.array, scale: mx.array) -> mx.array:
 
 
 class GELU(nn.Module):
+    """`gelu` as a layer. x of any shape."""
+
     def __call__(self, x: mx.array) -> mx.array:
         return gelu(x)
 
@@ -190,6 +192,8 @@ class ModulationLayer(nn.Module):
 
 
 class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis (Zhang & Sennrich 2019). (..., dim) keeps its shape."""
+
     def __init__(self, dim: int):
         super().__init__()
         self.scale = mx.ones((dim,))
@@ -230,9 +234,9 @@ class SelfAttention(nn.Module):
 
 
 class DoubleStreamBlock(nn.Module):
-    """Text and picture have weights of their own and meet in one joint attention, text first."""
+    """Text and picture have separate weights and meet in one joint attention, text first."""
 
-    attend = staticmethod(attention)  # training puts another in its place
+    attend = staticmethod(attention)  # training replaces it
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_size: int, qkv_bias: bool):
         super().__init__()
@@ -271,8 +275,8 @@ class DoubleStreamBlock(nn.Module):
     def last_layers(
         self, txt_layer: nn.Module, img_layer: nn.Module, txt: mx.array, img: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """The layers that attention and MLP end with. By itself, so that what must act on both streams at
-        once, such as a sum over machines, can take its place."""
+        """The layers that attention and MLP end with. A method, so that what must act on both streams at
+        once, such as a sum over machines, can replace it."""
         return txt_layer(txt), img_layer(img)
 
 
@@ -300,14 +304,14 @@ class SingleStreamBlock(nn.Module):
 
 
 class LastLayer(nn.Module):
-    """Modulation and projection to the packed latent's channels."""
+    """Norm with shift and scale, and projection to the packed latent's channels."""
 
     def __init__(self, hidden_size: int, out_channels: int):
         super().__init__()
         self.linear = nn.Linear(hidden_size, out_channels)
         self.adaLN_modulation = [nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size)]
 
-    def modulation(self, silu_vec: mx.array) -> mx.array:
+    def shift_and_scale(self, silu_vec: mx.array) -> mx.array:
         """silu(vec) (..., C) -> (..., 1, 2*C). The SiLU in the list only keeps the checkpoint's numbering."""
         return self.adaLN_modulation[1](silu_vec)[..., None, :]
 

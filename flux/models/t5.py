@@ -48,6 +48,8 @@ def relative_position_bucket(distance: int, num_buckets: int, max_distance: int)
 
 
 class T5Attention(nn.Module):
+    """Self-attention, unscaled, with a bias by distance (Raffel et al. 2020). (B, L, C) -> the same."""
+
     def __init__(self, params: T5Params, has_relative_attention_bias: bool):
         super().__init__()
         inner_dim = params.num_heads * params.d_kv
@@ -87,6 +89,8 @@ class T5Attention(nn.Module):
 
 
 class T5LayerSelfAttention(nn.Module):
+    """A norm and self-attention, added to the input. (B, L, C) -> the same."""
+
     def __init__(self, params: T5Params, has_relative_attention_bias: bool):
         super().__init__()
         self.layer_norm = nn.RMSNorm(params.d_model, eps=params.layer_norm_epsilon)
@@ -97,6 +101,8 @@ class T5LayerSelfAttention(nn.Module):
 
 
 class T5DenseGatedActDense(nn.Module):
+    """Feed-forward with a gate: wo(gelu(wi_0(x)) wi_1(x)) (Shazeer 2020). (..., C) -> (..., C)."""
+
     def __init__(self, params: T5Params):
         super().__init__()
         self.wi_0 = nn.Linear(params.d_model, params.d_ff, bias=False)
@@ -110,6 +116,8 @@ class T5DenseGatedActDense(nn.Module):
 
 
 class T5LayerFF(nn.Module):
+    """A norm and feed-forward, added to the input. (B, L, C) -> the same."""
+
     def __init__(self, params: T5Params):
         super().__init__()
         self.layer_norm = nn.RMSNorm(params.d_model, eps=params.layer_norm_epsilon)
@@ -120,6 +128,8 @@ class T5LayerFF(nn.Module):
 
 
 class T5Block(nn.Module):
+    """Self-attention and feed-forward, as a list because the checkpoint numbers them."""
+
     def __init__(self, params: T5Params, has_relative_attention_bias: bool):
         super().__init__()
         self.layer = [T5LayerSelfAttention(params, has_relative_attention_bias), T5LayerFF(params)]
@@ -130,6 +140,8 @@ class T5Block(nn.Module):
 
 
 class T5Stack(nn.Module):
+    """The blocks and the final norm, under the checkpoint's names."""
+
     def __init__(self, params: T5Params):
         super().__init__()
         # Only the first block owns a table of relative positions.

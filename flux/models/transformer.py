@@ -60,8 +60,8 @@ class FluxParams:
             )
 
 
-class Modulation(NamedTuple):
-    """What all layers need to know of time, guidance and pooled text; C is the hidden size.
+class ModulationVectors(NamedTuple):
+    """Shifts, scales and gates of all layers, from time, guidance and pooled text; C is the hidden size.
 
     A tuple of arrays, so that `mx.eval` takes it. Before `step` every array has a leading axis of steps.
     """
@@ -70,8 +70,10 @@ class Modulation(NamedTuple):
     single: list[mx.array]  # a block: (B, 1, 3*C)
     final: mx.array  # (B, 1, 2*C)
 
-    def step(self, t: int) -> "Modulation":
-        return Modulation([(x[t], i[t]) for x, i in self.double], [m[t] for m in self.single], self.final[t])
+    def step(self, t: int) -> "ModulationVectors":
+        """The vectors of step t, of those of all steps."""
+        double = [(txt[t], img[t]) for txt, img in self.double]
+        return ModulationVectors(double, [vectors[t] for vectors in self.single], self.final[t])
 
 
 class Flux(nn.Module):
@@ -125,8 +127,8 @@ class Flux(nn.Module):
         guidance (B,), needed where the model has the embedder and otherwise ignored.
         Returns (B, Li, out_channels).
         """
-        modulation = self._modulate(self._silu_vec(timesteps, y, guidance))
-        return self.denoise(img, self.embed_text(txt), self.positions(txt_ids, img_ids), modulation)
+        vectors = self._vectors(self._silu_vec(timesteps, y, guidance))
+        return self.denoise(img, self.embed_text(txt), self.positions(txt_ids, img_ids), vectors)
 
     # Once a picture: nothing here depends on the noisy latent.
 
@@ -144,20 +146,20 @@ class Flux(nn.Module):
 
     def modulation(
         self, timesteps: mx.array, y: mx.array, guidance: mx.array | None = None
-    ) -> list[Modulation]:
-        """The modulation of all steps in one batch: timesteps (T,), y (B, vec_in_dim), guidance (B,) or (1,).
+    ) -> list[ModulationVectors]:
+        """The vectors of all steps in one batch: timesteps (T,), y (B, vec_in_dim), guidance (B,) or (1,).
 
-        Returns T modulations, each for a batch of B pictures (B = 1 serves any batch).
+        Returns those of each of the T steps, for a batch of B pictures (B = 1 serves any batch).
         """
         if guidance is not None:
             guidance = guidance[None]
-        every_step = self._modulate(self._silu_vec(timesteps[:, None], y[None], guidance))  # from (T, B, C)
+        every_step = self._vectors(self._silu_vec(timesteps[:, None], y[None], guidance))  # from (T, B, C)
         return [every_step.step(t) for t in range(timesteps.shape[0])]
 
     def drop_modulation(self) -> None:
         """Lets go of the weights that only modulation needs, 27.6 % of FLUX.1-dev; `denoise` still works.
 
-        The memory is free once the modulations made before have been evaluated.
+        The memory is free once the vectors made before have been evaluated.
         """
         for name in ("time_in", "vector_in", "guidance_in"):
             self.pop(name, None)
@@ -170,18 +172,18 @@ class Flux(nn.Module):
 
     # Once a step.
 
-    def denoise(self, img: mx.array, txt: mx.array, pe: mx.array, modulation: Modulation) -> mx.array:
-        """The velocity (B, Li, out_channels) for img (B, Li, in_channels) at the time that modulation holds.
+    def denoise(self, img: mx.array, txt: mx.array, pe: mx.array, vectors: ModulationVectors) -> mx.array:
+        """The velocity (B, Li, out_channels) for img (B, Li, in_channels) at the vectors' time.
 
-        txt, pe and modulation come from `embed_text`, `positions` and `modulation`.
+        txt, pe and vectors come from `embed_text`, `positions` and `modulation`.
         """
         img = self.img_in(img.astype(self.dtype))
-        for block, (txt_mod, img_mod) in zip(self.double_blocks, modulation.double, strict=True):
+        for block, (txt_mod, img_mod) in zip(self.double_blocks, vectors.double, strict=True):
             txt, img = block(txt, img, pe, txt_mod, img_mod)
         x = mx.concatenate([txt, img], axis=1)  # (B, Lt+Li, C)
-        for single_block, mod in zip(self.single_blocks, modulation.single, strict=True):
+        for single_block, mod in zip(self.single_blocks, vectors.single, strict=True):
             x = single_block(x, pe, mod)
-        return self.final_layer(x[:, txt.shape[1] :], modulation.final)
+        return self.final_layer(x[:, txt.shape[1] :], vectors.final)
 
     def _silu_vec(self, timesteps: mx.array, y: mx.array, guidance: mx.array | None) -> mx.array:
         """silu of the conditioning vector. timesteps and guidance (...), y (..., vec_in_dim) -> (..., C)."""
@@ -200,10 +202,10 @@ class Flux(nn.Module):
             x = x.astype(dtype)
         return sinusoidal_embedding(x * TIME_FACTOR, TIME_DIM).astype(self.dtype)
 
-    def _modulate(self, silu_vec: mx.array) -> Modulation:
-        """(..., C) -> the modulation of every layer, with the same leading axes."""
-        return Modulation(
+    def _vectors(self, silu_vec: mx.array) -> ModulationVectors:
+        """(..., C) -> the vectors of every layer, with the same leading axes."""
+        return ModulationVectors(
             [(block.txt_mod(silu_vec), block.img_mod(silu_vec)) for block in self.double_blocks],
             [block.modulation(silu_vec) for block in self.single_blocks],
-            self.final_layer.modulation(silu_vec),
+            self.final_layer.shift_and_scale(silu_vec),
         )

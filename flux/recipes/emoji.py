@@ -10,9 +10,9 @@ The drawings are those of Noto Color Emoji (Google), licensed under the SIL Open
 pictures and models made with the font be used and passed on freely. The names are those of Unicode's CLDR.
 """
 
-import argparse
 import hashlib
 import re
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from flux.arguments import Parser, run_program
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
@@ -159,7 +161,7 @@ def _grammar() -> tuple[dict[str, tuple[str, str]], list[re.Pattern[str]]]:
 
 
 def parse(caption: str) -> Composition | None:
-    """The composition that a caption is one of; None where it is no caption of ours."""
+    """The composition that a caption is one of; None where it is not a caption of ours."""
     nouns, forms = _grammar()
     found = next(filter(None, (form.fullmatch(caption) for form in forms)), None)
     if found is None:
@@ -220,21 +222,23 @@ def corners(composition: Composition) -> list[tuple[int, int]]:
     return [(across * rest, down * rest)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Draw a folder of emoji pictures with captions (font: OFL 1.1)."
-    )
+def main() -> int:
+    """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
+    return run_program(run)
+
+
+def run(ranks: Ranks) -> int:
+    """Draw the folder."""
+    parser = Parser(description="Draw a folder of emoji pictures with captions (font: OFL 1.1).")
     parser.add_argument(
         "--output", type=Path, required=True, help="folder; gets pictures, captions.tsv, LICENCE"
     )
     parser.add_argument("--count", type=int, default=1000, help="how many pictures (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    try:
-        write_folder(arguments.output, arguments.count, arguments.seed)
-    except FluxError as error:
-        parser.exit(2, f"error: {error}\n")
+    write_folder(arguments.output, arguments.count, arguments.seed)
     print(arguments.output)
+    return 0
 
 
 def write_folder(output: Path, count: int, seed: int) -> None:
@@ -253,4 +257,4 @@ def write_folder(output: Path, count: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -64,11 +64,11 @@ class FlowLoss:
     The model has `flow`, the transformer, and for batches with `clip_ids` also `clip`. A batch of B:
     - mean, logvar (B, h, w, z), the autoencoder's moments, and keys (B, 2), uint32, a random key a sample, of
       which its latent, noise and time are made: in any batch and on any rank it has the same loss;
-    - t5 (B, L, C), T5's features, and clip (B, D), CLIP's pooled vector, or clip_ids (B, 77) in its place;
+    - t5 (B, L, C), T5's features, and clip (B, D), CLIP's pooled vector, or clip_ids (B, 77) instead;
     - is_reg (B,), 1 for a regularisation picture: its loss counts `prior_weight` times;
     - mask (B, h, w), if any, in 0..1: a sample's loss is the mean of its elements weighted by the mask, so
       that a small subject counts as much as a large one; 0 where the mask is empty;
-    - times (B,), if any, take the place of the random ones: for validation.
+    - times (B,), if any, replace the random ones: for validation.
     The trainer's key is for dropout alone, which belongs to the step.
 
     shift_factor, scale_factor: the autoencoder's. time_sampling, time_scale, time_mean, time_std: see
@@ -97,7 +97,7 @@ class FlowLoss:
             ("schedule of delta", self.delta_schedule, DELTA_SCHEDULES),
         ):
             if name not in known:
-                raise FluxError(f"no {kind} {name!r}: choose {', '.join(known)}")
+                raise FluxError(f"unknown {kind} {name!r}: choose {', '.join(known)}")
         if self.delta <= 0:
             raise FluxError(f"delta {self.delta}: give a number above 0")
 
@@ -131,7 +131,7 @@ class FlowLoss:
         return (error.mean(axis=3) * mask).sum(axis=(1, 2)) / mx.maximum(mask.sum(axis=(1, 2)), 1e-6)
 
     def _draw(self, batch: dict[str, mx.array]) -> tuple[mx.array, mx.array, mx.array]:
-        """x_0 and noise (B, h, w, z) and times (B,), each sample from its own key."""
+        """x_0 and noise (B, h, w, z) and times (B,), each sample from another key."""
         mean, logvar = (batch[name].astype(mx.float32) for name in ("mean", "logvar"))
         keys = [mx.random.split(key, 3) for key in batch["keys"]]
         posterior, noise = (

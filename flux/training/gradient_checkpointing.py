@@ -42,7 +42,7 @@ def _attend(k: mx.array, v: mx.array, q: mx.array, pe: mx.array) -> list[mx.arra
 
 
 class _Checkpointed(nn.Module):
-    """Comes before a block's own class: its call, checkpointed."""
+    """Comes before a block's class: its call, checkpointed."""
 
     attend = staticmethod(attention_by_heads)
     streams = 1  # how many of a call's inputs come from the block before
@@ -55,12 +55,12 @@ class _Checkpointed(nn.Module):
         names = list(trained)
 
         def call(*arrays: mx.array) -> list[mx.array]:
-            own = _parameters(self)
+            before = _parameters(self)
             self.update(tree_unflatten(list(zip(names, arrays, strict=False))))
             try:
                 out = plain(*arrays[len(names) :])
             finally:
-                self.update(own)
+                self.update(before)
             return list(out) if isinstance(out, tuple) else [out]
 
         wanted = len(inputs) if self.modulation_is_trained else self.streams
@@ -82,19 +82,21 @@ def _checkpointed(function: Callable, count: int, wanted: int) -> Callable:
     @run.vjp
     def gradients(inputs: tuple[mx.array, ...], cotangents: list[mx.array], _: list[mx.array]):
         inputs = mx.depends(list(inputs), list(cotangents))  # not before the gradient has come here
-        own = mx.vjp(function, list(inputs), list(cotangents))[1]
-        ready = mx.depends(own[count:end], own[:count]) if count else own[:end]
-        return (*own[:count], *ready, *own[end:])
+        found = mx.vjp(function, list(inputs), list(cotangents))[1]
+        ready = mx.depends(found[count:end], found[:count]) if count else found[:end]
+        return (*found[:count], *ready, *found[end:])
 
     return run
 
 
-class CheckpointedDoubleStreamBlock(_Checkpointed, DoubleStreamBlock):  # type: ignore[misc]
+class CheckpointedDoubleStreamBlock(_Checkpointed, DoubleStreamBlock):  # type: ignore[misc]  # other `__call__`
+    """A double block whose activations are computed again for the gradient."""
+
     streams = 2
 
 
-class CheckpointedSingleStreamBlock(_Checkpointed, SingleStreamBlock):  # type: ignore[misc]
-    pass
+class CheckpointedSingleStreamBlock(_Checkpointed, SingleStreamBlock):  # type: ignore[misc]  # as above
+    """A single block whose activations are computed again for the gradient."""
 
 
 _CLASSES: dict[type, type] = {
@@ -123,7 +125,7 @@ def checkpoint_blocks(flow: Flux, modulation_is_trained: bool = False) -> None:
 
 def plain_blocks(flow: Flux) -> None:
     """The inverse of `checkpoint_blocks`."""
-    plain = {checkpointed: own for own, checkpointed in _CLASSES.items()}
+    plain = {checkpointed: block for block, checkpointed in _CLASSES.items()}
     for block in (*flow.double_blocks, *flow.single_blocks):
         block.__class__ = plain.get(type(block), type(block))
         block.__dict__.pop("modulation_is_trained", None)

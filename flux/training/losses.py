@@ -64,7 +64,7 @@ def sample_times(
     schnell: its four times, 1 to 0.25. FluxError for another name.
     """
     if name not in TIME_SAMPLING:
-        raise FluxError(f"no time sampling {name!r}: choose {', '.join(TIME_SAMPLING)}")
+        raise FluxError(f"unknown time sampling {name!r}: choose {', '.join(TIME_SAMPLING)}")
     if name == "uniform":
         return mx.random.uniform(shape=(count,), key=key)
     if name == "schnell":
@@ -115,5 +115,5 @@ def error(name: str, prediction: mx.array, target: mx.array, delta: mx.array | f
     torch.nn's, which are made of two pieces. FluxError for another name.
     """
     if name not in LOSSES:
-        raise FluxError(f"no loss {name!r}: choose {', '.join(LOSSES)}")
+        raise FluxError(f"unknown loss {name!r}: choose {', '.join(LOSSES)}")
     return LOSSES[name](prediction.astype(mx.float32) - target.astype(mx.float32), delta)

@@ -1,6 +1,6 @@
 """3x3 convolutions as matrix products: the same function, whose gradient MLX's CPU backend computes faster.
 
-Its own gradient is slow, with stride 2 most of all: 37 ms against 5 for 8 pictures of 32x32x32.
+Its gradient is slow, with stride 2 most of all: 37 ms against 5 for 8 pictures of 32x32x32.
 """
 
 from collections.abc import Callable
@@ -22,6 +22,8 @@ class ProductConv2d(nn.Conv2d):
 
 
 class ProductConv1x1(nn.Conv2d):
+    """A 1x1 convolution as a product. (B, H, W, I) -> (B, H, W, O)."""
+
     def __call__(self, x: mx.array) -> mx.array:
         return x @ self.weight[:, 0, 0].T + self.bias
 
@@ -89,7 +91,7 @@ def _weight_gradient(x: mx.array, dy: mx.array, stride: int, padding: Padding) -
     rows = []
     for i in range(3):
         product = (_rows(strips, i, stride, height).reshape(*dy.shape[:2], -1).swapaxes(1, 2) @ dy).sum(0)
-        parts = (  # pixel p of a block has its own place in the strip and in the output
+        parts = (  # pixel p of a block has another offset in the strip and in the output
             product[p * stride * c : (p * stride + 3) * c, p * n : (p + 1) * n] for p in range(pixels)
         )
         rows.append(reduce(mx.add, parts).T.reshape(n, 3, c))  # (3C, N) -> (N, 3, C)
@@ -133,7 +135,7 @@ def _rows(strips: mx.array, i: int, stride: int, height: int) -> mx.array:
 
 
 def _for_pixels(weight: mx.array, stride: int, pixels: int) -> mx.array:
-    """(N, 3, 3, C) -> 3 x (p * N, k): the weights for each pixel of a block, at its place in the strip."""
+    """(N, 3, 3, C) -> 3 x (p * N, k): the weights for each pixel of a block, at its offset in the strip."""
     n, _, _, c = weight.shape
     rows = weight.reshape(n, 3, 3 * c).swapaxes(0, 1)  # (3, N, 3C)
     step = stride * c

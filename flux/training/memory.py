@@ -28,6 +28,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
+        """All of them, in bytes."""
         return self.weights + self.adapter + self.activations
 
 
@@ -69,7 +70,7 @@ def estimate(
 
 @cache
 def weight_bytes(params: FluxParams, bits: int | None, mode: str = "affine", element_size: int = 2) -> int:
-    """The transformer's weights, quantized as `weights.quantize.quantize` does it with its own group size."""
+    """The transformer's weights, quantized as `weights.quantize.quantize` does it with its group size."""
     flow, total = Flux(params), 0.0
     groups = {
         f"{name}.weight": group_size_of(layer.weight.shape[1], mode)

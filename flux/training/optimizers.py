@@ -164,7 +164,7 @@ def muon(
     """Muon for matrices and convolutions, AdamW for vectors and for whatever `is_other(name, array)` names.
 
     Muon (Jordan, 2024, https://kellerjordan.github.io/posts/muon) makes every step a matrix with singular
-    values near one; embeddings and the layers next to the pixels are no good for it.
+    values near one; embeddings and the layers next to the pixels do not suit it.
     """
     adam = optim.AdamW(adam_rate, betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
     rest = GramMuon(rate, momentum=0.95, weight_decay=0.0)
@@ -208,10 +208,16 @@ class SGD:
     lr: float | None = option(None, above=0)
     momentum: float = option(0.0, least=0, below=1)
     weight_decay: float = option(0.0, least=0)
+    dampening: float = option(0.0, least=0, most=1)
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise FluxError("nesterov needs a momentum above 0 and no dampening")
 
     def build(self, rate: float) -> optim.Optimizer:
         """The optimizer at this learning rate."""
-        return optim.SGD(rate, self.momentum, self.weight_decay)
+        return optim.SGD(rate, self.momentum, self.weight_decay, self.dampening, self.nesterov)
 
 
 @dataclass(frozen=True)
@@ -227,4 +233,17 @@ class RMSprop:
         return optim.RMSprop(rate, self.alpha, self.eps)
 
 
-CONFIGURED = {"AdamW": AdamW, "Adam": Adam, "SGD": SGD, "RMSprop": RMSprop}
+@dataclass(frozen=True)
+class Lion:
+    """Chen et al. 2023, arXiv:2302.06675."""
+
+    lr: float | None = option(None, above=0)
+    betas: tuple[float, float] = option((0.9, 0.99), least=0, below=1)
+    weight_decay: float = option(0.0, least=0)
+
+    def build(self, rate: float) -> optim.Optimizer:
+        """The optimizer at this learning rate."""
+        return optim.Lion(rate, list(self.betas), self.weight_decay)
+
+
+CONFIGURED = {"AdamW": AdamW, "Adam": Adam, "SGD": SGD, "RMSprop": RMSprop, "Lion": Lion}

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from flux.errors import FluxError
+from flux.outputs import flush
 from flux.weights import tensors
 
 Value = TypeVar("Value")
@@ -63,7 +64,7 @@ class States:
             except FluxError as error:
                 damaged.append(str(error))
         if damaged:
-            raise FluxError(f"no state is whole: {'; '.join(damaged)}")
+            raise FluxError(f"every state is damaged: {'; '.join(damaged)}")
         return None
 
     def save(self, name: str, table: dict[str, Any], save_arrays: Callable[[Path], None]) -> None:
@@ -81,12 +82,13 @@ class States:
             checksums = {"arrays": _file_checksum(partial / STATE), "table": _table_checksum(table)}
             with (partial / PROGRESS).open("w", encoding="utf-8") as file:
                 json.dump({**table, CHECKSUMS: checksums}, file)
-                file.flush()
-                os.fsync(file.fileno())
+            for path in (partial / PROGRESS, partial):
+                flush(path)
             if target.exists():  # never half of it: a kill while it is removed leaves the state before
                 shutil.rmtree(replaced, ignore_errors=True)
                 os.rename(target, replaced)
             os.rename(partial, target)
+            flush(self._folder)
             shutil.rmtree(replaced, ignore_errors=True)
         except (OSError, RuntimeError) as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -112,10 +114,10 @@ def _checked(path: Path, parse: Callable[[dict[str, Any]], Value]) -> Value:
         table = json.loads((path / PROGRESS).read_bytes())
         checksums = table.pop(CHECKSUMS, None)
         if checksums is not None and checksums["table"] != _table_checksum(table):
-            raise FluxError(f"{PROGRESS} is not what was written: its checksum is another")
+            raise FluxError(f"{PROGRESS} is not what was written: its checksum differs")
         tensors.read_header(path / STATE)
         if checksums is not None and checksums["arrays"] != _file_checksum(path / STATE):
-            raise FluxError(f"{STATE} is not what was written: its checksum is another")
+            raise FluxError(f"{STATE} is not what was written: its checksum differs")
         return parse(table)
     except FluxError as error:
         raise FluxError(f"{path} is damaged: {error}") from None

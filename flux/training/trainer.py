@@ -5,7 +5,6 @@ step and a loss is handed a key made from it, so a stopped and resumed run is th
 """
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map, tree_map_with_path
 
+from flux import outputs
 from flux.errors import FluxError
 from flux.training.ema import EMA
 from flux.trees import named_arrays
@@ -77,7 +77,7 @@ class Trainer:
         save_frozen: bool = True,
     ):
         """average, average_metrics: combine the gradients and the metrics of several processes, once a step;
-        each of them is given its own batches and the same parameters.
+        each of them is given other batches and the same parameters.
         around_step: a context for each step with its callbacks, such as a limit on waiting for others.
         accumulate: batches a step; `batches` counts batches, from 0.
         clip_norm: the gradients' norm is at most this; the metrics then have it as `norm`, as it was.
@@ -192,15 +192,9 @@ class Trainer:
     def save(self, path: Path) -> None:
         """One safetensors file, complete or not there at all: a kill while writing leaves the file before."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial.safetensors")
         metadata = {"step": json.dumps(self.step)}
-        try:
+        with outputs.replacing(path, ".safetensors") as partial:
             mx.save_safetensors(str(partial), dict(named_arrays(self._trees())), metadata)
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def load(self, path: Path) -> None:
         """Goes on from a file of `save`. The networks and optimizers must be those that it was saved from."""
@@ -213,7 +207,9 @@ class Trainer:
         found = {name: array.shape for name, array in arrays.items()}
         wrong = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
         if wrong:
-            raise FluxError(f"{path} is not a state of this training: other or no shape: {', '.join(wrong)}")
+            raise FluxError(
+                f"{path} is not a state of this training: missing, or of another shape: {', '.join(wrong)}"
+            )
         # Not from the names alone: the optimizer wants the empty entries of frozen layers, too.
         self._put(tree_map_with_path(lambda name, _: arrays[name], self._trees()))
         self.step = step

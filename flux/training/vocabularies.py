@@ -12,11 +12,12 @@ from pathlib import Path
 import regex
 import sentencepiece
 
+from flux import outputs
 from flux.captioning.tokenizer import FLORENCE_TOKENS, BartTokenizer
 from flux.tokenizers import CLIPTokenizer, byte_letters
 
 BART_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # the last one after all pieces
-IMAGE_TOKEN = "<image>"  # transformers' place for a picture's features
+IMAGE_TOKEN = "<image>"  # in transformers a picture's features replace it
 
 
 def train_clip(captions: Iterable[str], merges: int) -> tuple[dict[str, int], list[str]]:
@@ -97,7 +98,7 @@ def save_bart(vocab: dict[str, int], merges: list[str], folder: Path) -> None:
     flags = dict.fromkeys(("single_word", "rstrip", "normalized"), False) | {"special": True}
     added = [{"id": i, "content": t, "lstrip": t == "<mask>", **flags} for t, i in special.items()]
     bytes_of = {"type": "ByteLevel", "trim_offsets": True, "use_regex": True}
-    own = {token: i for token, i in vocab.items() if token not in special or token in BART_TOKENS}
+    kept = {token: i for token, i in vocab.items() if token not in special or token in BART_TOKENS}
     content = {
         "version": "1.0",
         "added_tokens": added,
@@ -110,7 +111,7 @@ def save_bart(vocab: dict[str, int], merges: list[str], folder: Path) -> None:
             "add_prefix_space": False,
         },
         "decoder": {**bytes_of, "add_prefix_space": True},
-        "model": {"type": "BPE", "vocab": own, "merges": [merge.split(" ") for merge in merges]},
+        "model": {"type": "BPE", "vocab": kept, "merges": [merge.split(" ") for merge in merges]},
     }
     named = dict(
         zip(("bos_token", "pad_token", "eos_token", "unk_token", "mask_token"), BART_TOKENS, strict=True)
@@ -119,9 +120,8 @@ def save_bart(vocab: dict[str, int], merges: list[str], folder: Path) -> None:
     config |= {"cls_token": "<s>", "sep_token": "</s>", "extra_special_tokens": {"image_token": IMAGE_TOKEN}}
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in (("tokenizer_config", config), ("tokenizer", content)):
-        partial = folder / f"{name}.partial"
-        partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-        partial.replace(folder / f"{name}.json")
+        with outputs.replacing(folder / f"{name}.json") as partial:
+            partial.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
 
 
 def train_t5(captions: Iterable[str], size: int, file: Path) -> None:

@@ -50,7 +50,7 @@ from flux.weights.registry import ModelSpec
 REPOSITORY = r"[\w-][\w.-]*/[\w-][\w.-]*"
 HUB_FILE = re.compile(rf"({REPOSITORY}):(.+)")  # a repository and a file in it
 TINY = "or use --model tiny, which is built in"  # what always works
-# huggingface_hub's own errors, those of the HTTP library below it (whichever it is), and the disk's.
+# huggingface_hub's errors, those of the HTTP library below it (whichever it is), and the disk's.
 HUB_ERRORS: tuple[type[Exception], ...] = (
     OSError,
     RuntimeError,
@@ -86,22 +86,27 @@ class Checkpoint:
     t5_tokenizer: Path
 
     def load_flux(self, dtype: mx.Dtype | None = None) -> Flux:
+        """The transformer, as `load_part` gives it; so the other three."""
         return cast(Flux, load_part(self.parts["transformer"], dtype))
 
     def load_ae(self, dtype: mx.Dtype | None = None) -> AutoEncoder:
+        """The autoencoder."""
         return cast(AutoEncoder, load_part(self.parts["ae"], dtype))
 
     def load_clip(self, dtype: mx.Dtype | None = None) -> CLIPTextModel:
+        """The CLIP text encoder."""
         return cast(CLIPTextModel, load_part(self.parts["clip"], dtype))
 
     def load_t5(self, dtype: mx.Dtype | None = None) -> T5Encoder:
+        """The T5 encoder."""
         return cast(T5Encoder, load_part(self.parts["t5"], dtype))
 
     def load_clip_tokenizer(self) -> CLIPTokenizer:
+        """The CLIP tokenizer."""
         return CLIPTokenizer.from_folder(self.clip_tokenizer)
 
     def load_t5_tokenizer(self, max_length: int | None = None) -> T5Tokenizer:
-        """max_length: tokens; the model's own where None."""
+        """The T5 tokenizer. max_length: tokens; the model's where None."""
         return T5Tokenizer.from_folder(self.t5_tokenizer, max_length or self.spec.t5_length)
 
     def fingerprints(self) -> dict[str, str]:
@@ -123,20 +128,20 @@ def load_part(part: Part, dtype: mx.Dtype | None = None) -> nn.Module:
     """
     dtype = dtype or default_dtype()
     found = {name: _cast(w, dtype) for name, w in tensors.load(part.files, packed=True).items()}
-    names = prefixes.own_names(part.kind, found)
+    names = prefixes.bare_names_of(part.kind, found)
     metadata = _look(part, names)
     try:
         wide, packed = quantize.split(found, metadata, part.config)
     except ValueError as error:
         raise FluxError(f"{part.label}: {error}") from None
-    own = {bare: wide[name] for name, bare in names.items() if name in wide}
-    network, weights = _build(part, own, metadata)
-    diffusers = keymaps.is_diffusers(own)
+    bare_tensors = {bare: wide[name] for name, bare in names.items() if name in wide}
+    network, weights = _build(part, bare_tensors, metadata)
+    diffusers = keymaps.is_diffusers(bare_tensors)
     expected = keymaps.to_file(part.kind, dict(tree_flatten(network.parameters())), diffusers)
-    shown = own if diffusers or part.kind != "ae" else keymaps.unsqueeze_pointwise(own)
-    tensors.check(part.label, shown, expected)
-    own_packed = {bare: packed[name] for name, bare in names.items() if name in packed}
-    weights |= quantize.prepare(network, own_packed, partial(keymaps.to_ours, part.kind))
+    as_in_file = bare_tensors if diffusers or part.kind != "ae" else keymaps.unsqueeze_pointwise(bare_tensors)
+    tensors.check(part.label, as_in_file, expected)
+    packed_layers = {bare: packed[name] for name, bare in names.items() if name in packed}
+    weights |= quantize.prepare(network, packed_layers, partial(keymaps.to_ours, part.kind))
     network.load_weights([(name, _cast(w, dtype)) for name, w in weights.items()])
     network.eval()
     return network
@@ -151,11 +156,11 @@ def _look(part: Part, names: Collection[str]) -> dict[str, str]:
 
 
 def _build(
-    part: Part, own: Mapping[str, mx.array], metadata: Mapping[str, str]
+    part: Part, bare_tensors: Mapping[str, mx.array], metadata: Mapping[str, str]
 ) -> tuple[nn.Module, dict[str, mx.array]]:
     """The network that a file's tensors are of, with quantized layers where it has them, and its weights."""
     try:
-        weights = keymaps.to_ours(part.kind, own)
+        weights = keymaps.to_ours(part.kind, bare_tensors)
         config = part.config or jsonfiles.parse_object(metadata.get("config", "{}"))
         network = NETWORKS[part.kind](shapes.params(part.kind, weights, config))
     except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
@@ -214,6 +219,8 @@ def _in_folder(folder: Path, spec: ModelSpec | None, given: Mapping[str, Part], 
     try:
         found = layouts.find_parts(folder, absent, given, asked) if absent else {}
     except FluxError as error:
+        if reason := layouts.why_no_model(folder):
+            raise FluxError(reason) from None
         pipeline = specs.class_name(folder)
         made_for = f" (it is made for {pipeline})" if pipeline not in ("", "FluxPipeline") else ""
         raise FluxError(f"{error}{made_for}") from None
@@ -349,7 +356,7 @@ def _snapshot(repo: str, patterns: list[str], offline: bool) -> Path:
 
 
 def fetch(repo: str, file: str) -> Path:
-    """One file of a repository, in the Hub's cache; FluxError where it cannot be had."""
+    """One file of a repository, in the Hub's cache; FluxError where it cannot be loaded."""
     path = _snapshot(repo, [file], _offline()) / file
     if not path.is_file():
         raise FluxError(f"{repo} has no file {file} on the Hub, or none in the cache")

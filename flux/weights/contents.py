@@ -53,18 +53,20 @@ class Found:
 
     @property
     def size(self) -> int:
+        """Of all files together, in bytes."""
         return sum(file.stat().st_size for file in self.files)
 
     def elements(self, part: str) -> int:
         """How many numbers a part has."""
-        own = prefixes.own_names(part, self.entries)
-        return sum(math.prod(self.entries[name].shape) for name in own)
+        names = prefixes.bare_names_of(part, self.entries)
+        return sum(math.prod(self.entries[name].shape) for name in names)
 
-    def axis(self, part: str, *places: tuple[str, int]) -> int | None:
-        """The size of a part's tensor along an axis, of the first place (bare name, axis) that is there."""
-        own = {bare: self.entries[name] for name, bare in prefixes.own_names(part, self.entries).items()}
-        for name, axis in places:
-            entry = own.get(name)
+    def axis(self, part: str, *axes: tuple[str, int]) -> int | None:
+        """The size of a part's tensor along an axis, the first of these (bare name, axis) that is there."""
+        names = prefixes.bare_names_of(part, self.entries).items()
+        entries = {bare: self.entries[name] for name, bare in names}
+        for name, axis in axes:
+            entry = entries.get(name)
             if entry and axis < len(entry.shape) and entry.dtype not in PACKED:
                 return entry.shape[axis]
         return None

@@ -41,7 +41,7 @@ def check_fit(
     embeddings = (("clip", clip.params.vocab_size), ("t5", t5.params.vocab_size))
     faults += [
         f"{labels[kind]} embeds {rows} pieces of text, its tokenizer has {size}: "
-        f"put the model's own {'tokenizer/' if kind == 'clip' else 'tokenizer_2/'} into its folder"
+        f"put the model's {'tokenizer/' if kind == 'clip' else 'tokenizer_2/'} into its folder"
         for (kind, rows), size in zip(embeddings, sizes, strict=True)
         if rows < size
     ]

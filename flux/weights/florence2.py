@@ -64,7 +64,7 @@ WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")  # whole or in shards; th
 MAX_BEAMS = 100  # which a checkpoint may ask for; Florence-2's ask for 3
 UNUSED = ("language_model.final_logits_bias",)  # zeros; transformers drops it as well
 
-# config.json -> Florence2Params. Where a file lacks a field, transformers' own default is meant.
+# config.json -> Florence2Params. Where a file lacks a field, transformers' default is meant.
 VISION_NAMES = {"embed_dim": "dim_embed"}  # ours -> Microsoft's
 VISION_DEFAULTS = VisionParams()
 LANGUAGE_DEFAULTS = LanguageParams(
@@ -101,13 +101,13 @@ def to_ours(found: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """A file's tensors, in either scheme or ours, under our names and in MLX's layout; the embedding once."""
     out: dict[str, mx.array] = {}
     for name, tensor in found.items():
-        own = rename(rename(name, TRANSFORMERS), ORIGINAL)
+        ours = rename(rename(name, TRANSFORMERS), ORIGINAL)
         if name == "image_projection":  # a bare matrix, (in, out)
             tensor = tensor.T
         if tensor.ndim == 4:  # convolutions: (O, I, H, W) -> (O, H, W, I)
             tensor = tensor.transpose(0, 2, 3, 1)
-        if own not in UNUSED:
-            out[own] = tensor
+        if ours not in UNUSED:
+            out[ours] = tensor
     copies = [out.pop(name) for name in COPIES if name in out]
     if EMBEDDING not in out and copies:
         out[EMBEDDING] = copies[0]
@@ -136,7 +136,7 @@ def params(config: Mapping[str, Any]) -> Florence2Params:
             "max_temporal_embeddings", 100
         ),
     }
-    lengths = {name: jsonfiles.count(vision.get(name, own), name) for name, own in nested.items()}
+    lengths = {name: jsonfiles.count(vision.get(name, default), name) for name, default in nested.items()}
     shape = Florence2Params(
         vision=VisionParams(**_shape(VISION_DEFAULTS, vision, "vision_config")),
         language=LanguageParams(**_shape(LANGUAGE_DEFAULTS, text, "text_config")),
@@ -194,7 +194,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def generation_params(folder: Path) -> GenerationParams:
-    """How the checkpoint wants answers searched: generation_config.json over Florence-2's own settings."""
+    """How the checkpoint wants answers searched: generation_config.json over Florence-2's settings."""
     config = read_json(folder, "generation_config.json")
     known = {field.name: config[field.name] for field in fields(GenerationParams) if field.name in config}
     where = folder / "generation_config.json"
@@ -204,7 +204,7 @@ def generation_params(folder: Path) -> GenerationParams:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights: safetensors, whole or in shards, else PyTorch's own format."""
+    """The files with the weights: safetensors, whole or in shards, else PyTorch's format."""
     files = next(filter(None, (sorted(folder.glob(pattern)) for pattern in WEIGHTS)), [])
     if not files:
         raise FluxError(f"{folder}: no captioner here; expected config.json and model.safetensors")

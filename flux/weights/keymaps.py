@@ -121,7 +121,7 @@ def autoencoder(levels: int) -> tuple[Row, ...]:
 
 
 @dataclass(frozen=True)
-class Place:
+class Target:
     """Where a module of diffusers' lies in ours: the row, our module's name, and which part of it."""
 
     row: Row
@@ -141,15 +141,15 @@ def _patterns(rows: tuple[Row, ...]) -> tuple[list, list]:
     return ours, theirs
 
 
-def find_ours(rows: tuple[Row, ...], module: str) -> Place | None:
-    """A module's name in diffusers' layout -> its place in ours, or None where no row has it."""
+def find_ours(rows: tuple[Row, ...], module: str) -> Target | None:
+    """A module's name in diffusers' layout -> where it goes in ours, or None where no row has it."""
     return _find_ours(_patterns(rows)[1], module)
 
 
-def _find_ours(patterns: list, module: str) -> Place | None:
+def _find_ours(patterns: list, module: str) -> Target | None:
     for pattern, row, part in patterns:
         if match := pattern.fullmatch(module):
-            return Place(row, row.ours.format(*match.groups()), part)
+            return Target(row, row.ours.format(*match.groups()), part)
     return None
 
 
@@ -179,20 +179,20 @@ def from_diffusers(rows: tuple[Row, ...], tensors: Mapping[str, mx.array]) -> Te
     _, patterns = _patterns(rows)
     for name, tensor in tensors.items():
         module, _, parameter = name.rpartition(".")
-        place = _find_ours(patterns, module)
-        renamed = {theirs: ours for ours, theirs in place.row.parameters} if place else {}
-        if parameter not in renamed:
+        found = _find_ours(patterns, module)
+        renamed = {theirs: ours for ours, theirs in found.row.parameters} if found else {}
+        if found is None or parameter not in renamed:
             out[name] = tensor
         else:
-            target = f"{place.module}.{renamed[parameter]}"
-            parts.setdefault((target, place.row), {})[place.part] = name
+            target = f"{found.module}.{renamed[parameter]}"
+            parts.setdefault((target, found.row), {})[found.part] = name
     for (target, row), names in parts.items():
         if len(names) < len(row.theirs):
             out.update({name: tensors[name] for name in names.values()})
             continue
         pieces = [tensors[names[i]] for i in range(len(names))]
         if len({piece.shape[1:] for piece in pieces}) > 1 or pieces[0].ndim == 0:
-            raise FluxError(f"{', '.join(names.values())}: tensors of these shapes are no parts of one layer")
+            raise FluxError(f"{', '.join(names.values())}: tensors of these shapes cannot form one layer")
         fused = pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
         out[target] = swap_halves(fused) if row.swapped else fused
     return out
@@ -206,7 +206,7 @@ def to_diffusers(rows: tuple[Row, ...], tensors: Mapping[str, mx.array], hidden:
         module, _, parameter = name.rpartition(".")
         row, modules = _find_theirs(patterns, module) or (None, ())
         renamed = dict(row.parameters) if row else {}
-        if parameter not in renamed:
+        if row is None or parameter not in renamed:
             out[name] = tensor
             continue
         if row.swapped:

@@ -22,7 +22,7 @@ NAMES = {
 
 # Folders in which BFL, diffusers, ComfyUI and Forge keep a part, the best first; "" is the model's folder
 # itself. Files elsewhere count too, after these.
-PLACES: dict[str, tuple[str, ...]] = {
+SUBFOLDERS: dict[str, tuple[str, ...]] = {
     "transformer": ("", "transformer", "diffusion_models", "unet", "checkpoints", "stable-diffusion"),
     "ae": ("", "vae", "checkpoints", "stable-diffusion"),
     "clip": ("text_encoder", "text_encoders", "clip", "checkpoints", "stable-diffusion", ""),
@@ -80,7 +80,7 @@ REASONS = (
     "it is named after the model",
     "it is in the transformer's file",
     "it is the nearest to the transformer",
-    "it is in the better place",
+    "it is in the likelier folder",
     "it has the usual name",
     "it is the larger one",
     "by its name",
@@ -90,7 +90,7 @@ REASONS = (
 def find_parts(folder: Path, kinds: Iterable[str], given: Mapping[str, Part], name: str) -> dict[str, Part]:
     """The parts of these kinds in a folder and the folders in it, to go with the given ones.
 
-    Warns, in a line each, where several files fit, and of files that are no part of such a model.
+    Warns, in a line each, where several files fit, and of files that do not belong to such a model.
     name: of the model asked for; a transformer that is named like it comes first.
     FluxError where a part is nowhere.
     """
@@ -135,7 +135,7 @@ def _best(folder: Path, kind: str, fitting: list[Found], transformer: Found | No
 
 
 def _misfit(kind: str, found: Found, transformer: Found | None) -> str | None:
-    """Why a file does not fit the transformer; None where it does, or the headers cannot tell."""
+    """Why a file does not fit the transformer; None where it does, or the headers do not show it."""
     if kind == "transformer" or transformer is None:
         return None
     takes, gives = transformer.axis("transformer", *TAKES[kind]), found.axis(kind, *GIVES[kind])
@@ -150,8 +150,8 @@ def _rank(folder: Path, kind: str, found: Found, transformer: Found | None, name
     """How well a file would do for a part, in the order of REASONS; the least is the best."""
     file = found.files[0]
     named = bool(name) and name in file.stem.lower()
-    places = {part.lower() for part in file.parent.relative_to(folder).parts} or {""}
-    place = min((i for i, p in enumerate(PLACES[kind]) if p in places), default=len(PLACES[kind]))
+    within = {part.lower() for part in file.parent.relative_to(folder).parts} or {""}
+    rank = min((i for i, p in enumerate(SUBFOLDERS[kind]) if p in within), default=len(SUBFOLDERS[kind]))
     usual = file.name.lower().startswith(USUAL[kind])
     near, apart, other = 0, False, False
     if kind == "transformer":
@@ -162,7 +162,7 @@ def _rank(folder: Path, kind: str, found: Found, transformer: Found | None, name
         apart = transformer.files != found.files
         folders = [file.parent.absolute(), transformer.files[0].parent.absolute()]
         near = len(Path(os.path.commonpath(folders)).parts)
-    return other, not named, apart, -near, place, not usual, -found.size, str(file)
+    return other, not named, apart, -near, rank, not usual, -found.size, str(file)
 
 
 def _below(folder: Path, found: Found) -> str:
@@ -171,7 +171,7 @@ def _below(folder: Path, found: Found) -> str:
 
 
 def _passed_over(faults: list[str]) -> str:
-    """What a line says of files that are no part of the model; "" where there are none."""
+    """What a line says of files that do not belong to the model; "" where there are none."""
     adapters = [fault for fault in faults if strangers.ADAPTER in fault]
     told = [fault for fault in faults if fault not in adapters]
     told += [f"{len(adapters)} x {strangers.ADAPTER}"] if adapters else []
@@ -234,10 +234,10 @@ def parts_of_file(path: Path) -> dict[str, Part]:
 
 
 def tree_of(file: Path) -> Path:
-    """The folder of the model that a file belongs to: its own, or the one above `unet/` and the like."""
-    places = {place for places in PLACES.values() for place in places if place}
+    """The folder of the model that a file belongs to: the file's, or the one above `unet/` and the like."""
+    subfolders = {name for names in SUBFOLDERS.values() for name in names if name}
     parent = file.absolute().parent
-    return parent.parent if parent.name.lower() in places else file.parent
+    return parent.parent if parent.name.lower() in subfolders else file.parent
 
 
 # --- Configs and tokenizers ---
@@ -246,21 +246,21 @@ def tree_of(file: Path) -> Path:
 def _config(folder: Path, kind: str, found: Found) -> dict[str, Any]:
     """What a config.json says of a part: the one beside it in its folder, or in the part's usual folder."""
     beside = found.files[0].parent
-    own = read_config(beside / "config.json") if beside != folder else {}
-    return own or read_config(folder / FOLDERS[kind] / "config.json")
+    config = read_config(beside / "config.json") if beside != folder else {}
+    return config or read_config(folder / FOLDERS[kind] / "config.json")
 
 
 def with_config(folder: Path, part: Part) -> Part:
-    """A part from elsewhere with the config of the folder's own, where both have the same size.
+    """A part from elsewhere with the config of the folder's part, where both have the same size.
 
-    A config says what tensors cannot tell; of another network it would be wrong.
+    A config says what tensors do not show; of another network it would be wrong.
     """
     other = look(part.files)
     config = read_config(folder / FOLDERS[part.kind] / "config.json")
     if part.config or "config" in other.metadata or not config:
         return part
-    own = [found for found in survey(folder) if part.kind in found.parts]
-    same = any(found.elements(part.kind) == other.elements(part.kind) for found in own)
+    candidates = [found for found in survey(folder) if part.kind in found.parts]
+    same = any(found.elements(part.kind) == other.elements(part.kind) for found in candidates)
     return Part(part.kind, part.files, config) if same else part
 
 
@@ -270,10 +270,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def find_tokenizer(folder: Path, name: str) -> Path:
-    """The folder of a tokenizer ("tokenizer", "tokenizer_2"): the model's own, else FLUX.1's, which ships."""
+    """The folder of a tokenizer ("tokenizer", "tokenizer_2"): the model's, else FLUX.1's, which ships."""
     path = folder / name
-    own = any((path / file).is_file() for file in TOKENIZERS[name])
-    return path if own else SHIPPED_TOKENIZERS / name
+    has_files = any((path / file).is_file() for file in TOKENIZERS[name])
+    return path if has_files else SHIPPED_TOKENIZERS / name
 
 
 def model_folder(folder: Path) -> Path:
@@ -291,6 +291,23 @@ def model_folder(folder: Path) -> Path:
     if len(found) > 1:
         warnings.warn(f"{folder}: took {newest.name}/, the newest of {len(found)} models in it", stacklevel=2)
     return newest
+
+
+def why_no_model(folder: Path) -> str:
+    """Why the folder of a training from scratch has no whole model in it; empty where it has, or is none."""
+    if (folder / "networks.safetensors").is_file():
+        return (
+            f"{folder}: its decoder is SPADE's, which no layout of FLUX can hold: draw with "
+            f"`python -m flux.training.pretrain.generate --model_checkpoint {folder} --text_prompts_path ...`"
+        )
+    if (folder / "ae.safetensors").is_file() and (folder / "checkpoints").is_dir():
+        file = folder / "ae.safetensors"
+        return (
+            f"{folder}: an autoencoder alone, no step trained the flow; another model takes it by --ae {file}"
+        )
+    if next(folder.glob("checkpoints/*/progress.json"), None):
+        return f"{folder}: its training has not finished: go on with the same command and --resume"
+    return ""
 
 
 def foreign_tensors(parts: Iterable[Part]) -> list[str]:

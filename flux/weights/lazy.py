@@ -1,8 +1,8 @@
 """Bytes of any file as MLX arrays that are read when they are first used.
 
-MLX reads lazily from files of its own formats alone. So it is given one, a safetensors file that is nothing
+MLX reads lazily from files of its formats alone. So it is given one, a safetensors file that is nothing
 but a header, whose offsets count in the true file; MLX keeps that file open, and under its number the true
-file is put in its place (`dup2`). Every read that follows is of the true file.
+file replaces it (`dup2`). Every read that follows is of the true file.
 """
 
 import json

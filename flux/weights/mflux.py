@@ -33,7 +33,7 @@ SIGNS = re.compile(
 
 
 def is_mflux(theirs: Header) -> bool:
-    """Whether mflux wrote a file: by its metadata or, where these were lost, by names of its own."""
+    """Whether mflux wrote a file: by its metadata or, where these were lost, by names that only it has."""
     return "mflux_version" in theirs.metadata or any(SIGNS.match(name) for name in theirs.tensors)
 
 

@@ -95,7 +95,7 @@ def parts_in(names: Iterable[str]) -> list[str]:
     return [part for part, prefixes in _all_prefixes(tuple(names)).items() if prefixes]
 
 
-def own_names(part: str, names: Iterable[str]) -> dict[str, str]:
+def bare_names_of(part: str, names: Iterable[str]) -> dict[str, str]:
     """The names in a file that belong to a part ("transformer", "ae", "clip", "t5") -> bare names.
 
     Takes off the prefix, gives `text_model.` to a CLIP that lacks it, reads `encoder.embed_tokens` as T5's
@@ -105,23 +105,23 @@ def own_names(part: str, names: Iterable[str]) -> dict[str, str]:
     found = _all_prefixes(names)
     prefix = next(iter(found[part]), "")
     # Of copies, and of other parts where this one has no prefix.
-    others = tuple(p for own in found.values() for p in own if p != prefix and p.startswith(prefix))
-    own = {
+    others = tuple(p for prefixes in found.values() for p in prefixes if p != prefix and p.startswith(prefix))
+    bare_names = {
         name: name.removeprefix(prefix)
         for name in names
         if name.startswith(prefix) and not (others and name.startswith(others))
     }
-    own = {name: bare for name, bare in own.items() if not _foreign(part).fullmatch(bare)}
+    bare_names = {name: bare for name, bare in bare_names.items() if not _foreign(part).fullmatch(bare)}
     if part == "clip":
-        return {name: _with_text_model(bare) for name, bare in own.items()}
-    return _one_embedding(own) if part == "t5" else own
+        return {name: _with_text_model(bare) for name, bare in bare_names.items()}
+    return _one_embedding(bare_names) if part == "t5" else bare_names
 
 
 def foreign_names(names: Iterable[str]) -> list[str]:
     """The names in a file that no part of a model takes."""
     names = tuple(names)
-    own = [own_names(part, names) for part in parts_in(names)]
-    known = MARKERS.union(*own)
+    taken = [bare_names_of(part, names) for part in parts_in(names)]
+    known = MARKERS.union(*taken)
     # The second embedding is the first one again.
     return [
         name
@@ -137,9 +137,9 @@ def _with_text_model(bare: str) -> str:
     return "text_model." + bare if lacks else bare
 
 
-def _one_embedding(own: Mapping[str, str]) -> dict[str, str]:
-    """T5's `encoder.embed_tokens` is `shared` again: read in its place where absent, else left out."""
+def _one_embedding(bare_names: Mapping[str, str]) -> dict[str, str]:
+    """T5's `encoder.embed_tokens` is `shared` again: read as `shared` where that is absent, else left out."""
     second, first = "encoder.embed_tokens.weight", "shared.weight"
-    if first in own.values():
-        return {name: bare for name, bare in own.items() if bare != second}
-    return {name: first if bare == second else bare for name, bare in own.items()}
+    if first in bare_names.values():
+        return {name: bare for name, bare in bare_names.items() if bare != second}
+    return {name: first if bare == second else bare for name, bare in bare_names.items()}

@@ -37,12 +37,12 @@ READ_GROUPS = {"affine": (64, 32, 128), "mxfp4": (32,), "nvfp4": (16,), "mxfp8":
 def quantize(
     network: nn.Module, bits: int = 4, group_size: int | None = None, mode: str = "affine"
 ) -> nn.Module:
-    """Quantizes the blocks of a transformer, a T5 encoder or a captioner in place, lazily, and returns it.
+    """Quantizes the blocks of a transformer, a T5 encoder or a captioner itself, lazily, and returns it.
 
     bits: 4 or 8 a weight. mode: "affine", where 64 (or 32, or 128: group_size) weights share a scale and an
-    offset, or "mxfp4", 4-bit floats of which 32 share a scale. A layer whose input size is no multiple of 64
-    is quantized in groups of 32 unless group_size is given; of 32 neither, it stays as it is, and so does one
-    that its file has quantized. `report` says what became of them. FluxError for other values.
+    offset, or "mxfp4", 4-bit floats of which 32 share a scale. A layer whose input size is not a multiple of
+    64 is quantized in groups of 32 unless group_size is given; of 32 neither, it stays as it is, and so does
+    one that its file has quantized. `report` says what became of them. FluxError for other values.
     """
     if mode not in GROUP_SIZES:
         raise FluxError(f"cannot quantize by {mode!r}: choose {' or '.join(GROUP_SIZES)}")
@@ -75,15 +75,15 @@ def report(bits: int, **networks: nn.Module) -> str:
     where layers have other bits, those of their file.
     """
     layers = {name: [layer for _, layer in network.named_modules()] for name, network in networks.items()}
-    packed = {name: [m for m in own if isinstance(m, nn.QuantizedLinear)] for name, own in layers.items()}
+    packed = {name: [m for m in all_ if isinstance(m, nn.QuantizedLinear)] for name, all_ in layers.items()}
     if not any(packed.values()):
         warnings.warn("nothing was quantized: no layer's input is a multiple of 32 wide", stacklevel=2)
-    if other := sum(layer.bits != bits for own in packed.values() for layer in own):
+    if other := sum(layer.bits != bits for found in packed.values() for layer in found):
         warnings.warn(f"{other} layers stay in the bits that their file has, not in {bits}", stacklevel=2)
     return "; ".join(
-        f"{name} {len(own)} of {len(own) + sum(isinstance(m, nn.Linear) for m in layers[name])} layers"
-        + _kinds(own)
-        for name, own in packed.items()
+        f"{name} {len(found)} of {len(found) + sum(isinstance(m, nn.Linear) for m in layers[name])} layers"
+        + _kinds(found)
+        for name, found in packed.items()
     )
 
 
@@ -129,6 +129,7 @@ class Packed:
 
     @property
     def kind(self) -> tuple[int, int, str]:
+        """Bits, group size and mode."""
         return self.bits, self.group_size, self.mode
 
     def widened(self) -> mx.array:
@@ -143,7 +144,7 @@ def split(
     """All tensors of a part -> the same with widened weights, lazily, and the quantized ones by their names.
 
     metadata, config: of its file and beside it. They tell the size of a group, 64 where none does; the bits
-    follow from the shapes. ValueError for what is no quantized layer of MLX's.
+    follow from the shapes. ValueError for tensors that do not make up a quantized layer of MLX's.
     """
     layers = [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]
     if not layers:
@@ -151,8 +152,10 @@ def split(
     how, wide, packed = _description(metadata, config), dict(tensors), {}
     for layer in layers:
         parts = {part: wide.pop(f"{layer}.{part}") for part in PARTS if f"{layer}.{part}" in tensors}
-        own = how.get(layer)
-        packed[f"{layer}.weight"] = _packed(layer, parts, *_layout(own if isinstance(own, dict) else how))
+        described = how.get(layer)
+        packed[f"{layer}.weight"] = _packed(
+            layer, parts, *_layout(described if isinstance(described, dict) else how)
+        )
     wide |= {name: layer.widened() for name, layer in packed.items()}
     return wide, packed
 
@@ -175,7 +178,7 @@ def _layout(how: Mapping[str, Any]) -> tuple[int, str]:
     size, bits = how.get("group_size", READ_GROUPS[mode][0]), how.get("bits", READ_BITS[mode][0])
     if size not in READ_GROUPS[mode] or bits not in READ_BITS[mode]:
         size, bits = jsonfiles.shown(size), jsonfiles.shown(bits)
-        raise ValueError(f"its {METADATA} has groups of {size} and {bits} bits, which MLX has not")
+        raise ValueError(f"its {METADATA} has groups of {size} and {bits} bits, which MLX does not have")
     return size, mode
 
 
@@ -187,11 +190,11 @@ def _packed(layer: str, parts: Mapping[str, mx.array], group_size: int, mode: st
     shapes = {parts[part].shape for part in wanted[1:]}
     flat = weight.ndim == scales.ndim == 2 and scales.size > 0
     if not flat or weight.dtype != mx.uint32 or len(shapes) > 1:
-        raise ValueError(f"{layer}: its weight, scales and biases make no quantized layer")
+        raise ValueError(f"{layer}: its weight, scales and biases do not make up a quantized layer")
     bits, rest = divmod(32 * weight.shape[1], scales.shape[1] * group_size)
     if rest or bits not in READ_BITS[mode] or weight.shape[0] != scales.shape[0]:
         shapes_of = f"{tuple(weight.shape)} and scales {tuple(scales.shape)}"
-        raise ValueError(f"{layer}: a weight {shapes_of} make no groups of {group_size}")
+        raise ValueError(f"{layer}: a weight {shapes_of} cannot be split into groups of {group_size}")
     return Packed(parts, bits, group_size, mode)
 
 

@@ -10,10 +10,10 @@ from flux.sampler import AnyShift
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One model. Its networks' shapes are read from its files, so that they need no place here.
+    """One model. Its networks' shapes are read from its files, so that they are not listed here.
 
     repo: on the Hub, or "" for the built-in model. file: BFL's single file of the transformer.
-    steps, guidance: FLUX's own guidance, which is an input of the network. cfg_scale: true classifier-free
+    steps, guidance: FLUX's guidance, which is an input of the network. cfg_scale: true classifier-free
     guidance; 1 is none. shift: how times are shifted towards noise (sampler.timesteps): True as dev's, more
     in larger pictures. t5_length: tokens.
     image_size: (height, width) in pixels.
@@ -98,7 +98,7 @@ def get(name: str) -> ModelSpec:
 
 
 def of_file(name: str, has_guidance: bool, shifted: bool | None = None) -> ModelSpec:
-    """The row that fits a transformer of one's own: by the words of its name, as far as its kind allows.
+    """The row for a transformer that has none: by the words of its name, as far as its kind allows.
 
     has_guidance: whether it takes guidance as an input. shifted: whether its scheduler shifts times by the
     picture's size; None where nothing says so. A dev without that input has guidance 0.

@@ -1,6 +1,6 @@
 """Write a whole model as a folder: in diffusers' layout, which diffusers loads too, or in BFL's.
 
-A folder appears whole or not at all: it is written under another name beside its place and then renamed.
+A folder appears whole or not at all: it is written under another name beside it and then renamed.
 """
 
 import json
@@ -51,18 +51,19 @@ class Model:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
+        """The networks by the names of their parts."""
         return {"transformer": self.flux, "ae": self.ae, "clip": self.clip, "t5": self.t5}
 
 
 def save_diffusers(folder: str | os.PathLike, model: Model, dtype: mx.Dtype | None = mx.float16) -> None:
     """Writes a model in diffusers' layout; an older model of that name is replaced.
 
-    dtype: the weights' type in the files; None keeps each as it is. FluxError for what diffusers has no
-    place for (quantized layers, an MLP ratio other than 4) and for a folder that cannot be written.
+    dtype: the weights' type in the files; None keeps each as it is. FluxError for what diffusers
+    cannot hold (quantized layers, an MLP ratio other than 4) and for a folder that cannot be written.
     """
     for network in model.networks.values():
         if quantize.metadata_of(network):
-            raise FluxError("diffusers' layout has no place for MLX's quantized layers: use save_bfl")
+            raise FluxError("diffusers' layout cannot hold MLX's quantized layers: use save_bfl")
     configs = _configs(model)
     with _replacing(Path(folder)) as new:
         for kind, network in model.networks.items():
@@ -77,7 +78,7 @@ def save_diffusers(folder: str | os.PathLike, model: Model, dtype: mx.Dtype | No
 def save_bfl(folder: str | os.PathLike, model: Model, dtype: mx.Dtype | None = None) -> None:
     """Writes a model in BFL's layout, quantized layers too; an older model of that name is replaced.
 
-    What tensors cannot tell of a network (norm groups, axes, ...) goes into the files' headers.
+    What tensors do not show of a network (norm groups, axes, ...) goes into the files' headers.
     """
     configs = _configs(model)
     files = {
@@ -106,10 +107,12 @@ def save_network(
 
 
 def _weights(kind: str, network: nn.Module, dtype: mx.Dtype | None, diffusers: bool) -> dict[str, mx.array]:
-    own = dict(tree_flatten(network.parameters()))
+    weights = dict(tree_flatten(network.parameters()))
     if dtype is not None:
-        own = {n: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w for n, w in own.items()}
-    return keymaps.to_file(kind, own, diffusers)
+        weights = {
+            n: w.astype(dtype) if mx.issubdtype(w.dtype, mx.floating) else w for n, w in weights.items()
+        }
+    return keymaps.to_file(kind, weights, diffusers)
 
 
 def _write_rest(new: Path, model: Model) -> None:
@@ -118,12 +121,12 @@ def _write_rest(new: Path, model: Model) -> None:
     for name, source in (("tokenizer", model.clip_tokenizer), ("tokenizer_2", model.t5_tokenizer)):
         (new / name).mkdir()
         for file in Path(source).iterdir():
-            if file.name == "merges.txt.gz":  # this package's own form of CLIP's vocabulary
+            if file.name == "merges.txt.gz":  # this package's form of CLIP's vocabulary
                 _write_clip_vocabulary(new / name, read_gzip(file))
             elif file.is_file():
                 shutil.copyfile(file, new / name / file.name)
         config = new / name / "tokenizer_config.json"
-        if not config.exists():  # without it transformers' tokenizers know no length to pad to
+        if not config.exists():  # without it transformers' tokenizers do not know the length to pad to
             _write_json(config, {"tokenizer_class": MODEL_INDEX[name][1], "model_max_length": lengths[name]})
     defaults = {k: v for k, v in asdict(model.spec).items() if k not in ("repo", "file")}
     _write_json(new / DEFAULTS, defaults)
@@ -136,12 +139,12 @@ def _write_clip_vocabulary(folder: Path, merges: str) -> None:
 
 @contextmanager
 def _replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` when the block ends well, and vanishes otherwise.
+    """An empty folder that replaces `folder` when the block ends well, and vanishes otherwise.
 
     Only a model that this program wrote gives way to another.
     """
     if folder.exists() and not (folder / DEFAULTS).is_file():
-        raise FluxError(f"{folder}: is there and is not a model that this program wrote: choose another name")
+        raise FluxError(f"{folder}: exists and is not a model that this program wrote: choose another name")
     new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
     try:
@@ -192,6 +195,7 @@ def _configs(model: Model) -> dict[str, dict[str, Any]]:
 
 
 def transformer_config(params: FluxParams) -> dict[str, Any]:
+    """diffusers' config.json of a transformer. FluxError for a network that its class cannot hold."""
     if params.mlp_ratio != 4 or not params.qkv_bias or params.theta != 10000:
         raise FluxError("diffusers' FluxTransformer2DModel has mlp_ratio 4, qkv_bias and theta 10000 only")
     return {
@@ -212,6 +216,7 @@ def transformer_config(params: FluxParams) -> dict[str, Any]:
 
 
 def autoencoder_config(params: AutoEncoderParams) -> dict[str, Any]:
+    """diffusers' config.json of an autoencoder."""
     levels = len(params.ch_mult)
     return {
         "_class_name": "AutoencoderKL",
@@ -234,6 +239,7 @@ def autoencoder_config(params: AutoEncoderParams) -> dict[str, Any]:
 
 
 def clip_config(params: CLIPTextParams, bos_token_id: int, eos_token_id: int) -> dict[str, Any]:
+    """transformers' config.json of a CLIP text encoder."""
     return {
         "architectures": ["CLIPTextModel"],
         "model_type": "clip_text_model",
@@ -246,6 +252,7 @@ def clip_config(params: CLIPTextParams, bos_token_id: int, eos_token_id: int) ->
 
 
 def t5_config(params: T5Params) -> dict[str, Any]:
+    """transformers' config.json of a T5 encoder."""
     return {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
@@ -261,14 +268,15 @@ def t5_config(params: T5Params) -> dict[str, Any]:
 
 
 def scheduler_config(spec: ModelSpec) -> dict[str, Any]:
-    points = spec.shift if isinstance(spec.shift, Shift) else DEV_SHIFT
-    dynamic = spec.shift is True or isinstance(spec.shift, Shift)
+    """diffusers' scheduler_config.json for a model's time shift."""
+    shift = DEV_SHIFT if spec.shift is True else spec.shift
+    points = shift if isinstance(shift, Shift) else DEV_SHIFT
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "_diffusers_version": DIFFUSERS_VERSION,
         "num_train_timesteps": 1000,
-        "shift": 3.0 if dynamic else float(spec.shift or 1.0),
-        "use_dynamic_shifting": dynamic,
+        "shift": 3.0 if isinstance(shift, Shift) else float(shift or 1.0),
+        "use_dynamic_shifting": isinstance(shift, Shift),
         "base_shift": points.base,
         "max_shift": points.most,
         "base_image_seq_len": points.base_tokens,

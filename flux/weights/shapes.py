@@ -1,4 +1,4 @@
-"""The networks' shapes, read off their tensors; a config says only what tensors cannot tell.
+"""The networks' shapes, read off their tensors; a config says only what tensors do not show.
 
 Every size is what most of the tensors that show it say, so that one that is misshapen or missing is named by
 the check that follows instead of bending the whole network. Quantized weights are packed along their second
@@ -62,16 +62,14 @@ def params(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Params:
     return readers[part](tensors, known)
 
 
-def _size(tensors: Tensors, default: int, *places: tuple[str, int]) -> int:
-    """What most of the tensors at places (name, axis) have as their size; default where none is there."""
+def _size(tensors: Tensors, default: int, *axes: tuple[str, int]) -> int:
+    """The size that most of these tensors have at their axis, (name, axis); default where all are absent."""
     sizes = [
-        tensors[name].shape[axis] for name, axis in places if name in tensors and axis < tensors[name].ndim
+        tensors[name].shape[axis] for name, axis in axes if name in tensors and axis < tensors[name].ndim
     ]
     size = mode(sizes) if sizes else default
     if size == 0:
-        raise FluxError(
-            f"{', '.join(name for name, _ in places if name in tensors)}: tensors without content"
-        )
+        raise FluxError(f"{', '.join(name for name, _ in axes if name in tensors)}: tensors without content")
     return size
 
 
@@ -128,7 +126,7 @@ def flux_params(tensors: Tensors, known: Mapping[str, Any]) -> FluxParams:
 
 
 def autoencoder_params(tensors: Tensors, known: Mapping[str, Any]) -> AutoEncoderParams:
-    """Group count, scale and shift are FLUX's own without a config. Convolutions are (O, H, W, I) here."""
+    """Group count, scale and shift are FLUX's without a config. Convolutions are (O, H, W, I) here."""
     usual = AutoEncoderParams()
     ch = _size(tensors, usual.ch, ("encoder.conv_in.bias", 0), ("decoder.norm_out.bias", 0))
     biases = [f"block.{j}.{conv}.bias" for j in (0, 1) for conv in ("conv1", "conv2")]
@@ -192,7 +190,7 @@ def t5_params(tensors: Tensors, known: Mapping[str, Any]) -> T5Params:
     buckets = _size(tensors, usual.relative_attention_num_buckets, (bias, 0))
     distance = known.get("relative_attention_max_distance", usual.relative_attention_max_distance)
     if not 1 <= buckets // 4 < distance:  # a quarter of them are for exact distances, the others grow
-        raise FluxError(f"{buckets} buckets of distances up to {distance} are no relative attention")
+        raise FluxError(f"{buckets} buckets cannot hold relative attention to distances up to {distance}")
     inner = _size(tensors, 64 * heads, *((f"{attention}.SelfAttention.{name}.weight", 0) for name in "qkv"))
     return T5Params(
         vocab_size=_size(tensors, usual.vocab_size, ("shared.weight", 0)),

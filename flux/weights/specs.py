@@ -1,4 +1,4 @@
-"""What a model is: its row of the registry, and what its own configs say otherwise."""
+"""What a model is: its row of the registry, and what its configs say otherwise."""
 
 import warnings
 from dataclasses import replace
@@ -13,7 +13,7 @@ from flux.weights.contents import look
 from flux.weights.layouts import Part, read_config
 from flux.weights.registry import ModelSpec
 
-DEFAULTS = "defaults.json"  # in a folder that this program wrote: the model's own defaults
+DEFAULTS = "defaults.json"  # in a folder that this program wrote: the model's defaults
 SCHEDULER = "scheduler/scheduler_config.json"
 INDEX = "model_index.json"
 MAX_STEPS, MAX_TOKENS = 10_000, 4096  # that a folder's defaults may ask for
@@ -46,7 +46,7 @@ def spec_of(folder: Path, transformer: Part, spec: ModelSpec | None, name: str) 
 
 
 def _kind(transformer: Part, shift: AnyShift | None, name: str) -> ModelSpec:
-    """The row for a transformer of one's own; with a line where neither its configs nor its name tell."""
+    """The row for a transformer that has none; with a line where neither its configs nor its name tell."""
     entries = look(transformer.files).entries
     has_guidance = any(sign in entry for entry in entries for sign in GUIDANCE)
     shifted = None if shift is None else shift is not False
@@ -60,7 +60,7 @@ def _kind(transformer: Part, shift: AnyShift | None, name: str) -> ModelSpec:
         )
     if not has_guidance and spec.name != "schnell":
         warnings.warn(
-            f"{transformer.label}: a {spec.name} without guidance: --cfg-scale 3.5 takes its place",
+            f"{transformer.label}: a {spec.name} without guidance: --cfg-scale 3.5 guides instead",
             stacklevel=2,
         )
     return spec
@@ -89,7 +89,7 @@ def _shift(path: Path) -> AnyShift | None:
         factor = sampler.read_shift(config.get("shift", 1.0))
         return factor if factor != 1 else False
     except (FluxError, TypeError, ZeroDivisionError):
-        raise FluxError(f"{path}: its shift is no time shift: {jsonfiles.shown(config)}") from None
+        raise FluxError(f"{path}: its shift is not a time shift: {jsonfiles.shown(config)}") from None
 
 
 def _warn_of_kontext(folder: Path, transformer: Part, name: str) -> None:
@@ -108,15 +108,15 @@ def class_name(folder: Path) -> str:
 
 
 def _defaults(path: Path, spec: ModelSpec) -> ModelSpec:
-    """The row with what the folder's own defaults.json, if any, says otherwise."""
+    """The row with what the folder's defaults.json, if any, says otherwise."""
     if not path.is_file():
         return spec
-    own = jsonfiles.read(path)
+    values = jsonfiles.read(path)
     try:
-        shift = sampler.read_shift(own.pop("shift", spec.shift))
+        shift = sampler.read_shift(values.pop("shift", spec.shift))
     except FluxError as error:
         raise FluxError(f"{path}: {error}") from None
-    found = replace(spec, shift=shift, **jsonfiles.fields(ModelSpec, own, str(path)))
+    found = replace(spec, shift=shift, **jsonfiles.fields(ModelSpec, values, str(path)))
     jsonfiles.count(found.steps, f"{path}: steps", most=MAX_STEPS)
     jsonfiles.count(found.t5_length, f"{path}: t5_length", most=MAX_TOKENS)
     return found

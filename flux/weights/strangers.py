@@ -1,4 +1,4 @@
-"""What a file is that is no part of a FLUX.1 model: other models by their tensors, and no weights at all.
+"""What a file is that does not belong to a FLUX.1 model: other models by their tensors, or no weights.
 
 Folders hold such files beside a model; a reader passes them over and says so by these words.
 """
@@ -34,9 +34,9 @@ _PATTERNS = [(name, re.compile(pattern, re.MULTILINE)) for name, pattern in MODE
 # What else is found under the name of a file of weights, by how it begins.
 BEGINNINGS: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself: run `git lfs pull`"),
-    (b"<!doctype html", "an HTML page, saved in the file's place: download it again, logged in"),
-    (b"<html", "an HTML page, saved in the file's place: download it again, logged in"),
-    (b"<?xml", "an XML page, saved in the file's place: download it again, logged in"),
+    (b"<!doctype html", "an HTML page, saved instead of the file: download it again, logged in"),
+    (b"<html", "an HTML page, saved instead of the file: download it again, logged in"),
+    (b"<?xml", "an XML page, saved instead of the file: download it again, logged in"),
     (b'{"error', "a server's error message: download it again, logged in"),
     (b"access to model", "a server's refusal: accept the licence there, log in, download it again"),
     (b"entry not found", "a server's error message: the file's name there is another one"),

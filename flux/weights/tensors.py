@@ -1,13 +1,13 @@
 """Files of tensors, safetensors and GGUF: read lazily, widened from other encodings, written atomically."""
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
 import mlx.core as mx
 
+from flux import outputs
 from flux.errors import FluxError
 from flux.weights import encodings, gguf, headers, lazy, mflux
 from flux.weights.headers import Entry, Header
@@ -91,18 +91,16 @@ def _typed(raw: mx.array, entry: Entry) -> mx.array:
     return raw.view(TYPES[entry.dtype]).reshape(entry.shape)
 
 
-def save(path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file whole or not at all: under another name beside it first."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
+def save(
+    path: Path, tensors: Mapping[str, mx.array], metadata: Mapping[str, str] | None = None, sync: bool = True
+) -> None:
+    """Writes a safetensors file whole or not at all. sync: see `outputs.replacing`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        mx.save_safetensors(str(temporary), dict(tensors), {"format": "pt", **(metadata or {})})
-        os.replace(temporary, path)
+        with outputs.replacing(path, ".safetensors", sync) as partial:
+            mx.save_safetensors(str(partial), dict(tensors), {"format": "pt", **(metadata or {})})
     except (OSError, RuntimeError) as error:
         raise FluxError(f"{path}: cannot be written: {error}") from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()
 
 
 def check(label: str, found: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:

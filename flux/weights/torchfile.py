@@ -3,7 +3,7 @@
 Such a file is a zip archive, in which `data.pkl` says what tensors there are and `data/KEY` holds the bytes
 of one storage. In the format before PyTorch 1.6 a pickle and then all storages follow each other in the file.
 
-A pickle is a program. Python's own machine for it takes gigabytes for a few bytes (a memo of 2^32 places),
+A pickle is a program. Python's machine for it takes gigabytes for a few bytes (a memo of 2^32 places),
 or never ends (the hash of nested tuples), so that a small one runs here: it makes texts, numbers, tables and
 views of storages, of which none can be larger than the file says it in so many words.
 """
@@ -98,6 +98,7 @@ class Machine:
         raise ValueError("a pickle without an end")
 
     def step(self, name: str, argument: Any) -> None:
+        """Does one step, by its name in pickletools. ValueError for one that files of weights do not need."""
         if name in VALUES:
             self.stack.append(argument)
         elif name in CONSTANTS:
@@ -182,13 +183,13 @@ def _made(function: Any, arguments: Any) -> Any:
     if function == PARAMETER:
         return arguments[0]
     if function not in TENSORS:
-        raise ValueError("it calls what is no function of a file of weights")
+        raise ValueError("it calls a function that files of weights do not need")
     storage, offset, shape, strides, *_ = arguments
     numbers = (offset, *_of(tuple, shape), *_of(tuple, strides))
     if len(shape) != len(strides) or len(shape) > MAX_AXES:
         raise ValueError("a tensor whose shape and strides do not belong together")
     if any(type(n) is not int or not 0 <= n <= MAX_SIDE for n in numbers):
-        raise ValueError("a tensor whose offset, shape or strides are no counts")
+        raise ValueError("a tensor whose offset, shape or strides are not counts")
     return Tensor(_of(Storage, storage), offset, shape, strides)
 
 

@@ -22,7 +22,7 @@ TINY = 2.0**-40  # of most weights in bfloat16: those of float16's bytes are abo
 def check(path: Path, entries: dict[str, Entry], names: Collection[str]) -> None:
     """FluxError, naming the file and the tensor, for NaN, infinity and bytes of another 16-bit type.
 
-    entries: of the file's header. names: the tensors to look at; those that are no floats are passed over.
+    entries: of the file's header. names: the tensors to look at; those that are not floats are passed over.
     """
     samples: dict[str, list[np.ndarray]] = {"F16": [], "BF16": []}
     with path.open("rb") as file:

@@ -34,7 +34,7 @@ class Workflow:
     """A picture's ingredients. Files are names as the workflow has them, with their key in `FOLDERS`.
 
     clip_prompt: where CLIP reads another text than T5. shift: mu, the logarithm by which times are shifted;
-    None for the model's own in ComfyUI. notes: what is other than in ComfyUI, or not used.
+    None for the model's in ComfyUI. notes: what is other than in ComfyUI, or not used.
     """
 
     files: dict[str, tuple[str, str]] = field(default_factory=dict)  # transformer, clip, t5, ae
@@ -74,9 +74,9 @@ def locate(name: str, kind: str, folder: Path) -> Path | None:
     if PureWindowsPath(name).anchor or ".." in relative.parts:
         raise FluxError(f"the workflow names {name!r}, which is not a file below a folder of models")
     roots = [root / sub for root in (folder, folder / "models") for sub in FOLDERS[kind]]
-    for place in (*roots, folder):
-        if (place / relative).is_file():
-            return place / relative
+    for root in (*roots, folder):
+        if (root / relative).is_file():
+            return root / relative
     moved = {path for root in roots if root.is_dir() for path in root.rglob(relative.name)}
     return moved.pop() if len(moved) == 1 else None
 
@@ -170,7 +170,7 @@ class _Reader:
         self.shift(node, "model")
 
     def whole(self, node: Node) -> None:
-        """Only all of the steps, from pure noise, are a picture of their own."""
+        """Only all of the steps, from pure noise, make a picture by themselves."""
         noise, leftover = (node.inputs.get(n) for n in ("add_noise", "return_with_leftover_noise"))
         start, stop = self.value(node, "start_at_step", int), self.value(node, "end_at_step", int)
         if (noise, leftover, start) != ("enable", "disable", 0) or stop < self.value(node, "steps", int):
@@ -218,7 +218,7 @@ class _Reader:
         self.found.image_size = self.value(node, "height", int), self.value(node, "width", int)
         self.found.n_images = self.value(node, "batch_size", int, 1)
         if self.found.n_images > 1:
-            self.found.notes.append("ComfyUI makes a batch from one seed, here each picture has its own")
+            self.found.notes.append("ComfyUI makes a batch from one seed, here each picture has another seed")
 
     # --- Guidance and texts ---
 

@@ -107,7 +107,7 @@ def read(path: Path) -> Graph:
             faults.append(
                 f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
             )
-    raise FluxError(f"{path}: no ComfyUI workflow: {faults[0]}")
+    raise FluxError(f"{path}: not a ComfyUI workflow: {faults[0]}")
 
 
 def _texts(path: Path) -> list[bytes | str]:
@@ -119,7 +119,7 @@ def _texts(path: Path) -> list[bytes | str]:
             raise FluxError(f"{path}: {error}") from None
     texts = images.read_workflow(path)
     if not texts:
-        raise FluxError(f"{path}: the picture carries no ComfyUI workflow")
+        raise FluxError(f"{path}: the picture holds no ComfyUI workflow")
     return [texts[name] for name in ("prompt", "workflow") if name in texts]
 
 

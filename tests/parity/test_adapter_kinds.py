@@ -76,7 +76,7 @@ def parts(module: str, split: bool) -> dict[str, slice]:
 
 def check(adapter: Adapter, references: dict, bits: int | None) -> None:
     """references: (module, strength) -> what the other program's layers make of the same x."""
-    assert adapter.homeless == []
+    assert adapter.unexpected == []
     x = np.random.default_rng(0).standard_normal((2, 5, HIDDEN), dtype=np.float32)
     model = make(bits)
     plain = {name: np.array(layer(mx.array(x))) for name, layer in layers(model).items()}
@@ -286,6 +286,6 @@ def test_any_name_of_an_adapter():
     }
     assert all(".style_0." in name for name in state)
     adapter = read(state, {})
-    assert adapter.homeless == []
+    assert adapter.unexpected == []
     wrapped.set_adapter("style_0")
     check_once(adapter, peft_answers(wrapped, 1.0), 1.0, None)

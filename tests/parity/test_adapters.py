@@ -355,7 +355,7 @@ def test_gradients(dora: bool, tmp_path: Path):
     reference = with_lora(reference_model(), target_modules=single, use_dora=dora)
     ours = ours_of(reference_model())
     adapters = Adapters(ours)
-    adapters.add(load(save_by_diffusers(reference, tmp_path, metadata=True)), name="new", learns=True)
+    adapters.add(load(save_by_diffusers(reference, tmp_path, metadata=True)), name="new", trainable=True)
     adapters.freeze_all_but("new")
     goal = np.random.default_rng(4).standard_normal((1, 6, 16), dtype=np.float32)
 
@@ -394,7 +394,7 @@ def clip_models() -> tuple["torch.nn.Module", CLIPTextModel]:
     randomize(reference, 9)
     ours = CLIPTextModel(CLIPTextParams(**TEXT))
     tensors = {name: mx.array(p.detach().numpy()) for name, p in reference.state_dict().items()}
-    ours.load_weights([(name, tensors[old]) for old, name in prefixes.own_names("clip", tensors).items()])
+    ours.load_weights([(name, tensors[old]) for old, name in prefixes.bare_names_of("clip", tensors).items()])
     return reference.eval(), ours
 
 

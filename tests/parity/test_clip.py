@@ -126,7 +126,7 @@ def test_files_that_transformers_saves(tmp_path):
     """transformers 5 writes the names without `text_model.`, unlike the real checkpoint."""
     ours, reference = make_pair()
     reference.save_pretrained(tmp_path)
-    saved = prefixes.own_names("clip", mx.load(str(tmp_path / "model.safetensors")))
+    saved = prefixes.bare_names_of("clip", mx.load(str(tmp_path / "model.safetensors")))
     assert sorted(saved.values()) == sorted(name for name, _ in tree_flatten(ours.parameters()))
 
 

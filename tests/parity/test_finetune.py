@@ -136,7 +136,9 @@ def test_gradients_and_one_update(size, guidance, checkpoint):
         for name in layers
     }
     adapters = Adapters(flow)
-    adapters.add(Adapter({name: Delta(change) for name, change in changes.items()}), name="new", learns=True)
+    adapters.add(
+        Adapter({name: Delta(change) for name, change in changes.items()}), name="new", trainable=True
+    )
     adapters.freeze_all_but("new")
     model, batch = Model(flow), make_batch(size)
     if checkpoint:

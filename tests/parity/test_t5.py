@@ -117,5 +117,5 @@ def test_names_and_shapes_of_t5_xxl():
 def test_files_that_transformers_saves(tmp_path):
     ours, reference = make_pair(SMALL)
     reference.save_pretrained(tmp_path)
-    saved = prefixes.own_names("t5", mx.load(str(tmp_path / "model.safetensors")))
+    saved = prefixes.bare_names_of("t5", mx.load(str(tmp_path / "model.safetensors")))
     assert sorted(saved.values()) == sorted(name for name, _ in tree_flatten(ours.parameters()))

@@ -41,7 +41,7 @@ def file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def odd_file(tmp_path: Path, file: Path) -> Path:
-    """With one key that has no home."""
+    """With one key that is unexpected."""
     path = tmp_path / "odd.safetensors"
     mx.save_safetensors(str(path), {**mx.load(str(file)), "img_in.hada_w1_a": mx.zeros((2, 2))})
     return path
@@ -62,14 +62,14 @@ def test_inspect(file: Path, odd_file: Path, capsys: pytest.CaptureFixture):
     assert "double_blocks.*.img_attn.qkv    2 x LoRA rank 4 alpha 2" in out
     assert "trigger: sks dog" in out
     assert main(["inspect", str(odd_file)]) == 0
-    assert "no home: img_in.hada_w1_a" in capsys.readouterr().out
+    assert "unexpected key: img_in.hada_w1_a" in capsys.readouterr().out
 
 
 def test_check(file: Path, odd_file: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
     assert main(["check", str(file), "--model", str(model)]) == 0
     assert f"4 of 4 layers fit {model}" in capsys.readouterr().out
     assert main(["check", str(odd_file), "--model", str(model)]) == 1
-    assert "no home: img_in.hada_w1_a" in capsys.readouterr().out
+    assert "unexpected key: img_in.hada_w1_a" in capsys.readouterr().out
     adapter = an_adapter()
     adapter.modules["single_blocks.40.linear2"] = adapter.modules["single_blocks.0.linear2"]
     save(tmp_path / "big.safetensors", adapter, "kohya")
@@ -94,10 +94,10 @@ def test_convert_names_what_it_leaves_out(odd_file: Path, tmp_path: Path, capsys
     out = tmp_path / "b.safetensors"
     assert main(["convert", str(odd_file), "--to", "kohya", str(out), "--strict"]) == 2
     assert "error:" in (said := capsys.readouterr().err)
-    assert "1 keys found no home: img_in.hada_w1_a" in said
+    assert "1 unexpected keys: img_in.hada_w1_a" in said
     assert not out.exists()
     assert main(["convert", str(odd_file), "--to", "kohya", str(out)]) == 0
-    assert "left out, no home: img_in.hada_w1_a" in capsys.readouterr().err
+    assert "left out, unexpected key: img_in.hada_w1_a" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(file: Path, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -190,9 +190,9 @@ def test_the_two_concept_set(call, folder, shared):
 
 BAD_ARGUMENTS = [
     ([], "no data set"),
-    (["nowhere"], "nowhere: no such folder"),
+    (["nowhere"], "nowhere: is not a folder, a file"),
     (["--check-data"], "--check-data needs a data set"),
-    (["--check-data", "nowhere"], "nowhere: no such folder"),
+    (["--check-data", "nowhere"], "nowhere: is not a folder, a file"),
     (["pictures", "--config", "data.toml"], "not both"),
     (["pictures", "--iterations", "0"], "iterations: .*0"),
     (["pictures", "--iterations", "3", "--epochs", "3"], "iterations or epochs"),

@@ -119,7 +119,7 @@ def test_a_model_by_name_stands_for_the_workflows_files(call, model, tmp_path):
     ("arguments", "message"),
     [
         (("--workflow", "none.json"), "none.json: cannot be read: No such file"),
-        (("--workflow", "bad.json"), "bad.json: no ComfyUI workflow: "),
+        (("--workflow", "bad.json"), "bad.json: not a ComfyUI workflow: "),
         (("--workflow", "w.json", "--remake", "a.png"), "--remake and --workflow both say"),
         (("--workflow", "w.json"), "the workflow's files are not below .: "),
         (

@@ -39,7 +39,7 @@ def _gradient(inputs: tuple[mx.array, mx.array], dy: mx.array, y: mx.array) -> t
 
 
 def _neighbours(x: mx.array) -> Iterator[tuple[int, int, mx.array]]:
-    """The picture (B, H, W, C) as the kernel's nine places (row, column) see it, zeros beyond its edges."""
+    """The picture (B, H, W, C) as the kernel's nine cells (row, column) see it, zeros beyond its edges."""
     height, width = x.shape[1:3]
     padded = mx.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
     for i in range(3):

@@ -45,7 +45,7 @@ class GenerationParams:
 
     @property
     def prefix(self) -> list[int]:
-        """What every answer starts with: the decoder's own token, no part of the answer, and a forced one."""
+        """What every answer starts with: the decoder's start token, and a forced one."""
         forced = [] if self.forced_bos_token_id is None else [self.forced_bos_token_id]
         return [self.decoder_start_token_id, *forced]
 
@@ -145,7 +145,7 @@ def generate(
             end = start + len(search.open)
             origins += [start + origin for origin in search.advance(continuations[start:end])]
             start = end
-        cache.select(origins, [place for place, search in enumerate(going_on) if search.open])
+        cache.select(origins, [i for i, search in enumerate(going_on) if search.open])
         going_on = [search for search in going_on if search.open]
     return [search.answer() for search in searches]
 

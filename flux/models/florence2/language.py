@@ -37,35 +37,35 @@ KeysValues = tuple[mx.array, mx.array]  # both (B, heads, length, D)
 class DecoderCache:
     """What a step of the decoder needs of the earlier ones.
 
-    cross: a layer's keys and values of what the encoder gave, for P pictures. own: a layer's keys and values
+    cross: a layer's keys and values of what the encoder gave, for P pictures. past: a layer's keys and values
     of the tokens so far, for P * beams rows; a picture's rows stand together. mask: (P, 1, 1, S), True where
-    the encoder's output is no padding; None where all of it counts.
+    the encoder's output holds no padding; None where it holds none at all.
     """
 
     def __init__(self, cross: list[KeysValues], mask: mx.array | None):
         self.cross = cross
         self.mask = mask
-        self.own: list[KeysValues | None] = [None] * len(cross)
+        self.past: list[KeysValues | None] = [None] * len(cross)
 
     @property
     def length(self) -> int:
         """The number of tokens that the cache holds."""
-        first = self.own[0]
+        first = self.past[0]
         return 0 if first is None else first[0].shape[2]
 
     def append(self, layer: int, new: KeysValues) -> KeysValues:
         """Adds the keys and values of new tokens to a layer's, and gives all of them."""
-        old = self.own[layer]
+        old = self.past[layer]
         if old is not None:
             new = mx.concatenate([old[0], new[0]], axis=2), mx.concatenate([old[1], new[1]], axis=2)
-        self.own[layer] = new
+        self.past[layer] = new
         return new
 
     def select(self, rows: list[int], pictures: list[int]) -> None:
         """Row i becomes what row rows[i] was, picture i what picture pictures[i] was."""
-        filled = [keys_values for keys_values in self.own if keys_values is not None]
+        filled = [keys_values for keys_values in self.past if keys_values is not None]
         if rows != list(range(filled[0][0].shape[0])):
-            self.own = [_take(keys_values, rows) for keys_values in filled]
+            self.past = [_take(keys_values, rows) for keys_values in filled]
         if pictures != list(range(self.cross[0][0].shape[0])):
             self.cross = [_take(keys_values, pictures) for keys_values in self.cross]
             self.mask = None if self.mask is None else self.mask[mx.array(pictures, dtype=mx.int32)]
@@ -77,6 +77,8 @@ def _take(keys_values: KeysValues, rows: list[int]) -> KeysValues:
 
 
 class Attention(nn.Module):
+    """Multi-head attention whose keys and values may be kept (Vaswani et al. 2017)."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self._head_dim = width // heads
@@ -86,6 +88,7 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def keys_values(self, x: mx.array) -> KeysValues:
+        """(B, L, C) -> keys and values, (B, heads, L, D) each."""
         return self._split_heads(self.k_proj(x)), self._split_heads(self.v_proj(x))
 
     def __call__(self, x: mx.array, keys_values: KeysValues, mask: mx.array | str | None = None) -> mx.array:
@@ -104,6 +107,8 @@ class Attention(nn.Module):
 
 
 class EncoderLayer(nn.Module):
+    """BART's: self-attention and feed-forward, a norm after each. (B, S, C) -> the same."""
+
     def __init__(self, params: LanguageParams):
         super().__init__()
         self.self_attn = Attention(params.d_model, params.encoder_attention_heads)
@@ -118,6 +123,8 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
+    """BART's encoder: learned positions and a stack of layers."""
+
     def __init__(self, params: LanguageParams):
         super().__init__()
         self.embed_positions = nn.Embedding(params.max_position_embeddings + POSITION_OFFSET, params.d_model)
@@ -134,6 +141,8 @@ class Encoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """BART's: causal self-attention, attention to the encoder's output, feed-forward; a norm after each."""
+
     def __init__(self, params: LanguageParams):
         super().__init__()
         self.self_attn = Attention(params.d_model, params.decoder_attention_heads)
@@ -145,13 +154,15 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(params.d_model)
 
     def __call__(self, x: mx.array, cache: DecoderCache, layer: int) -> mx.array:
-        own = cache.append(layer, self.self_attn.keys_values(x))
-        x = self.self_attn_layer_norm(x + self.self_attn(x, own, "causal"))
+        keys_values = cache.append(layer, self.self_attn.keys_values(x))
+        x = self.self_attn_layer_norm(x + self.self_attn(x, keys_values, "causal"))
         x = self.encoder_attn_layer_norm(x + self.encoder_attn(x, cache.cross[layer], cache.mask))
         return self.final_layer_norm(x + self.fc2(gelu(self.fc1(x))))
 
 
 class Decoder(nn.Module):
+    """BART's decoder: learned positions and a stack of layers that fill a cache."""
+
     def __init__(self, params: LanguageParams):
         super().__init__()
         self.embed_positions = nn.Embedding(params.max_position_embeddings + POSITION_OFFSET, params.d_model)
@@ -168,6 +179,8 @@ class Decoder(nn.Module):
 
 
 class LanguageModel(nn.Module):
+    """BART (Lewis et al. 2019) with one embedding for encoder, decoder and output."""
+
     def __init__(self, params: LanguageParams):
         super().__init__()
         self.shared = nn.Embedding(params.vocab_size, params.d_model)
@@ -185,7 +198,7 @@ class LanguageModel(nn.Module):
         return DecoderCache(cross, mask)
 
     def decode(self, tokens: mx.array, cache: DecoderCache) -> mx.array:
-        """The next tokens (R, L) of every row, which the cache learns -> hidden states (R, L, C)."""
+        """The next tokens (R, L) of every row, which go into the cache -> hidden states (R, L, C)."""
         return self.decoder(self.shared(tokens), cache)
 
     def logits(self, hidden: mx.array) -> mx.array:

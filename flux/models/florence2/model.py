@@ -1,4 +1,4 @@
-"""Florence-2 (Xiao et al. 2023, arXiv:2311.06242): a picture and a prompt in, text and places out.
+"""Florence-2 (Xiao et al. 2023, arXiv:2311.06242): a picture and a prompt in, text and positions out.
 
 The vision tower's features become tokens, which the language model's encoder reads before those of the
 prompt; its decoder writes the answer. Attribute names are those of transformers' checkpoints, less their
@@ -59,7 +59,7 @@ class TemporalEmbedding(nn.Module):
         frequencies = mx.power(10000.0, -mx.arange(width // 2) / (width // 2))
         angles = mx.arange(frames)[:, None] * frequencies  # (frames, C / 2)
         self.pos_idx_to_embed = mx.stack([mx.sin(angles), mx.cos(angles)], axis=-1).flatten(1)
-        self.freeze()  # it is no weight to train
+        self.freeze()  # it is not a weight to train
 
     def __call__(self, frame: int) -> mx.array:
         return self.pos_idx_to_embed[frame]
@@ -77,7 +77,7 @@ class Projector(nn.Module):
         self.image_proj_norm = nn.LayerNorm(width)
 
     def __call__(self, features: mx.array) -> mx.array:
-        """(B, h, w, C) -> (B, 1 + h * w, language model's C): the mean of all places, then every place."""
+        """(B, h, w, C) -> (B, 1 + h * w, language model's C): the mean of all features, then all of them."""
         x = features + self.image_position_embed(*features.shape[1:3])
         x = x + self.visual_temporal_embed(0)  # a picture is a film of one frame
         x = x.flatten(1, 2)
@@ -86,6 +86,8 @@ class Projector(nn.Module):
 
 
 class Florence2(nn.Module):
+    """The vision tower, the projection of its features, and the language model that reads them."""
+
     def __init__(self, params: Florence2Params):
         super().__init__()
         self.vision_tower = VisionTower(params.vision)
@@ -99,7 +101,7 @@ class Florence2(nn.Module):
     def encode(
         self, pixels: mx.array, tokens: mx.array, prompt_mask: mx.array | None = None
     ) -> tuple[mx.array, mx.array | None]:
-        """What the decoder looks at: the encoder's output, and a mask of what of it is no padding.
+        """What the decoder looks at: the encoder's output, and a mask that is False at padding.
 
         pixels (B, H, W, 3); tokens (B, L), the prompts with start and end token; prompt_mask (B, L), True at
         tokens and False at padding, None where no prompt is padded. -> (B, S, C) with S = picture's tokens +

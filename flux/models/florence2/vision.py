@@ -109,6 +109,8 @@ class ChannelAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """Two layers with GELU between. (..., C) -> (..., C)."""
+
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -134,6 +136,7 @@ class Block(nn.Module):
         self.ffn = MLP(width, int(width * params.mlp_ratio))
 
     def attend(self, x: mx.array) -> mx.array:
+        """The block's attention: (B, H, W, C) -> the same."""
         raise NotImplementedError
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -145,6 +148,8 @@ class Block(nn.Module):
 
 
 class SpatialBlock(Block):
+    """A block whose attention is among the pixels of a window."""
+
     def __init__(self, params: VisionParams, stage: int):
         super().__init__(params, stage)
         self.window_attn = WindowAttention(params, stage)
@@ -154,6 +159,8 @@ class SpatialBlock(Block):
 
 
 class ChannelBlock(Block):
+    """A block whose attention is among the channels of a group."""
+
     def __init__(self, params: VisionParams, stage: int):
         super().__init__(params, stage)
         self.channel_attn = ChannelAttention(params, stage)
@@ -163,6 +170,8 @@ class ChannelBlock(Block):
 
 
 class DualBlock(nn.Module):
+    """A spatial block and a channel block. (B, H, W, C) -> the same."""
+
     def __init__(self, params: VisionParams, stage: int):
         super().__init__()
         self.spatial_block = SpatialBlock(params, stage)
@@ -173,6 +182,8 @@ class DualBlock(nn.Module):
 
 
 class VisionTower(nn.Module):
+    """DaViT (Ding et al. 2022, arXiv:2204.03645): stages of blocks, each at half the resolution or less."""
+
     def __init__(self, params: VisionParams):
         super().__init__()
         stages = range(len(params.depths))

@@ -5,6 +5,7 @@ sees into words, then both together, on other pictures. Stopped at any moment it
 in DIR.
 """
 
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -12,9 +13,9 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 
-from flux.arguments import described
+from flux.arguments import described, run_program
 from flux.captioning.tokenizer import BartTokenizer
-from flux.errors import FluxError
+from flux.distributed.ranks import Ranks
 from flux.models.florence2 import Florence2, VisionParams
 from flux.models.florence2.vision import VisionTower
 from flux.pipeline import FluxPipeline
@@ -85,7 +86,7 @@ def caption_loss(
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:
-    """What Muon is no good for: embeddings, the layers at pixels and at names, depthwise convolutions."""
+    """What Muon does not suit: embeddings, the layers at pixels and at names, depthwise convolutions."""
     edges = ("probe", "shared", "embed_positions", "position_embed", "convs.0", "conv1", "conv2")
     return any(edge in name for edge in edges)
 
@@ -123,7 +124,13 @@ def train(
         trainer.save(state)
 
 
-def main() -> None:
+def main() -> int:
+    """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
+    return run_program(run)
+
+
+def run(ranks: Ranks) -> int:
+    """Train the captioner, or go on with it."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: states, logs, vocabulary")
     parser.add_argument("--tower-steps", type=int, default=450, help="(default: %(default)s)")
@@ -142,41 +149,39 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     run, seed = arguments.run, arguments.seed
-    try:
-        tokenizer = recipe.load_tokenizer(run / "tokenizer")
-        pool = None
-        if arguments.pool:
-            pool = Pool(FluxPipeline(arguments.generator).ae, arguments.pool, run)
-        pictures = cache(lambda number: Pictures(arguments.pictures, number, run, pool))
-        mx.random.seed(seed)
-        probed, model = ProbedTower(recipe.VISION), make_captioner(tokenizer)
-        if mx.default_device().type == mx.cpu:
-            use_products(probed)
-            use_products(model)
-        batch, rate = arguments.batch, arguments.rate
+    tokenizer = recipe.load_tokenizer(run / "tokenizer")
+    pool = None
+    if arguments.pool:
+        pool = Pool(FluxPipeline(arguments.generator).ae, arguments.pool, run)
+    pictures = cache(lambda number: Pictures(arguments.pictures, number, run, pool))
+    mx.random.seed(seed)
+    probed, model = ProbedTower(recipe.VISION), make_captioner(tokenizer)
+    if mx.default_device().type == mx.cpu:
+        use_products(probed)
+        use_products(model)
+    batch, rate = arguments.batch, arguments.rate
 
-        def whole() -> Batches:
-            return pictures(seed).batches(batch, seed)
+    def whole() -> Batches:
+        return pictures(seed).batches(batch, seed)
 
-        def seen() -> Batches:
-            found = features(model.vision_tower, pictures(seed).pixels)
-            return captioned(found, pictures(seed).compositions, tokenizer, batch, seed)
+    def seen() -> Batches:
+        found = features(model.vision_tower, pictures(seed).pixels)
+        return captioned(found, pictures(seed).compositions, tokenizer, batch, seed)
 
-        def others() -> Batches:
-            fresh = pictures(seed + 1)
-            return captioned(fresh.pixels, fresh.compositions, tokenizer, batch, seed)
+    def others() -> Batches:
+        fresh = pictures(seed + 1)
+        return captioned(fresh.pixels, fresh.compositions, tokenizer, batch, seed)
 
-        train(run / TOWER, probed, tower_loss, whole, arguments.tower_steps, rate, seed)
-        load_state(model.vision_tower, run / TOWER, "model.tower")
-        model.vision_tower.freeze()
-        loss = partial(caption_loss, pad=tokenizer.pad_token_id)
-        train(run / LANGUAGE, model, loss, seen, arguments.language_steps, rate, seed)
-        load_state(model, run / LANGUAGE)
-        model.vision_tower.unfreeze()
-        train(run / STATE, model, loss, others, arguments.steps, rate / 4, seed)
-    except FluxError as error:
-        parser.exit(2, f"error: {error}\n")
+    train(run / TOWER, probed, tower_loss, whole, arguments.tower_steps, rate, seed)
+    load_state(model.vision_tower, run / TOWER, "model.tower")
+    model.vision_tower.freeze()
+    loss = partial(caption_loss, pad=tokenizer.pad_token_id)
+    train(run / LANGUAGE, model, loss, seen, arguments.language_steps, rate, seed)
+    load_state(model, run / LANGUAGE)
+    model.vision_tower.unfreeze()
+    train(run / STATE, model, loss, others, arguments.steps, rate / 4, seed)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ that is not one of `emoji.captions` is wrong in everything. Intervals are Wilson
 """
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,10 +16,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from flux.arguments import described
+from flux.arguments import described, run_program
 from flux.captioning.captioner import Captioner
 from flux.captioning.tasks import TASKS
-from flux.errors import FluxError
+from flux.distributed.ranks import Ranks
 from flux.evaluation.proportion import Proportion
 from flux.pipeline import FluxPipeline
 from flux.recipes.captioner import recipe
@@ -115,24 +116,26 @@ def read_back(
     return agreement(said, shown), rows
 
 
-def main() -> None:
-    """Run the program."""
+def main() -> int:
+    """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
+    return run_program(run)
+
+
+def run(ranks: Ranks) -> int:
+    """Do what the command line asks for."""
     parser = described(__doc__)
     parser.add_argument("--captioner", default="tiny", help="name or folder (default: %(default)s)")
     parser.add_argument("--count", type=int, default=400, help="pictures (default: %(default)s)")
     parser.add_argument("--read-back", metavar="MODEL", help="also caption what this generator draws")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures, and what was read back")
     arguments = parser.parse_args()
-    try:
-        folder = checkpoints.find_captioner(arguments.captioner)
-        captioner = Captioner.from_folder(folder, checkpoints.default_dtype())
-        figures = evaluate(speaker(captioner), arguments.count)
-        rows: list[dict[str, str]] = []
-        if arguments.read_back:
-            generator = FluxPipeline(arguments.read_back)
-            figures["read back"], rows = read_back(speaker(captioner), generator, arguments.count)
-    except FluxError as error:
-        parser.exit(2, f"error: {error}\n")
+    folder = checkpoints.find_captioner(arguments.captioner)
+    captioner = Captioner.from_folder(folder, checkpoints.default_dtype())
+    figures = evaluate(speaker(captioner), arguments.count)
+    rows: list[dict[str, str]] = []
+    if arguments.read_back:
+        generator = FluxPipeline(arguments.read_back)
+        figures["read back"], rows = read_back(speaker(captioner), generator, arguments.count)
     for title, shares in figures.items():
         print(title)
         for name, share in shares.items():
@@ -140,7 +143,8 @@ def main() -> None:
     if arguments.output:
         text = {title: {n: str(s) for n, s in shares.items()} for title, shares in figures.items()}
         arguments.output.write_text(json.dumps({**text, "rows": rows}, indent=1), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,16 +6,19 @@ python -m flux.recipes.captioner.export --run DIR --output flux/assets/tiny-capt
 import json
 import os
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from flux.arguments import described
+from flux.arguments import run_program
 from flux.captioning.tokenizer import BartTokenizer
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2
+from flux.recipes.arguments import export_folders
 from flux.recipes.captioner import recipe
 from flux.recipes.captioner.__main__ import STATE
 from flux.training.states import load_state
@@ -90,20 +93,21 @@ def configs(tokenizer: BartTokenizer) -> dict[str, dict[str, Any]]:
     }
 
 
-def main() -> None:
-    parser = described(__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    try:
-        tokenizer = arguments.run / "tokenizer"
-        network = Florence2(recipe.params(BartTokenizer.from_folder(tokenizer)))
-        load_state(network, arguments.run / STATE, "model")
-        save(arguments.output, network, tokenizer)
-    except FluxError as error:
-        parser.exit(2, f"error: {error}\n")
-    print(arguments.output)
+def main() -> int:
+    """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
+    return run_program(run)
+
+
+def run(ranks: Ranks) -> int:
+    """Write the trained captioner as a checkpoint's folder."""
+    run, output = export_folders(__doc__)
+    tokenizer = run / "tokenizer"
+    network = Florence2(recipe.params(BartTokenizer.from_folder(tokenizer)))
+    load_state(network, run / STATE, "model")
+    save(output, network, tokenizer)
+    print(output)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

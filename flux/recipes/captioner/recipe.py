@@ -34,6 +34,7 @@ STRIDE = math.prod(VISION.patch_stride)  # pixels; of the vision tower as a whol
 
 
 def params(tokenizer: BartTokenizer) -> Florence2Params:
+    """The captioner's shape, with an embedding for every token."""
     vocab_size = max(tokenizer.special.values()) + 1
     language = LanguageParams(
         vocab_size=vocab_size,

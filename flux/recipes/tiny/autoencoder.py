@@ -6,6 +6,7 @@
 Stopped at any moment it goes on from the last state in DIR.
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,8 +17,9 @@ from mlx.utils import tree_map
 from PIL import Image
 
 from flux import images
-from flux.arguments import described
+from flux.arguments import described, run_program
 from flux.distributed.gradients import average_gradients
+from flux.distributed.ranks import Ranks
 from flux.models.autoencoder import AutoEncoder
 from flux.pipeline import FluxPipeline
 from flux.recipes.emoji import (
@@ -142,7 +144,13 @@ def save_grid(model: AutoEncoder, file: Path, count: int = 24) -> float:
     return float(psnr(pictures, decoded).mean())
 
 
-def main() -> None:
+def main() -> int:
+    """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
+    return run_program(run)
+
+
+def run(ranks: Ranks) -> int:
+    """Train the autoencoder, or go on with it."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: state, log, pictures")
     parser.add_argument("--steps", type=int, required=True)
@@ -170,7 +178,8 @@ def main() -> None:
     if first:
         trainer.save(state)
         print("PSNR", save_grid(model, arguments.run / "autoencoder.png"))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

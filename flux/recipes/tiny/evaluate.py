@@ -9,6 +9,7 @@ squared distance in RGB over all pixels. Intervals are Wilson's, 95 %.
 
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flux.arguments import described
+from flux.arguments import described, run_program
+from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.evaluation.proportion import Proportion, Z
 from flux.generation import Request, generate
@@ -112,8 +114,13 @@ def evaluate(pipeline: FluxPipeline, count: int) -> tuple[dict[str, Any], np.nda
     return figures, pictures
 
 
-def main() -> None:
-    """Run the program."""
+def main() -> int:
+    """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
+    return run_program(run)
+
+
+def run(ranks: Ranks) -> int:
+    """Do what the command line asks for."""
     parser = described(__doc__)
     parser.add_argument("--model", default="tiny", help="name or folder (default: %(default)s)")
     parser.add_argument("--count", type=int, default=400, help="held-out prompts (default: %(default)s)")
@@ -121,10 +128,7 @@ def main() -> None:
         "--output", type=Path, help="folder for figures.json and a grid of the first pictures"
     )
     arguments = parser.parse_args()
-    try:
-        figures, pictures = evaluate(FluxPipeline(arguments.model), arguments.count)
-    except FluxError as error:
-        parser.exit(2, f"error: {error}\n")
+    figures, pictures = evaluate(FluxPipeline(arguments.model), arguments.count)
     print(f"{arguments.model}: {arguments.count} held-out prompts, {recipe.SUBJECTS} subjects")
     for name, value in figures.items():
         print(f"  {name:20} {value}")
@@ -135,7 +139,8 @@ def main() -> None:
         grid = whole.transpose(0, 2, 1, 3, 4).reshape(-1, 20 * SIDE, 3)
         Image.fromarray(grid).save(arguments.output / "pictures.png")
         print(arguments.output)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

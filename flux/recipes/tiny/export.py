@@ -3,11 +3,13 @@
 python -m flux.recipes.tiny.export --run DIR --output flux/assets/tiny
 """
 
+import sys
 from dataclasses import replace
-from pathlib import Path
 
-from flux.arguments import described
+from flux.arguments import run_program
+from flux.distributed.ranks import Ranks
 from flux.models.autoencoder import AutoEncoder
+from flux.recipes.arguments import export_folders
 from flux.recipes.tiny import recipe
 from flux.recipes.tiny.flow import load_tokenizers, make_model
 from flux.recipes.tiny.latents import read
@@ -16,12 +18,14 @@ from flux.weights import registry
 from flux.weights.save import Model, save_diffusers
 
 
-def main() -> None:
-    parser = described(__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    run = arguments.run
+def main() -> int:
+    """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
+    return run_program(run)
+
+
+def run(ranks: Ranks) -> int:
+    """Write the trained model as diffusers' folder."""
+    run, output = export_folders(__doc__)
     latents = read(run / "latents.safetensors")
     autoencoder = AutoEncoder(
         replace(recipe.AUTOENCODER, scale_factor=latents.scale, shift_factor=latents.shift)
@@ -33,9 +37,10 @@ def main() -> None:
     spec = replace(registry.get("tiny"), t5_length=recipe.T5_LENGTH)
     tokenizers = (run / "tokenizer", run / "tokenizer_2")
     model = Model(parts.flow, autoencoder, parts.clip, parts.t5, *tokenizers, spec)
-    save_diffusers(arguments.output, model)
-    print(arguments.output)
+    save_diffusers(output, model)
+    print(output)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

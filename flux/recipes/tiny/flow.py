@@ -8,6 +8,7 @@ last state in DIR.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import mlx.nn as nn
 import numpy as np
 
 from flux import sampler
-from flux.arguments import described
+from flux.arguments import described, run_program
 from flux.distributed.gradients import average_gradients
+from flux.distributed.ranks import Ranks
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
@@ -142,17 +144,24 @@ def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
 
 
 def make_model(run: Path, clip: CLIPTokenizer) -> TextToLatent:
+    """The networks of a run, untrained. run: the folder with its tokenizers."""
     vocabulary = json.loads((run / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
     return TextToLatent(len(vocabulary), recipe.T5_VOCABULARY, clip.eos_token_id)
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:
-    """What Muon is no good for (embeddings, layers at latent, text and time) or too slow for (modulation)."""
+    """What Muon does not suit (embeddings, layers at latent, text and time) or too slow for (modulation)."""
     edges = ("embedding", "shared", "relative_attention_bias", "img_in", "txt_in", "in_layer", "final_layer")
     return any(edge in name for edge in (*edges, "img_mod", "txt_mod", "modulation"))
 
 
-def main() -> None:
+def main() -> int:
+    """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
+    return run_program(run)
+
+
+def run(ranks: Ranks) -> int:
+    """Train the text encoders and the transformer, or go on with it."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: latents, state, log")
     parser.add_argument("--steps", type=int, required=True)
@@ -185,7 +194,8 @@ def main() -> None:
     trainer.run(steps, logged_and_saved(run / "flow.jsonl", state, recipe.LOG_STEPS) if first else ())
     if first:
         trainer.save(state)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -6,6 +6,7 @@ Alone, or by several processes that share the pictures out:
     mlx.launch -n 2 --backend ring -- python -m flux.recipes.tiny.latents ...
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from flux import images
-from flux.arguments import described
+from flux.arguments import described, run_program
+from flux.distributed.ranks import Ranks
 from flux.models.autoencoder import AutoEncoder
 from flux.recipes.emoji import (
     PAIR,
@@ -78,12 +80,12 @@ def encode(model: AutoEncoder, chosen: list[Composition], batch: int = 64) -> tu
 
 
 def encode_shared(model: AutoEncoder, chosen: list[Composition]) -> list[mx.array]:
-    """`encode` by all processes, each its part."""
+    """`encode` by all processes, a part each."""
     group = mx.distributed.init()
     size = group.size()
     padded = chosen + chosen[: -len(chosen) % size]
-    own = encode(model, padded[group.rank() :: size])  # (P / size, 8, 8, 16)
-    gathered = [mx.distributed.all_gather(mx.array(part)[None], group=group) for part in own]
+    parts = encode(model, padded[group.rank() :: size])  # (P / size, 8, 8, 16)
+    gathered = [mx.distributed.all_gather(mx.array(part)[None], group=group) for part in parts]
     mx.eval(gathered)  # by every process, also by those that do not use it
     return [part.swapaxes(0, 1).flatten(0, 1)[: len(chosen)] for part in gathered]
 
@@ -96,7 +98,13 @@ def read(file: Path) -> Latents:
     return Latents(training_compositions(recipe.PAIRS), mean, logvar, scale, shift)
 
 
-def main() -> None:
+def main() -> int:
+    """Run the program; its exit status: 0, 2 for bad input, 130 when interrupted."""
+    return run_program(run)
+
+
+def run(ranks: Ranks) -> int:
+    """Encode all training pictures and write the file."""
     parser = described(__doc__)
     parser.add_argument("--run", type=Path, required=True, help="folder with the trained autoencoder's state")
     run = parser.parse_args().run
@@ -105,7 +113,8 @@ def main() -> None:
     mean, logvar = encode_shared(model, training_compositions(recipe.PAIRS))
     if mx.distributed.init().rank() == 0:
         mx.save_safetensors(str(run / "latents.safetensors"), {"mean": mean, "logvar": logvar})
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

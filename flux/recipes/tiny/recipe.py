@@ -41,6 +41,7 @@ T5_LENGTH = 20  # the longest caption has 17 tokens
 
 
 def clip_params(vocab_size: int) -> CLIPTextParams:
+    """The shape of the CLIP text encoder."""
     return CLIPTextParams(
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -51,6 +52,7 @@ def clip_params(vocab_size: int) -> CLIPTextParams:
 
 
 def t5_params(vocab_size: int) -> T5Params:
+    """The shape of the T5 encoder."""
     return T5Params(vocab_size=vocab_size, d_model=WIDTH, d_kv=64, d_ff=2 * WIDTH, num_layers=2, num_heads=2)
 
 

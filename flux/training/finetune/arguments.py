@@ -92,6 +92,7 @@ def build_parser() -> Parser:
 
 
 def add_data(parser: Parser) -> None:
+    """Add the options for the data."""
     add = parser.add_argument_group("what to learn").add_argument
     add("data", nargs="?", metavar="DATA", help="a folder (train.jsonl, metadata.csv, data.toml and others, "
         "or pictures with caption files), one of these files, or a data set of the Hub")  # fmt: skip
@@ -124,6 +125,7 @@ def add_data(parser: Parser) -> None:
 
 
 def add_networks(parser: Parser, usual: Options) -> None:
+    """Add the options for the networks that are trained."""
     add = parser.add_argument_group("the model").add_argument
     add("--model", help=f"schnell, dev, krea, tiny, a folder, a Hub repository (default {usual.model})")
     for part in PARTS:
@@ -147,6 +149,7 @@ def add_networks(parser: Parser, usual: Options) -> None:
 
 
 def add_training(parser: Parser, usual: Options) -> None:
+    """Add the options for the training."""
     add = parser.add_argument_group("training").add_argument
     add("--iterations", type=count, metavar="N", help=f"batches (default {ITERATIONS}); on several "
         "machines, of each")  # fmt: skip
@@ -180,6 +183,7 @@ def add_training(parser: Parser, usual: Options) -> None:
 
 
 def add_output(parser: Parser, usual: Options) -> None:
+    """Add the options for what is written."""
     add = parser.add_argument_group("watching").add_argument
     add("--progress-prompt", dest="progress_prompts", action="append", metavar="TEXT",
         help="draw this now and then, always from the same noise; may be given several times")  # fmt: skip

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from flux.errors import FluxError
 from flux.models.transformer import FluxParams
 from flux.training.finetune.options import Options
 from flux.training.memory import Estimate, estimate
@@ -33,8 +34,16 @@ def needed(options: Options, params: FluxParams, shape: dict[str, Any], ranks: i
 def describe(
     options: Options, params: FluxParams, shape: dict[str, Any], memory: int, ranks: int = 1
 ) -> tuple[str, str]:
-    """What a step takes, in a line; and where that is more than `memory` bytes, what would help, else ""."""
+    """What a step takes, in a line; and where that is more than `memory` bytes, what would help, else "".
+
+    FluxError where the adapter alone, whose size is no estimate, has no room.
+    """
     need = needed(options, params, shape, ranks)
+    if need.adapter > memory:
+        raise FluxError(
+            f"training an adapter of rank {options.rank} needs {need.adapter / 1e9:,.0f} GB at least, and "
+            f"there are {memory / 1e9:,.0f} GB; give a lower --lora-rank"
+        )
     parts = {"weights": need.weights, "adapter": need.adapter, "activations": need.activations}
     text = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
     line = f"memory: about {need.total / 1e9:.2f} GB ({text}), {memory / 1e9:.1f} GB here"

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from flux.training.finetune.options import Options
+from flux.errors import FluxError
+from flux.training.finetune.options import MOST_ITERATIONS, Options
 
 
 @dataclass(frozen=True)
@@ -19,9 +20,11 @@ class Length:
 
     @classmethod
     def of(cls, options: Options, batches_per_epoch: int, ranks: int) -> "Length":
-        """The length that the options ask for, on so many ranks."""
+        """The length that the options ask for, on so many ranks. FluxError where it is beyond all bounds."""
         iterations = options.iterations or -(-(options.epochs or 0) * batches_per_epoch // ranks)
         whole = -(-iterations // options.accumulate) * options.accumulate
+        if whole > MOST_ITERATIONS:
+            raise FluxError(f"the training has {whole} iterations; {MOST_ITERATIONS} are the most")
         return cls(whole, options.accumulate, batches_per_epoch, ranks)
 
     @property

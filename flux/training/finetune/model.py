@@ -64,7 +64,7 @@ class Base:
 
 
 def inject(network: Network, options: Options) -> dict[str, Adapters]:
-    """Puts a new adapter beside the weights and leaves its own as the only ones that are trained.
+    """Puts a new adapter beside the weights and leaves its weights as the only ones that are trained.
 
     Returns the adapters of each part, "flux" and maybe "clip". FluxError for targets that name no layers.
     """
@@ -83,7 +83,7 @@ def inject(network: Network, options: Options) -> dict[str, Adapters]:
             model, names, options.rank, options.alpha or options.rank, key, options.dora
         )
         found[part] = Adapters(model)
-        found[part].add(new, name=LEARNED, dropout=options.dropout, learns=True)
+        found[part].add(new, name=LEARNED, dropout=options.dropout, trainable=True)
         found[part].freeze_all_but(LEARNED)
     mx.eval(network.trainable_parameters())
     return found

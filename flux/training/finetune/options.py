@@ -8,6 +8,7 @@ from flux import tables
 from flux.adapters.writers import WRITERS
 from flux.data import schema
 from flux.errors import FluxError
+from flux.outputs import name_fault
 from flux.tables import option
 from flux.training import losses, optimizers, schedules
 from flux.training.flow_matching import DELTA_SCHEDULES
@@ -19,6 +20,8 @@ PARTS = ("transformer", "ae", "clip", "t5")
 AUTO = "auto"
 ITERATIONS = 1000  # where neither iterations nor epochs are given
 WARMUP = 100  # updates at most, and a tenth of all
+MOST_ITERATIONS = 10**6  # weeks of work; and what is counted from them stays within 32 bits
+MOST_RANK = 2**14  # of no layer of FLUX.1 is the least side longer
 SMALL = 256  # a resolution below the usual smallest bucket
 # What changes neither the result nor its meaning: these may be given anew when a run is resumed. A data set
 # may have moved; that it is the same one is seen from its digest.
@@ -46,7 +49,7 @@ class Options:
     adapters: tuple[tuple[str, float], ...] = ()  # files and strengths to begin with; they are not trained
     fuse_adapters: bool = False
 
-    rank: int = option(16, least=1)
+    rank: int = option(16, least=1, most=MOST_RANK)
     alpha: float | None = option(None, above=0)  # the rank
     dropout: float = option(0.0, least=0, below=1)
     targets: str = "attention-mlp"
@@ -54,9 +57,9 @@ class Options:
     dora: bool = False
     train_clip: bool = False
 
-    iterations: int | None = option(None, least=1)  # batches on each machine; see `Length`
-    epochs: int | None = option(None, least=1)
-    accumulate: int = option(1, least=1)
+    iterations: int | None = option(None, least=1, most=MOST_ITERATIONS)  # of each rank; see `Length`
+    epochs: int | None = option(None, least=1, most=MOST_ITERATIONS)
+    accumulate: int = option(1, least=1, most=MOST_ITERATIONS)
     optimizer: str = option("adamw", choices=optimizers.OPTIMIZERS)
     learning_rate: float | None = option(None, above=0)  # 1e-4; Prodigy 1
     schedule: str = option("constant", choices=schedules.SCHEDULES)
@@ -96,6 +99,8 @@ class Options:
 
     def __post_init__(self) -> None:
         faults = [f"{shown(name)} {fault}" for name, fault in tables.faults_of(self).items()]
+        if self.name is not None and (fault := name_fault(self.name)):
+            faults.append(f"--name {self.name!r} {fault}")
         if self.iterations is not None and self.epochs is not None:
             faults.append("give iterations or epochs, not both")
         if self.fuse_adapters and not self.adapters:

@@ -25,6 +25,7 @@ from flux.distributed.fsdp import fully_shard
 from flux.distributed.gradients import average_gradients, average_metrics
 from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
+from flux.outputs import locked
 from flux.training import optimizers, schedules
 from flux.training.callbacks import Stop, Stopped
 from flux.training.console import Console
@@ -61,11 +62,12 @@ def finetune(start: Start, quiet: bool = False, stop: Stop | None = None) -> Res
     """Encodes what is not encoded yet, trains, and writes the adapter.
 
     stop: what may be asked to end it; it then raises `Stopped`. On several ranks rank 0 alone reads and
-    writes the folder, but for the cache. FluxError for a data set, a model or options that cannot be.
+    writes the folder, but for the cache. FluxError for a data set, a model or options that cannot be, and
+    where another process trains in the folder.
     """
     ranks = start.ranks
     console = Console(quiet or not ranks.is_rank_zero)
-    with ranks.waiting(None):
+    with ranks.waiting(None), ranks.in_rank_zero(locked(start.folder)):
         prepared = ranks.on_all_ranks(lambda: prepare(start, console), DOWNLOAD)
         if ranks.size > 1:
             ranks.agree(ranks.on_all_ranks(lambda: facts(start.options, prepared)))

@@ -1,6 +1,6 @@
 """Weights in other programs' encodings -> plain weights, lazily: one table, one row an encoding.
 
-GGUF and MLX's own quantized layers are elsewhere (gguf.py, quantize.py): the first is another kind of file,
+GGUF and MLX's quantized layers are elsewhere (gguf.py, quantize.py): the first is another kind of file,
 and the second need not be widened.
 """
 

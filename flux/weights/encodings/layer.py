@@ -22,9 +22,11 @@ class Layer:
     metadata: Mapping[str, str]
 
     def part(self, name: str) -> mx.array | None:
+        """One of the layer's tensors, None where it has none of that name."""
         return self.tensors.get(f"{self.name}.{name}")
 
     def need(self, name: str) -> mx.array:
+        """One of the layer's tensors. ValueError where it is missing."""
         tensor = self.part(name)
         if tensor is None:
             raise ValueError(f"{name} is missing")
