@@ -3,10 +3,8 @@
 `json` itself takes any size and depth, the last of two equal keys, NaN, and text that is not Unicode.
 """
 
-import contextlib
 import json
 import math
-import os
 import stat
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 
 from flux.errors import FluxError
+from flux.outputs import replacing
 
 MAX_BYTES = 64 * 2**20  # the largest tokenizer.json that is in use has 33 MB
 MAX_DEPTH = 32  # a tokenizer.json has 7
@@ -36,15 +35,12 @@ def read(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
 
 
 def write(path: Path, table: Mapping[str, Any]) -> None:
-    """Writes an object beside the file and renames it. FluxError where the disk refuses."""
-    beside = path.with_name(f".{path.name}.partial")
+    """Writes an object, whole or not at all. FluxError where the disk refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(beside, path)
+        with replacing(path) as partial_file:
+            partial_file.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
         raise FluxError(f"{path}: cannot be written: {error.strerror}") from None
 
 
