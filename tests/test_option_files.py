@@ -131,7 +131,7 @@ FAULTS = [
     ("resolution: wide", "resolution: must be HEIGHTxWIDTH"),
     ("ae: 3", "ae: must be a text"),
     ("rank: 4\nlora_rank: 8", "lora-rank is given twice"),
-    ("save_every: 4\nsave_steps: 8", "save_steps: save-every is given twice"),
+    ("save_steps: 8\nsave_every: 4", "save_every: save-every is given twice"),
     ("- a", "must hold a table"),
     ("zzz: 5\nlora_rank: 0", "zzz.*; .*lora_rank: 0 must be"),
 ]
