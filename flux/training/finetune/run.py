@@ -130,7 +130,7 @@ def make_optimizer(options: Options, updates: int) -> Optimizer:
     """For so many updates. options: as `Options.resolved` gives them."""
     warmup = min(WARMUP, updates // 10) if options.warmup is None else options.warmup
     rate = schedules.schedule(options.schedule, options.peak_rate, updates, warmup, options.restarts)
-    betas = None, None
+    betas = options.adam_beta1, options.adam_beta2
     return optimizers.make(options.optimizer, rate, options.weight_decay or 0.0, betas, options.adam_epsilon)
 
 

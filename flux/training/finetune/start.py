@@ -9,6 +9,7 @@ from typing import Any
 
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
+from flux.outputs import LOCK
 from flux.training.finetune import option_files
 from flux.training.finetune.options import Options
 from flux.training.states import State, States
@@ -85,8 +86,9 @@ def make_folder(start: Start) -> Path | None:
             kept = next(path for path in names if not path.exists())
             os.rename(folder, kept)
             folder.mkdir()
-            if (kept / CACHE).is_dir():
-                os.rename(kept / CACHE, folder / CACHE)
+            for name in (CACHE, LOCK):  # the lock goes on: it is this run's
+                if (kept / name).exists():
+                    os.rename(kept / name, folder / name)
     except OSError as error:
         raise FluxError(f"{folder}: the finished run cannot be moved: {error.strerror}") from None
     option_files.save(start.options)
