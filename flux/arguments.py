@@ -127,7 +127,7 @@ def count(text: str) -> int:
     """A whole number from 1 on, of things that there can be."""
     digits = text.strip()
     if not digits.isdecimal() or len(digits) > 20 or int(digits) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {shown(text)}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text[:40]}")
     if int(digits) > MOST:
         raise argparse.ArgumentTypeError(f"must be at most {MOST}, not {text}")
     return int(digits)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import flux  # before mlx.core, so that OpenBLAS is there first
 from flux import images
-from flux.arguments import Parser, count, finite, run_program, size
+from flux.arguments import Parser, finite, run_program, size
 from flux.errors import FluxError
 from flux.evaluation import clip_similarity
 from flux.evaluation.grid import STRENGTHS, grid
@@ -54,7 +54,7 @@ def add_grid(commands: argparse._SubParsersAction) -> None:
     )
     add("--seed", nargs="+", type=int, default=[0], metavar="N", help="a row for each (default 0)")
     add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's")
-    add("--steps", type=count, metavar="N", help="denoising steps; default: the model's")
+    add("--steps", type=int, metavar="N", help="denoising steps; default: the model's")
     add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="the model to 4 or 8 bits a weight")
     add("--output", type=Path, default=Path("grid.png"), metavar="FILE", help="*.png (default grid.png)")
     show.set_defaults(run=run_grid)
