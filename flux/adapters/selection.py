@@ -124,10 +124,10 @@ def _nothing(item: str, fault: str, spellings: Sequence[Spellings]) -> str:
 @lru_cache
 def _spellings(layers: tuple[str, ...]) -> tuple[Spellings, ...]:
     """BFL's, diffusers' and kohya's names of the layers."""
-    own = {layer: layer for layer in layers}
+    ours = {layer: layer for layer in layers}
     theirs = {name: layer for layer in layers for name in _theirs(layer)}
-    flat = {f"{KOHYA}{name.replace('.', '_')}": layer for name, layer in (own | theirs).items()}
-    return own, theirs, flat
+    flat = {f"{KOHYA}{name.replace('.', '_')}": layer for name, layer in (ours | theirs).items()}
+    return ours, theirs, flat
 
 
 @lru_cache

@@ -100,7 +100,7 @@ def add_data(parser: Parser) -> None:
     add("--options", metavar="FILE", help="all options in a YAML, TOML or JSON file, by these names or those "
         "of other trainers; the command line goes before it")  # fmt: skip
     add("--check-data", **ON, help="report all that is wrong with the data set, without a model, and end")
-    add("--resume", metavar="DIR", help="go on with the run in DIR, with its own options")
+    add("--resume", metavar="DIR", help="go on with the run in DIR, with its options")
 
     add = parser.add_argument_group("pictures and captions (a data.toml goes before these)").add_argument
     add("--resolution", type=size, metavar="HxW", help="in pixels; default: the model's; one is a square")

@@ -39,9 +39,9 @@ def read(path: Path, texts: Mapping[str, Converter]) -> tuple[dict[str, Any], li
         elif value is not None:
             value, note = foreign.translated(name, value)
             notes += [f"{key}: {note}"] * bool(note)
-            own = Faults()
-            given[name] = None if value is None else _checked(name, value, texts, own)
-            for line in own.lines:
+            of_file = Faults()
+            given[name] = None if value is None else _checked(name, value, texts, of_file)
+            for line in of_file.lines:
                 faults.add(key, line.removeprefix(f"{name}: "))
     if faults.lines:
         raise FluxError("; ".join(f"{path}: {line}" for line in faults.lines))

@@ -66,7 +66,7 @@ class Options:
     restarts: int = option(1, least=1)
     warmup: int | None = option(None, least=0)  # updates
     weight_decay: float | None = option(None, least=0)  # 0.01 for AdamW, else 0
-    adam_beta1: float | None = option(None, least=0, below=1)  # the optimizer's own, as the next two
+    adam_beta1: float | None = option(None, least=0, below=1)  # None: the optimizer's, as in the next two
     adam_beta2: float | None = option(None, least=0, below=1)
     adam_epsilon: float | None = option(None, above=0)
     clip_norm: float = option(1.0, least=0)  # 0: none
@@ -149,13 +149,13 @@ class Options:
 
         The usual bounds of buckets are widened where the resolution is outside of them.
         """
-        own = {name: value for name, value in self.data_options.items() if value is not None}
-        resolution = own.setdefault("resolution", image_size)
+        given = {name: value for name, value in self.data_options.items() if value is not None}
+        resolution = given.setdefault("resolution", image_size)
         if min(resolution) < SMALL:
-            own.setdefault("min_bucket_reso", max(schema.SIZE_STEP, min(resolution) // 32 * 16))
-            own.setdefault("bucket_reso_steps", schema.SIZE_STEP)
-        own.setdefault("max_bucket_reso", max(1024, *resolution))
-        return own
+            given.setdefault("min_bucket_reso", max(schema.SIZE_STEP, min(resolution) // 32 * 16))
+            given.setdefault("bucket_reso_steps", schema.SIZE_STEP)
+        given.setdefault("max_bucket_reso", max(1024, *resolution))
+        return given
 
     def as_table(self) -> dict[str, Any]:
         """For JSON."""
@@ -193,12 +193,12 @@ class Options:
         """For a resumed run: with the options that were given anew. FluxError for those that contradict."""
         wrong = []
         for name, value in changes.items():
-            own = getattr(self, name)
-            same = value == own or (isinstance(value, str) and _absolute(value) == own)
-            if isinstance(own, dict):
-                same = all(own.get(key) == each for key, each in value.items())
+            ours = getattr(self, name)
+            same = value == ours or (isinstance(value, str) and _absolute(value) == ours)
+            if isinstance(ours, dict):
+                same = all(ours.get(key) == each for key, each in value.items())
             if not same and name not in CHANGEABLE:
-                wrong.append(f"{shown(name)} {_words(value)} (the run has {_words(own)})")
+                wrong.append(f"{shown(name)} {_words(value)} (the run has {_words(ours)})")
         if wrong:
             raise FluxError(
                 f"another {', another '.join(wrong)} makes another run: leave it out, or start anew with "

@@ -86,7 +86,7 @@ def make_folder(start: Start) -> Path | None:
             kept = next(path for path in names if not path.exists())
             os.rename(folder, kept)
             folder.mkdir()
-            for name in (LOCK, CACHE):  # the lock is that of the folder's name, which is in use
+            for name in (CACHE, LOCK):  # the lock goes on: it is this run's
                 if (kept / name).exists():
                     os.rename(kept / name, folder / name)
     except OSError as error:
