@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from flux import __version__, images
+from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard_range
+from flux.errors import FluxError
 from tests import tiny_pipeline
 
 from .launch import ROOT, TIMEOUT, by_hand, run_program
@@ -273,3 +275,35 @@ def test_shard_ranges():
             shares = [shard_range(total, rank, size) for rank in range(size)]
             assert [i for own in shares for i in own] == list(range(total))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# --- Ranks that do not come ---
+
+WORKING = """
+import flux, sys, time
+from flux.arguments import run_program
+def run(ranks):
+    for _ in range(10**6):
+        ranks.barrier(patience=4)
+        time.sleep(0.02)
+sys.exit(run_program(run))
+"""
+
+
+def test_a_rank_that_does_not_come(tmp_path, monkeypatch):
+    """The first one waits for its neighbour in MLX's accept, the second in its attempts to connect."""
+    monkeypatch.setenv("FLUX_MEETING_TIMEOUT", "1.5")
+    with by_hand(3, ["-c", WORKING], tmp_path) as ranks:
+        ranks[1].kill()
+        for rank in (0, 2):
+            out, err = ranks[rank].communicate(timeout=TIMEOUT)
+            assert (ranks[rank].returncode, out) == (2, "")
+            why = "the other ranks have not come in 1.5 s: check that all were started"
+            assert err == f"error: rank {rank} ({platform.node()}): {why}\n"
+
+
+def test_a_bound_that_is_no_number(monkeypatch):
+    for text in ("soon", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("FLUX_MEETING_TIMEOUT", text)
+        with pytest.raises(FluxError, match=f"FLUX_MEETING_TIMEOUT is '{text}'; it should be a"):
+            Ranks()
