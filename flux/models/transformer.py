@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from flux.errors import FluxError
 from flux.models.layers import (
+    Attend,
     DoubleStreamBlock,
     LastLayer,
     MLPEmbedder,
@@ -172,17 +173,26 @@ class Flux(nn.Module):
 
     # Once a step.
 
-    def denoise(self, img: mx.array, txt: mx.array, pe: mx.array, vectors: ModulationVectors) -> mx.array:
+    def denoise(
+        self,
+        img: mx.array,
+        txt: mx.array,
+        pe: mx.array,
+        vectors: ModulationVectors,
+        attend: Attend | None = None,
+    ) -> mx.array:
         """The velocity (B, Li, out_channels) for img (B, Li, in_channels) at the vectors' time.
 
-        txt, pe and vectors come from `embed_text`, `positions` and `modulation`.
+        txt, pe and vectors come from `embed_text`, `positions` and `modulation`. attend: takes the place of
+        attention, if given.
         """
         img = self.img_in(img.astype(self.dtype))
+        other = {"attend": attend} if attend else {}  # else arrays alone, as wrappers of blocks expect
         for block, (txt_mod, img_mod) in zip(self.double_blocks, vectors.double, strict=True):
-            txt, img = block(txt, img, pe, txt_mod, img_mod)
+            txt, img = block(txt, img, pe, txt_mod, img_mod, **other)
         x = mx.concatenate([txt, img], axis=1)  # (B, Lt+Li, C)
         for single_block, mod in zip(self.single_blocks, vectors.single, strict=True):
-            x = single_block(x, pe, mod)
+            x = single_block(x, pe, mod, **other)
         return self.final_layer(x[:, txt.shape[1] :], vectors.final)
 
     def _silu_vec(self, timesteps: mx.array, y: mx.array, guidance: mx.array | None) -> mx.array:
