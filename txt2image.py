@@ -21,6 +21,7 @@ from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest, Stages, generate
 from flux.metadata import PARTS, Recipe
+from flux.models.nag import Nag
 from flux.options import build_parser
 from flux.pipeline import FluxPipeline
 from flux.weights import quantize
@@ -199,6 +200,8 @@ def to_requests(
         schedule=args.schedule,
         clip_prompt=args.clip_prompt,
         edit=to_edit(args, pictures),
+        cfg_end=args.cfg_end,
+        nag=None if args.nag is None else Nag(args.nag),
     ).resolved(pipeline)
     if args.seed is None:
         print(f"seed: {seed}", flush=True)

@@ -25,6 +25,7 @@ from flux.denoising import Conditioning, Plan
 from flux.distributed.ranks import PATIENCE, Ranks
 from flux.errors import FluxError
 from flux.jsonfiles import shown
+from flux.models.nag import Nag
 
 if TYPE_CHECKING:
     from flux.pipeline import FluxPipeline
@@ -49,6 +50,8 @@ class Request:
     image_size: (height, width) in pixels. guidance: FLUX's, an input of the network. cfg_scale: true
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
+    cfg_end: the share of the steps, from the first, that have true guidance; the others take half the time.
+    nag: lead attention away from `negative_prompt`, besides or in place of true guidance.
     edit: a picture that is changed, of whose size the pictures are where `image_size` is None.
     """
 
@@ -62,6 +65,8 @@ class Request:
     schedule: str = "model"
     clip_prompt: str | None = None
     edit: Edit | None = None
+    cfg_end: float = 1.0
+    nag: Nag | None = None
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -85,6 +90,8 @@ class Request:
             schedule=self.schedule,
             clip_prompt=self.clip_prompt,
             edit=self.edit,
+            cfg_end=self.cfg_end,
+            nag=self.nag,
         )
         request.check()
         pipeline.check_memory(size, request.steps)
@@ -126,8 +133,9 @@ class ResolvedRequest(Request):
 
     @property
     def texts(self) -> TextKey:
-        """What is encoded: the prompt, with true guidance the negative prompt, and a text for CLIP alone."""
-        return self.prompt, None if self.cfg_scale == 1 else self.negative_prompt or "", self.clip_prompt
+        """What is encoded: the prompt, with guidance the negative prompt, and a text for CLIP alone."""
+        guided = self.cfg_scale != 1 or self.nag is not None
+        return self.prompt, self.negative_prompt or "" if guided else None, self.clip_prompt
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request itself."""
@@ -141,9 +149,15 @@ class ResolvedRequest(Request):
             raise FluxError("the number of pictures must be at least 1, not 0")
         if self.cfg_scale < 1:
             raise FluxError(f"the cfg scale must be at least 1 (no effect), not {self.cfg_scale}")
-        if self.negative_prompt and self.cfg_scale == 1:
+        if self.negative_prompt and self.cfg_scale == 1 and self.nag is None:
             text = shown(self.negative_prompt)
-            raise FluxError(f"the negative prompt {text} needs a cfg scale above 1 to have an effect")
+            raise FluxError(f"the negative prompt {text} needs a cfg scale above 1 or NAG to have an effect")
+        if self.nag is not None and self.negative_prompt is None:
+            raise FluxError("NAG needs a negative prompt: say what to lead away from")
+        if not 0 < self.cfg_end <= 1:
+            raise FluxError(f"the cfg end must be above 0 and at most 1, not {self.cfg_end}")
+        if self.cfg_end < 1 and self.cfg_scale == 1:
+            raise FluxError(f"the cfg end {self.cfg_end} needs a cfg scale above 1 to have an effect")
         sampler.check_seeds(self.seeds)
         if self.edit is not None:
             self.edit.check()
@@ -189,7 +203,7 @@ def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Enc
     requests = list(requests)
     texts = {
         request.texts: pipeline.encode(
-            request.prompt, request.negative_prompt, request.cfg_scale, request.clip_prompt
+            request.prompt, request.negative_prompt, request.cfg_scale, request.clip_prompt, request.nag
         )
         for request in {request.texts: request for request in requests}.values()
     }
@@ -237,7 +251,8 @@ def denoiser(
 
     def denoise(request: ResolvedRequest) -> mx.array:
         noise = pipeline.noise(request.seeds, request.latent_size)
-        whole = plan(replace(request, seeds=()))._replace(x=noise)
+        guidance = {"cfg_end": request.cfg_end, "nag": request.nag}
+        whole = plan(replace(request, seeds=()))._replace(x=noise, **guidance)
         x = whole.pictures.start(noise, whole.times[0])  # finished, where a picture is not to be changed
         for step, x in enumerate(pipeline.denoise(whole)):
             mx.eval(x)

@@ -19,11 +19,12 @@ PARTS = ("transformer", "ae", "clip", "t5")
 OPTIONS = (
     *("model", *PARTS, "dtype", "rounding", "quantize", "adapter", "fuse_adapter", "no_t5_padding"),
     *("t5_padding", "negative_prompt", "clip_prompt", "cfg_scale", "guidance", "schedule", "shift", "steps"),
+    *("cfg_end", "nag"),
     *("image", "strength", "pictures"),
     *("image_size", "noise", "seed", "n_images", "n_rows", "decoding_batch_size"),
 )
 FLAGS = ("fuse_adapter", "no_t5_padding")
-DEFAULTS = {"rounding": "bfloat16", "schedule": "model", "noise": "mlx"}  # not written
+DEFAULTS = {"rounding": "bfloat16", "schedule": "model", "noise": "mlx", "cfg_end": 1.0}  # not written
 
 File = tuple[Path, dict[str, str]]  # a picture's path and the text that is written into it
 

@@ -27,6 +27,7 @@ from flux.errors import FluxError
 from flux.generation import OnStep, Request, ResolvedRequest
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
+from flux.models.nag import Nag
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import ROUNDINGS, Flux
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -185,7 +186,7 @@ class FluxPipeline:
 
         seed: of the first picture; picture i is made from seed + i. None: a random one.
         image_size: (height, width) in pixels. It, num_steps, guidance, cfg_scale: the model's where None.
-        negative_prompt: what to lead away from, with a `cfg_scale` above 1; empty where None.
+        negative_prompt: what to lead away from, with a `cfg_scale` above 1 or `nag`; empty where None.
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
@@ -267,14 +268,17 @@ class FluxPipeline:
         negative_prompt: str | None = None,
         cfg_scale: float = 1.0,
         clip_text: str | None = None,
+        nag: Nag | None = None,
     ) -> Conditioning:
-        """The conditioning of one prompt, not yet evaluated; with the negative one unless cfg_scale is 1.
+        """The conditioning of one prompt, not yet evaluated; with the negative one where guidance needs it.
 
-        clip_text: what CLIP reads of the prompt's, where it is another text.
+        That is true guidance, a cfg_scale other than 1, or NAG. clip_text: what CLIP reads of the prompt's,
+        where it is another text.
         """
         self._read(self.t5)
         positive = self._encode_text(text, clip_text)
-        return Conditioning(positive, self._encode_text(negative_prompt or "") if cfg_scale != 1 else None)
+        guided = cfg_scale != 1 or nag is not None
+        return Conditioning(positive, self._encode_text(negative_prompt or "") if guided else None)
 
     def _encode_text(self, text: str, clip_text: str | None = None) -> TextConditioning:
         return encode_texts(

@@ -58,12 +58,12 @@ def normalized(positive: mx.array, negative: mx.array, nag: Nag, total: Sum) -> 
 class NagAttention:
     """Takes the place of `attention` in the blocks, for sequences of positive text, negative text, picture.
 
-    lengths: the texts' tokens. total: see `normalized`.
+    lengths: the texts' tokens. total: see `normalized`; the transformer's `over_heads`.
     """
 
     nag: Nag
     lengths: tuple[int, int]
-    total: Sum = lambda norms: norms
+    total: Sum
 
     def __call__(self, q: mx.array, k: mx.array, v: mx.array, pe: mx.array) -> mx.array:
         """q, k, v (B, H, Lp+Ln+Li, D), pe their rotary tables -> (B, Lp+Ln+Li, H*D)."""

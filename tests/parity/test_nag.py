@@ -90,7 +90,7 @@ def run_ours(flow: Flux, nag: Nag, inputs: Inputs, negative: Inputs) -> np.ndarr
         mx.concatenate([flow.embed_text(mx.array(branch.txt)) for branch in (inputs, negative)], axis=1),
         flow.positions(txt_ids, mx.array(inputs.img_ids)),
         join_vectors(positive, other, lengths, inputs.img.shape[1]),
-        attend=NagAttention(nag, lengths),
+        attend=NagAttention(nag, lengths, flow.over_heads),
     )
     return np.array(out)
 
