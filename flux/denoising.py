@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from flux import sampler
 from flux.conditioning import PictureConditioning, TextConditioning
+from flux.conditioning.guides import BoundGuide
 from flux.models.layers import Attend
 from flux.models.nag import Nag, NagAttention, join_vectors
 from flux.models.transformer import Flux, ModulationVectors
@@ -44,7 +45,7 @@ class Plan(NamedTuple):
     """All that `denoise` needs; `mx.eval` takes it.
 
     cfg_end: the share of the steps, from the first, that have true guidance. nag: how attention is led away
-    from the negative prompt.
+    from the negative prompt. guide: leads by a loss.
     """
 
     x: mx.array | None  # (B, L, channels), the noise
@@ -55,6 +56,7 @@ class Plan(NamedTuple):
     pictures: PictureConditioning
     cfg_end: float = 1.0
     nag: Nag | None = None
+    guide: BoundGuide | None = None
 
 
 def prepare_branch(
@@ -91,11 +93,17 @@ def denoise(flow: Flux, plan: Plan) -> Iterator[mx.array]:
         v = flow.denoise(with_pictures(x, pictures), text, told.positions, told.vectors, attend=told.attend)
         return v[:, : x.shape[1]].astype(mx.float32)
 
-    def velocity(x: mx.array, step: int) -> mx.array:
+    def of_prompts(x: mx.array, step: int) -> mx.array:
         v = pass_through(x, prompts(flow, plan, step))
         if plan.negative is None or not has_true_guidance(plan, step):
             return v
         return sampler.guide(v, pass_through(x, plan.negative.step(step)), plan.cfg_scale)
+
+    def velocity(x: mx.array, step: int) -> mx.array:
+        v = of_prompts(x, step)
+        if plan.guide is None:
+            return v
+        return plan.guide.velocity(v, x, plan.times[step], step, len(plan.times) - 1)
 
     def project(x: mx.array, step: int) -> mx.array:
         return pictures.put_back(x, noise, plan.times[step + 1])

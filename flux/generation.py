@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flux import images, sampler
-from flux.conditioning import Edit, PictureConditioning
+from flux.conditioning import Edit, Guide, PictureConditioning
 from flux.conditioning.encoded import NO_PICTURES
 from flux.denoising import Conditioning, Plan
 from flux.distributed.ranks import PATIENCE, Ranks
@@ -52,6 +52,7 @@ class Request:
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
     cfg_end: the share of the steps, from the first, that have true guidance; the others take half the time.
     nag: lead attention away from `negative_prompt`, besides or in place of true guidance.
+    guide: a loss that leads the pictures; on pixels the autoencoder works in each step.
     edit: a picture that is changed, of whose size the pictures are where `image_size` is None.
     """
 
@@ -67,6 +68,7 @@ class Request:
     edit: Edit | None = None
     cfg_end: float = 1.0
     nag: Nag | None = None
+    guide: Guide | None = None
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -92,6 +94,7 @@ class Request:
             edit=self.edit,
             cfg_end=self.cfg_end,
             nag=self.nag,
+            guide=self.guide,
         )
         request.check()
         pipeline.check_memory(size, request.steps)
@@ -251,8 +254,10 @@ def denoiser(
 
     def denoise(request: ResolvedRequest) -> mx.array:
         noise = pipeline.noise(request.seeds, request.latent_size)
-        guidance = {"cfg_end": request.cfg_end, "nag": request.nag}
-        whole = plan(replace(request, seeds=()))._replace(x=noise, **guidance)
+        guide = None if request.guide is None else request.guide.bound(pipeline.ae, request.latent_size)
+        whole = plan(replace(request, seeds=()))._replace(
+            x=noise, cfg_end=request.cfg_end, nag=request.nag, guide=guide
+        )
         x = whole.pictures.start(noise, whole.times[0])  # finished, where a picture is not to be changed
         for step, x in enumerate(pipeline.denoise(whole)):
             mx.eval(x)

@@ -20,6 +20,7 @@ from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.adapters.attach import fingerprint
 from flux.conditioning import Edit, PictureConditioning, TextConditioning, encode_texts
 from flux.conditioning.encoded import NO_PICTURES
+from flux.conditioning.guides import Guide, Loss
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard
@@ -181,6 +182,9 @@ class FluxPipeline:
         schedule: str = "model",
         clip_prompt: str | None = None,
         edit: Edit | None = None,
+        cfg_end: float = 1.0,
+        nag: Nag | None = None,
+        guide: Guide | Loss | None = None,
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
@@ -190,7 +194,8 @@ class FluxPipeline:
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
-        schedule, clip_prompt, edit: see `Request`.
+        schedule, clip_prompt, edit, cfg_end, nag: see `Request`.
+        guide: a loss that leads the pictures; a function alone is one on latents, see `Guide`.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -205,6 +210,9 @@ class FluxPipeline:
             schedule=schedule,
             clip_prompt=clip_prompt,
             edit=edit,
+            cfg_end=cfg_end,
+            nag=nag,
+            guide=guide if guide is None or isinstance(guide, Guide) else Guide(guide),
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))
