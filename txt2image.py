@@ -199,6 +199,7 @@ def to_requests(
         schedule=args.schedule,
         clip_prompt=args.clip_prompt,
         edit=to_edit(args, pictures),
+        solver=args.solver,
     ).resolved(pipeline)
     if args.seed is None:
         print(f"seed: {seed}", flush=True)

@@ -4,6 +4,7 @@ from flux import sampler
 from flux.arguments import Parser, adapter, count, finite, shift, size
 from flux.metadata import PARTS
 from flux.models.transformer import ROUNDINGS
+from flux.solvers import SOLVERS
 from flux.version import __version__
 
 SEVERAL = (
@@ -101,6 +102,12 @@ def _add_sampling(parser: Parser) -> None:
         help="how closely to follow the prompt (not schnell)",
     )
     add("--shift", type=shift, metavar="X", help="of the times: dev, none, or a factor such as 3")
+    add(
+        "--solver",
+        choices=SOLVERS,
+        default="euler",
+        help="dpmpp2m and unipc need fewer steps than euler, heun half as many of twice the work",
+    )
     add(
         "--schedule",
         choices=sampler.SCHEDULES,

@@ -180,6 +180,7 @@ class FluxPipeline:
         schedule: str = "model",
         clip_prompt: str | None = None,
         edit: Edit | None = None,
+        solver: str = "euler",
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
@@ -189,7 +190,7 @@ class FluxPipeline:
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
-        schedule, clip_prompt, edit: see `Request`.
+        schedule, clip_prompt, edit, solver: see `Request`.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -204,6 +205,7 @@ class FluxPipeline:
             schedule=schedule,
             clip_prompt=clip_prompt,
             edit=edit,
+            solver=solver,
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))
@@ -305,6 +307,7 @@ class FluxPipeline:
         schedule: str = "model",
         pictures: PictureConditioning = NO_PICTURES,
         strength: float = 1.0,
+        solver: str = "euler",
     ) -> Plan:
         """Compute, lazily, what is the same in all steps and for all seeds; noise (B, L, channels) is packed.
 
@@ -322,7 +325,7 @@ class FluxPipeline:
             return prepare_branch(self.flow, text, pictures, latent_size, seen, guidance)
 
         negative = conditioning.negative and branch(conditioning.negative)
-        return Plan(noise, times, branch(conditioning.positive), negative, cfg_scale, pictures)
+        return Plan(noise, times, branch(conditioning.positive), negative, cfg_scale, pictures, solver)
 
     def _seen(self, times: list[float]) -> mx.array:
         """Times as the transformer is told them. diffusers' pipeline rounds their thousandfold first."""
