@@ -29,9 +29,7 @@ EVALUATIONS = (4, 6, 8, 12, 16, 20, 28)
 
 def main() -> None:
     """Print the tables, one a schedule."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = described(__doc__)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many pictures")
     parser.add_argument("--schedules", nargs="*", default=["model", "beta", "karras"])
