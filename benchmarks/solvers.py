@@ -14,6 +14,7 @@ import flux  # noqa: F401  (before mlx.core, so that OpenBLAS is there first)
 import numpy as np
 
 from flux import generation, solvers
+from flux.arguments import described
 from flux.generation import Encoded, Request
 from flux.pipeline import FluxPipeline
 
