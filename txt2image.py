@@ -162,8 +162,6 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError("no prompt; say what the picture should show, such as 'a red apple'")
     if not all(prompt.strip() for prompt in args.prompts):
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
-    if args.quantize not in (None, 4, 8):
-        raise FluxError(f"--quantize takes 4 or 8 bits, not {args.quantize}")
     if args.strength is not None and args.image is None:
         raise FluxError("--strength is of a picture that is changed; name it with --image")
     if args.fuse_adapter and not args.adapter:

@@ -32,7 +32,7 @@ from flux.models.transformer import ROUNDINGS, Flux
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import checkpoints
 from flux.weights.fit import check_fit
-from flux.weights.quantize import quantize
+from flux.weights.quantize import quantize, read_kind
 from flux.weights.registry import ModelSpec
 
 
@@ -60,7 +60,7 @@ class FluxPipeline:
         name: str,
         t5_padding: bool | int = True,
         dtype: mx.Dtype | None = None,
-        bits: int | None = None,
+        bits: int | str | None = None,
         adapters: Sequence[tuple[str | Path, float]] = (),
         fuse_adapters: bool = False,
         ranks: Ranks | None = None,
@@ -76,7 +76,8 @@ class FluxPipeline:
         t5_padding: pad every prompt to the model's length, as FLUX was trained; False does not, which is
         faster, and a number pads to so many tokens (ComfyUI: 256).
         dtype: the weights' type; by default bfloat16 on a GPU and float32 on a CPU.
-        bits: 4 or 8 to quantize the transformer and T5 to so many a weight; None not to.
+        bits: to quantize the transformer and T5 to so many a weight, of `flux.weights.quantize.KINDS`: 4, 8,
+        "mxfp4", ...; None not to.
         adapters: files of LoRAs and their like, each with its strength (1: as trained); their changes add up.
         fuse_adapters: work them into the weights, before these are quantized, rather than keep them beside:
         steps are faster, and the networks that they change are in memory from the start.
@@ -95,7 +96,8 @@ class FluxPipeline:
             raise FluxError(f"the rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
         weighted = read_weighted(adapters)  # before a model is fetched
         self.checkpoint = checkpoints.find(name, **files)
-        parts = load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks)
+        count, mode = (None, "affine") if bits is None else read_kind(bits)
+        parts = load(self.checkpoint, dtype, count, weighted, fuse_adapters, mode, ranks)
         self._set(parts, t5_padding, noise)
         self.rounding = rounding
         types = (self.flow.dtype if dtype is None else dtype for dtype in ROUNDINGS[rounding])
