@@ -61,7 +61,7 @@ def _add_edit(parser: Parser) -> None:
     add(
         "--mask",
         metavar="PICTURE",
-        help="change the picture only where this one is white, and less where it is grey; alpha: where --image "
+        help="change the picture only where this one is white, less where it is grey; alpha: where --image "
         "is transparent",
     )
     add(
