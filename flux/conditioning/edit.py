@@ -107,7 +107,7 @@ class Edit:
         return masks.clean(masks.WHITE - alpha)
 
 
-@lru_cache(maxsize=4)  # of one request, which is asked several times, and of few others: they may be large
+@lru_cache(maxsize=2)  # a request asks several times, and pictures may be large
 def _canvas(edit: Edit, size: Size, step: int) -> Canvas:
     edit.check()
     if min(size) < 1:
