@@ -11,6 +11,7 @@ from flux.conditioning.guides import BoundGuide
 from flux.models.layers import Attend
 from flux.models.nag import Nag, NagAttention, join_vectors
 from flux.models.transformer import Flux, ModulationVectors
+from flux.solvers import SOLVERS
 
 
 class Conditioning(NamedTuple):
@@ -54,6 +55,7 @@ class Plan(NamedTuple):
     negative: Branch | None
     cfg_scale: float
     pictures: PictureConditioning
+    solver: str  # of SOLVERS
     cfg_end: float = 1.0
     nag: Nag | None = None
     guide: BoundGuide | None = None
@@ -106,9 +108,10 @@ def denoise(flow: Flux, plan: Plan) -> Iterator[mx.array]:
         return plan.guide.velocity(v, x, plan.times[step], step, len(plan.times) - 1)
 
     def project(x: mx.array, step: int) -> mx.array:
-        return pictures.put_back(x, noise, plan.times[step + 1])
+        left = 1 - (step + 0.5) / (len(plan.times) - 1)  # in the middle of the step: v is rounded to steps
+        return pictures.put_back(x, noise, plan.times[step + 1], left)
 
-    return sampler.euler(velocity, pictures.start(noise, plan.times[0]), plan.times, project)
+    return SOLVERS[plan.solver](velocity, pictures.start(noise, plan.times[0]), plan.times, project)
 
 
 def has_true_guidance(plan: Plan, step: int) -> bool:

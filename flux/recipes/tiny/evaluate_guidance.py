@@ -44,7 +44,7 @@ NEGATIVES = (  # name, cfg scale, whether it is of the negative prompt, NAG
 
 def colour_loss(colour: Sequence[float]) -> Guide:
     """Leads the picture's mean colour (red, green, blue), in 0..1."""
-    target = mx.array(colour)
+    target = mx.array(list(colour))
     return Guide(lambda x, t: mx.square(x.mean((0, 1, 2)) - target).sum(), on="pixels", strength=4, end=0.7)
 
 
