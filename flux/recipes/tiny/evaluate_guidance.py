@@ -1,12 +1,13 @@
 """Does guidance do what is asked on the built-in model? Losses, and negative prompts, by the evaluator.
 
-    python -m flux.recipes.tiny.evaluate_guidance colour|likeness|negative [--count 50] [--output DIR]
+    python -m flux.recipes.tiny.evaluate_guidance colour|likeness|negative [--count 50] [--output FILE]
 
-colour: held-out prompts, and a loss that asks for a mean colour. likeness: held-out prompts without their
-place, which is then the centre, and a loss that asks for the colours of a picture in blocks of 8x8 pixels,
-where the subject is elsewhere. negative: prompts of a subject alone; the background that comes out by itself
-is the negative prompt. Subjects and places are those of the nearest rendering, as in `evaluate`, on the
-picture's background: that of its outermost pixels. Intervals are Wilson's, 95 %, and normal ones of means.
+colour: held-out prompts, and a loss that asks for a mean colour a quarter of the way to orange from that
+which comes out by itself.
+likeness: prompts of a subject alone, and a loss that asks for the colours of another picture in blocks of 16x16
+pixels. negative: prompts of a subject alone; the background that comes out by itself is the negative prompt.
+A subject is that of the nearest rendering on the picture's background, whatever tint is added to the whole.
+Intervals are Wilson's, and normal ones of means, 95 %.
 """
 
 import math
@@ -28,11 +29,11 @@ from flux.evaluation.proportion import Proportion, Z
 from flux.generation import Request, generate
 from flux.models.nag import Nag
 from flux.pipeline import FluxPipeline
-from flux.recipes.emoji import PLACES, SIDE, SIZES, Composition, Renderer, captions, corners, subjects
+from flux.recipes.emoji import PLACES, SIDE, SIZES, Composition, Renderer, corners, subjects
 from flux.recipes.tiny.evaluate import Judge, held_out_prompts
 
-WARM = (0.85, 0.5, 0.25)
-BLOCK = 8
+WARM, SHARE = np.array((0.85, 0.5, 0.25)), 0.25  # the mean colour that is asked for, and how far towards it
+BLOCK = 16
 NEGATIVES = (  # name, cfg scale, whether it is of the negative prompt, NAG
     ("cfg 3, empty negative", 3.0, False, None),
     ("cfg 3", 3.0, True, None),
@@ -45,7 +46,7 @@ NEGATIVES = (  # name, cfg scale, whether it is of the negative prompt, NAG
 def colour_loss(colour: Sequence[float]) -> Guide:
     """Leads the picture's mean colour (red, green, blue), in 0..1."""
     target = mx.array(list(colour))
-    return Guide(lambda x, t: mx.square(x.mean((0, 1, 2)) - target).sum(), on="pixels", strength=4, end=0.7)
+    return Guide(lambda x, t: mx.square(x.mean((0, 1, 2)) - target).sum(), on="pixels", strength=2)
 
 
 def blocks(x: mx.array) -> mx.array:
@@ -57,29 +58,33 @@ def blocks(x: mx.array) -> mx.array:
 def likeness_loss(picture: np.ndarray) -> Guide:
     """Leads to the colours of a picture (H, W, 3), uint8, without its details."""
     target = blocks(mx.array(picture[None] / 255.0).astype(mx.float32))
-    return Guide(lambda x, t: mx.square(blocks(x) - target).mean(), on="pixels", strength=2, end=0.5)
+    return Guide(lambda x, t: mx.square(blocks(x) - target).mean(), on="pixels", strength=2, end=0.4)
 
 
-class OnAnyBackground:
-    """Finds subjects and places on backgrounds of any colour."""
+class OfAnyColour:
+    """Finds subjects and places on backgrounds of any colour, in pictures that are tinted as a whole."""
 
     def __init__(self) -> None:
         self._render = Renderer()
 
     def __call__(self, picture: np.ndarray, size: str) -> tuple[str, str]:
-        """(subject, place) of the rendering that is nearest to a picture (64, 64, 3), uint8."""
+        """(subject, place) of the rendering whose difference from a picture (64, 64, 3) varies the least."""
         frame = np.concatenate([picture[0], picture[-1], picture[:, 0], picture[:, -1]])
         ground, side = np.median(frame, axis=0), SIZES[size]
-        away = np.square(picture - ground).sum()
+        away = picture - ground  # of the background alone
         best = (math.inf, "", "")
         for place in PLACES:
             x, y = corners(Composition(("",), "red", size, place))[0]
-            part = picture[y : y + side, x : x + side].astype(np.float32)
-            rest = away - np.square(part - ground).sum()
+            box = away[y : y + side, x : x + side]
+            squares, total = (
+                np.square(away).sum() - np.square(box).sum(),
+                (away.sum((0, 1)) - box.sum((0, 1))),
+            )
             for name in subjects():
                 rgba = self._render.glyph(name, side).astype(np.float32)
-                alpha = rgba[..., 3:] / 255
-                error = np.square(part - alpha * rgba[..., :3] - (1 - alpha) * ground).sum() + rest
+                rest = box - rgba[..., 3:] / 255 * (rgba[..., :3] - ground)
+                mean = (total + rest.sum((0, 1))) / SIDE**2
+                error = squares + np.square(rest).sum() - SIDE**2 * np.square(mean).sum()
                 best = min(best, (float(error), name, place))
         return best[1], best[2]
 
@@ -96,7 +101,7 @@ def mean(values: np.ndarray) -> str:
 
 def found(pictures: np.ndarray, shown: Sequence[Composition]) -> tuple[Proportion, Proportion]:
     """How many pictures show the subject, and how many the place."""
-    judge = OnAnyBackground()
+    judge = OfAnyColour()
     seen = [judge(picture, c.size) for picture, c in zip(pictures, shown, strict=True)]
     return (
         Proportion(sum(s == c.subjects[0] for (s, _), c in zip(seen, shown, strict=True)), len(shown)),
@@ -112,43 +117,50 @@ def request(prompt: str, seed: int, **settings) -> Request:
 def colour(pipeline: FluxPipeline, count: int) -> list[np.ndarray]:
     """Prints the figures of the loss of a mean colour; the pictures without and with it."""
     shown, prompts = zip(*held_out_prompts(count), strict=True)
-    rows, distances = [], []
-    for name, guide in (("plain", None), ("led", colour_loss(WARM))):
-        pictures = draw(pipeline, [request(p, i, guide=guide) for i, p in enumerate(prompts)])
-        distances.append(np.linalg.norm(pictures.mean((1, 2)) / 255 - np.array(WARM), axis=1))
-        print(f"{name:6} distance {mean(distances[-1])}; subject {found(pictures, shown)[0]}", flush=True)
-        rows.append(pictures)
-    print(f"nearer {Proportion(int((distances[1] < distances[0]).sum()), count)}")
-    print(f"share of the way {mean(1 - distances[1] / distances[0])}")
-    return rows
+    plain = draw(pipeline, [request(p, i) for i, p in enumerate(prompts)])
+    way = SHARE * (WARM - plain.mean((1, 2)) / 255)
+    guides = [colour_loss(target.tolist()) for target in plain.mean((1, 2)) / 255 + way]
+    led = draw(
+        pipeline, [request(p, i, guide=g) for i, (p, g) in enumerate(zip(prompts, guides, strict=True))]
+    )
+    moved = ((led.mean((1, 2)) - plain.mean((1, 2))) / 255 * way).sum(1) / np.square(way).sum(1)
+    most = Proportion(int((moved > 0.5).sum()), count)
+    print(f"moved by {mean(moved)} of what is asked; by more than half {most}")
+    for name, pictures in (("plain", plain), ("led", led)):
+        print(f"{name:6} subject {found(pictures, shown)[0]}", flush=True)
+    return [plain, led]
 
 
 def likeness(pipeline: FluxPipeline, count: int) -> list[np.ndarray]:
     """Prints the figures of the loss of likeness; the pictures that are asked for, without and with it."""
-    every = held_out_prompts(4 * count)
-    shown = [c for c, _ in every if c.place != "centre"][:count]
-    centred = [Composition(c.subjects, c.colour, c.size, "centre") for c in shown]
-    render = Renderer()
-    wanted = np.stack([render(c) for c in shown])
+    judge, render = Judge(), Renderer()
+    others = [c for c, _ in held_out_prompts(2 * count)]
+    shown, like = alone(others[:count]), alone(others[count:])
+    wanted = np.stack([render(c) for c in like])
     rows = [wanted]
     for name in ("plain", "led"):
         guides = [likeness_loss(picture) if name == "led" else None for picture in wanted]
-        prompts = [captions(c)[0] for c in centred]
-        pictures = draw(
-            pipeline, [request(p, i, guide=g) for i, (p, g) in enumerate(zip(prompts, guides, strict=True))]
-        )
+        prompts = [subjects()[c.subjects[0]][1] for c in shown]
+        asked = [request(p, i, guide=g) for i, (p, g) in enumerate(zip(prompts, guides, strict=True))]
+        pictures = draw(pipeline, asked)
         of = [blocks(mx.array(x / 255.0)) for x in (pictures, wanted)]
         distance = np.array(mx.sqrt(mx.square(of[0] - of[1]).mean((1, 2, 3))))
-        subject, place = found(pictures, shown)
-        print(f"{name:6} distance {mean(distance)}; subject {subject}; its place {place}", flush=True)
+        ground = sum(judge.background(p) == c.colour for p, c in zip(pictures, like, strict=True))
+        print(f"{name:6} distance {mean(distance)}; its background {Proportion(ground, count)}")
+        print(f"{name:6} subject of the prompt {found(pictures, shown)[0]}", flush=True)
         rows.append(pictures)
     return rows
+
+
+def alone(compositions: Sequence[Composition]) -> list[Composition]:
+    """The compositions with their subject large and in the centre, as where the prompt does not say it."""
+    return [Composition(c.subjects, c.colour, "large", "centre") for c in compositions]
 
 
 def negative(pipeline: FluxPipeline, count: int) -> list[np.ndarray]:
     """Prints how often a background is avoided; the pictures of each way."""
     judge = Judge()
-    shown = [Composition(c.subjects, c.colour, "large", "centre") for c, _ in held_out_prompts(count)]
+    shown = alone([c for c, _ in held_out_prompts(count)])
     prompts = [subjects()[c.subjects[0]][1] for c in shown]
     rows: list[np.ndarray] = []
     grounds: list[str] = []
