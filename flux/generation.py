@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flux import images, sampler
-from flux.conditioning import Edit, PictureConditioning
+from flux.conditioning import Edit, Picture, PictureConditioning, variants
 from flux.conditioning.encoded import NO_PICTURES
 from flux.denoising import Conditioning, Plan
 from flux.distributed.ranks import PATIENCE, Ranks
@@ -50,6 +50,8 @@ class Request:
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
     edit: a picture that is changed; `image_size` is then what it is fitted to, see `Edit.canvas`.
+    references: pictures that Kontext changes; the first one has the size that is made where there is none.
+    control: what Canny and Depth follow, a picture of edges or of depth; it is cut to the size that is made.
     """
 
     prompt: str
@@ -62,6 +64,8 @@ class Request:
     schedule: str = "model"
     clip_prompt: str | None = None
     edit: Edit | None = None
+    references: tuple[Picture, ...] = ()
+    control: Picture | None = None
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -70,6 +74,7 @@ class Request:
         settings that make no picture.
         """
         spec = pipeline.spec
+        variants.check(spec, self.edit, self.references, self.control)
         image_size, size = self._sizes(pipeline)
         request = ResolvedRequest(
             prompt=self.prompt,
@@ -83,9 +88,12 @@ class Request:
             schedule=self.schedule,
             clip_prompt=self.clip_prompt,
             edit=self.edit,
+            references=self.references,
+            control=self.control,
         )
         request.check()
-        pipeline.check_memory(size, request.steps)
+        tokens = variants.count_tokens(request.references, pipeline.downscale)
+        pipeline.check_memory(size, request.steps, tokens)
         if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
@@ -95,6 +103,7 @@ class Request:
         """`image_size`, as it can be made, and the latent's; each (height, width)."""
         best = pipeline.spec.image_size
         if self.edit is None:
+            best = variants.default_size(self.references, self.control, best)
             h, w = pipeline.latent_size(self.image_size or best)
             return (pipeline.downscale * h, pipeline.downscale * w), (h, w)
         image_size = self.image_size or self.edit.default_size(best)
@@ -131,7 +140,7 @@ class ResolvedRequest(Request):
     @property
     def has_pictures(self) -> bool:
         """Whether a picture says something to the transformer or the sampler."""
-        return self.edit is not None
+        return self.edit is not None or bool(self.references) or self.control is not None
 
     @property
     def pictures(self) -> "ResolvedRequest":

@@ -18,9 +18,10 @@ import numpy as np
 from flux import denoising, generation, images, machine, sampler
 from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.adapters.attach import fingerprint
-from flux.conditioning import Edit, PictureConditioning, TextConditioning, encode_texts, masks
+from flux.conditioning import Edit, Picture, PictureConditioning, TextConditioning, encode_texts
 from flux.conditioning.canvas import Canvas
 from flux.conditioning.encoded import NO_PICTURES
+from flux.conditioning.encoder import PictureEncoder
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard
@@ -31,8 +32,8 @@ from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import ROUNDINGS, Flux
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
-from flux.weights import checkpoints
-from flux.weights.fit import check_fit
+from flux.weights import checkpoints, registry
+from flux.weights.fit import check_fit, fit_adapted
 from flux.weights.quantize import quantize
 from flux.weights.registry import ModelSpec
 
@@ -137,10 +138,13 @@ class FluxPipeline:
             warnings.warn(text, stacklevel=2)
         return h, w
 
-    def check_memory(self, latent_size: tuple[int, int], steps: int = 1) -> None:
-        """FluxError where the largest arrays of a step, a picture or all steps exceed the memory."""
+    def check_memory(self, latent_size: tuple[int, int], steps: int = 1, more_tokens: int = 0) -> None:
+        """FluxError where the largest arrays of a step, a picture or all steps exceed the memory.
+
+        more_tokens: those of other pictures.
+        """
         (h, w), params = latent_size, self.flow.params
-        tokens = h // 2 * (w // 2) + self.spec.t5_length
+        tokens = h // 2 * (w // 2) + self.spec.t5_length + more_tokens
         hidden = tokens * params.hidden_size * int(4 + params.mlp_ratio) * self.flow.dtype.size
         on_cpu = mx.default_device().type == mx.DeviceType.cpu  # where attention writes its scores down
         scores = 4 * params.num_heads * tokens**2 if on_cpu else 0
@@ -181,6 +185,8 @@ class FluxPipeline:
         schedule: str = "model",
         clip_prompt: str | None = None,
         edit: Edit | None = None,
+        references: Sequence[Picture] = (),
+        control: Picture | None = None,
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
@@ -190,7 +196,7 @@ class FluxPipeline:
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
-        schedule, clip_prompt, edit: see `Request`.
+        schedule, clip_prompt, edit, references, control: see `Request`.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -205,6 +211,8 @@ class FluxPipeline:
             schedule=schedule,
             clip_prompt=clip_prompt,
             edit=edit,
+            references=tuple(references),
+            control=control,
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))
@@ -336,28 +344,31 @@ class FluxPipeline:
 
     def encode_pictures(self, request: ResolvedRequest) -> PictureConditioning:
         """What a request's pictures bring to every step, not yet evaluated."""
-        if request.edit is None:
-            return NO_PICTURES
-        canvas = self.canvas(request.edit, request.image_size)
-        known = self.encode_picture(canvas.picture)
-        return PictureConditioning(known=known, mask=self._mask(canvas, known))
+        encoder = PictureEncoder(self.encode_pixels, self.downscale)
+        out = NO_PICTURES
+        if request.edit is not None:
+            canvas = self.canvas(request.edit, request.image_size)
+            out = encoder.edit(canvas, self.spec.input == registry.FILL, request.strength < 1)
+        if request.control is not None:
+            height, width = (self.downscale * side for side in request.latent_size)
+            out = out._replace(channels=encoder.control(request.control, (height, width)))
+        if request.references:
+            tokens, positions = encoder.references(request.references)
+            out = out._replace(tokens=tokens, positions=positions)
+        return out
 
     def canvas(self, edit: Edit, image_size: tuple[int, int]) -> Canvas:
         """What the model works on for a picture that is changed; image_size: see `Edit.canvas`."""
         return edit.canvas(image_size, 2 * self.downscale)  # a token is a patch of 2x2
 
-    def _mask(self, canvas: Canvas, known: mx.array) -> mx.array | None:
-        """The canvas's mask for its latent `known` (1, L, C): the same shape, in 0..1."""
-        if canvas.mask is None:
-            return None
-        h, w = (side // self.downscale for side in canvas.mask.shape)
-        cells = mx.array(masks.reduce(canvas.mask, (h, w))).astype(mx.float32) / masks.WHITE
-        return sampler.pack(mx.broadcast_to(cells[None, ..., None], (1, h, w, known.shape[2] // 4)))
-
     def encode_picture(self, picture: np.ndarray) -> mx.array:
         """The packed latent (1, L, channels), float32, of a picture (H, W, 3), uint8: the mean, no sample."""
+        return self.encode_pixels(images.normalize(picture[None]))
+
+    def encode_pixels(self, pixels: mx.array) -> mx.array:
+        """The packed latent (1, L, channels), float32, of a picture (1, H, W, 3) in -1..1."""
         self._read(self.ae)
-        x = images.normalize(picture[None]).astype(self.ae.encoder.conv_in.weight.dtype)
+        x = pixels.astype(self.ae.encoder.conv_in.weight.dtype)
         return sampler.pack(self.ae.encode(x, memory=machine.autoencoder_memory())).astype(mx.float32)
 
     def decode(self, x: mx.array, latent_size: tuple[int, int] = (64, 64)) -> mx.array:
@@ -401,4 +412,6 @@ def load(
         shard(t5, ranks)
     for part in fused:
         evaluate(networks[part])
-    return Parts(checkpoint.spec, flow, ae, clip, t5, *tokenizers)
+    label, names = checkpoint.parts["transformer"].label, [each.file for each in adapters]
+    spec = fit_adapted(checkpoint.spec, flow.params, label, names)
+    return Parts(spec, flow, ae, clip, t5, *tokenizers)

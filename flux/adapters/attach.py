@@ -112,10 +112,10 @@ def _check_control(file: str, adapter: Adapter, flow: nn.Module, widen: bool) ->
     if not is_control(adapter, flow) or columns == taken:
         return
     if not widen:
-        raise FluxError(f"{file}: a control adapter: it needs a control picture, which is not given to it here")
+        raise FluxError(f"{file}: a control adapter: it needs a control picture, which it has not here")
     if taken > flow.params.out_channels:
         raise FluxError(
-            f"{file}: a control adapter that takes {columns} channels; the model takes {taken}: it goes with dev"
+            f"{file}: a control adapter, for {columns} channels; the model takes {taken}: it goes with dev"
         )
 
 

@@ -1,6 +1,6 @@
 """Whether the parts of a model fit each other, and whether the pipeline can give them what they want."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
-from flux.models.transformer import Flux
+from flux.models.transformer import Flux, FluxParams
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import registry
 from flux.weights.layouts import Part
@@ -74,11 +74,12 @@ def input_kind(in_channels: int, out_channels: int, label: str) -> str:
     raise FluxError(f"{label}: {wanted}, which this program does not give it")
 
 
-def fit_row(spec: ModelSpec, kind: str, label: str) -> ModelSpec:
+def fit_row(spec: ModelSpec, kind: str, label: str, name: str | None = None) -> ModelSpec:
     """The row for a transformer of a kind, of `registry.INPUTS` as its channels say.
 
-    A row for text gives way to that of the transformer, whose label says which; with the row's time shift.
-    FluxError where a model with another input was asked for.
+    A row for text gives way to that of the kind, of which the words of a name tell the model, by default the
+    label's; it keeps its time shift. FluxError, with the label, where a model with another input was asked
+    for.
     """
     if kind == spec.input or (kind == registry.TEXT and spec.input == registry.REFERENCE):
         return spec
@@ -86,4 +87,16 @@ def fit_row(spec: ModelSpec, kind: str, label: str) -> ModelSpec:
         raise FluxError(
             f"{label}: {KINDS[kind]}, by its channels; {spec.name} needs a transformer of {KINDS[spec.input]}"
         )
-    return replace(registry.of_kind(kind, Path(label).stem), shift=spec.shift)
+    return replace(registry.of_kind(kind, name or Path(label).stem), shift=spec.shift)
+
+
+def fit_adapted(spec: ModelSpec, params: FluxParams, label: str, adapters: Sequence[str]) -> ModelSpec:
+    """The row for a transformer with the adapters in these files; label: the transformer's.
+
+    A control adapter brings the input of the model that it makes of a dev, and its guidance.
+    """
+    kind = input_kind(params.in_channels, params.out_channels, label)
+    if not adapters:
+        return fit_row(spec, kind, label)
+    row = fit_row(spec, kind, label, " ".join(Path(file).stem for file in adapters))
+    return replace(spec, input=row.input, guidance=row.guidance)
