@@ -188,9 +188,7 @@ def check_no_edit(args: argparse.Namespace) -> None:
     parser = build_parser()
     for name in ("strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"):
         if getattr(args, name) != parser.get_default(name):
-            raise FluxError(
-                f"--{name.replace('_', '-')} is of a picture that is changed; name it with --image"
-            )
+            raise FluxError(f"--{name.replace('_', '-')} needs the picture that is changed: --image")
 
 
 # --- Pictures ---
