@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flux import images, sampler
-from flux.conditioning import Edit, PictureConditioning
+from flux.conditioning import ControlInput, Edit, PictureConditioning
 from flux.conditioning.encoded import NO_PICTURES
 from flux.denoising import Conditioning, Plan
 from flux.distributed.ranks import PATIENCE, Ranks
@@ -50,6 +50,7 @@ class Request:
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
     edit: a picture that is changed, of whose size the pictures are where `image_size` is None.
+    controlnets: one for each of the pipeline's, in their order.
     """
 
     prompt: str
@@ -62,6 +63,7 @@ class Request:
     schedule: str = "model"
     clip_prompt: str | None = None
     edit: Edit | None = None
+    controlnets: tuple[ControlInput, ...] = ()
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -85,10 +87,13 @@ class Request:
             schedule=self.schedule,
             clip_prompt=self.clip_prompt,
             edit=self.edit,
+            controlnets=self.controlnets,
         )
         request.check()
+        pipeline.controlnets.check(request.controlnets)
         pipeline.check_memory(size, request.steps)
-        if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
+        networks = (pipeline.flow, *pipeline.controlnets.networks)
+        if request.guidance != spec.guidance and not any(n.params.guidance_embed for n in networks):
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
         return request
@@ -117,7 +122,7 @@ class ResolvedRequest(Request):
     @property
     def has_pictures(self) -> bool:
         """Whether a picture says something to the transformer or the sampler."""
-        return self.edit is not None
+        return self.edit is not None or bool(self.controlnets)
 
     @property
     def pictures(self) -> "ResolvedRequest":
@@ -229,11 +234,13 @@ def denoiser(
             schedule=request.schedule,
             pictures=encoded.pictures.get(request.pictures, NO_PICTURES),
             strength=request.strength,
+            controlnets=request.controlnets,
         )
 
     if ahead:
         mx.eval([plan(request) for request in plans])
-        pipeline.flow.drop_modulation()
+        for network in (pipeline.flow, *pipeline.controlnets.networks):
+            network.drop_modulation()
 
     def denoise(request: ResolvedRequest) -> mx.array:
         noise = pipeline.noise(request.seeds, request.latent_size)
@@ -327,7 +334,7 @@ class _Run:
         with self.stages("denoise"), self._denoiser(singles, encoded) as denoise:
             latents = iter(list(ranks.map(denoise, singles)))
         if not self.keep_models:
-            del self.pipeline.flow
+            del self.pipeline.flow, self.pipeline.controlnets
             mx.clear_cache()
         if ranks.model_parallel and not ranks.is_rank_zero:
             return

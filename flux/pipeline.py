@@ -18,7 +18,14 @@ import numpy as np
 from flux import denoising, generation, images, machine, sampler
 from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.adapters.attach import fingerprint
-from flux.conditioning import Edit, PictureConditioning, TextConditioning, encode_texts
+from flux.conditioning import (
+    ControlInput,
+    ControlNets,
+    Edit,
+    PictureConditioning,
+    TextConditioning,
+    encode_texts,
+)
 from flux.conditioning.encoded import NO_PICTURES
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
@@ -67,6 +74,7 @@ class FluxPipeline:
         shift: str | float | None = None,
         noise: str = "mlx",
         rounding: str = "bfloat16",
+        controlnets: Sequence[str] = (),
         **files: str | None,
     ):
         """Find a model and load it lazily.
@@ -86,6 +94,8 @@ class FluxPipeline:
         noise: whose random numbers a seed stands for: "mlx", "torch" (ComfyUI's and diffusers' in float32) or
         "diffusers" (PyTorch's, rounded to `dtype`), made as by PyTorch's CPU generator.
         rounding: of time and guidance in 16-bit types, one of `ROUNDINGS`.
+        controlnets: files, folders or repositories of ControlNets, of which each takes a `ControlInput` of
+        every request; quantized as the transformer is, and whole on each of `ranks`.
         files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
         Raises FluxError for a model that cannot be found or loaded, and for an adapter that cannot or does
         not fit it; warns of what else of an adapter is left out.
@@ -97,9 +107,12 @@ class FluxPipeline:
         self.checkpoint = checkpoints.find(name, **files)
         parts = load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks)
         self._set(parts, t5_padding, noise)
+        self.controlnets = ControlNets.load(controlnets, dtype, bits)
+        self.controlnets.check_fit(self.flow, self.ae)
         self.rounding = rounding
-        types = (self.flow.dtype if dtype is None else dtype for dtype in ROUNDINGS[rounding])
-        self.flow.time_dtype, self.flow.guidance_dtype = types
+        types = [self.flow.dtype if dtype is None else dtype for dtype in ROUNDINGS[rounding]]
+        for network in (self.flow, *self.controlnets.networks):
+            network.time_dtype, network.guidance_dtype = types
         self._split = ranks is not None
         if shift is not None:
             self.spec: ModelSpec = replace(self.spec, shift=sampler.read_shift(shift))
@@ -120,6 +133,7 @@ class FluxPipeline:
         self.noise_kind = noise
         self.rounding = "bfloat16"
         self._split = False
+        self.controlnets = ControlNets()
         # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
         self.downscale = 2 ** (len(self.ae.params.ch_mult) - 1)
 
@@ -152,11 +166,11 @@ class FluxPipeline:
     def fingerprints(self) -> dict[str, str]:
         """A digest of each file of weights, by what it is: the same on ranks that have the same files."""
         adapters = {f"adapter {file}": fingerprint(file) for file in self._adapters}
-        return self.checkpoint.fingerprints() | adapters
+        return self.checkpoint.fingerprints() | adapters | self.controlnets.fingerprints()
 
     def ensure_models_are_loaded(self) -> None:
         """Read all weights now rather than when they are first needed."""
-        for part in (self.flow, self.ae, self.clip, self.t5):
+        for part in (self.flow, self.ae, self.clip, self.t5, *self.controlnets.networks):
             self._read(part)
             mx.eval(part.parameters())
 
@@ -180,6 +194,7 @@ class FluxPipeline:
         schedule: str = "model",
         clip_prompt: str | None = None,
         edit: Edit | None = None,
+        controlnets: Sequence[ControlInput] = (),
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
@@ -189,7 +204,7 @@ class FluxPipeline:
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
-        schedule, clip_prompt, edit: see `Request`.
+        schedule, clip_prompt, edit, controlnets: see `Request`.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -204,6 +219,7 @@ class FluxPipeline:
             schedule=schedule,
             clip_prompt=clip_prompt,
             edit=edit,
+            controlnets=tuple(controlnets),
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))
@@ -305,24 +321,31 @@ class FluxPipeline:
         schedule: str = "model",
         pictures: PictureConditioning = NO_PICTURES,
         strength: float = 1.0,
+        controlnets: Sequence[ControlInput] = (),
     ) -> Plan:
         """Compute, lazily, what is the same in all steps and for all seeds; noise (B, L, channels) is packed.
 
-        strength: of a picture that is changed, see `Edit`. Without noise `denoise` takes a plan with
-        another's: `plan._replace(x=noise)`. After the plan's evaluation `flow.drop_modulation()` gives
-        memory back, and `denoise` still works.
+        strength: of a picture that is changed, see `Edit`. controlnets: see `Request`. Without noise
+        `denoise` takes a plan with another's: `plan._replace(x=noise)`. After the plan's evaluation
+        `flow.drop_modulation()` gives memory back, and `denoise` still works.
         """
         self._read(self.flow)
         height, width = latent_size
         times = sampler.timesteps(num_steps, height // 2 * (width // 2), self.spec.shift, schedule)
         times = sampler.from_strength(times, strength)
 
+        seen = self._seen(times[:-1])
+
         def branch(text: TextConditioning) -> Branch:
-            seen = self._seen(times[:-1])
             return prepare_branch(self.flow, text, pictures, latent_size, seen, guidance)
 
-        negative = conditioning.negative and branch(conditioning.negative)
-        return Plan(noise, times, branch(conditioning.positive), negative, cfg_scale, pictures)
+        positive, negative = conditioning
+        controls = self.controlnets.prepare(
+            controlnets, pictures.controls, positive, latent_size, seen, guidance
+        )
+        return Plan(
+            noise, times, branch(positive), negative and branch(negative), cfg_scale, pictures, controls
+        )
 
     def _seen(self, times: list[float]) -> mx.array:
         """Times as the transformer is told them. diffusers' pipeline rounds their thousandfold first."""
@@ -331,13 +354,16 @@ class FluxPipeline:
 
     def denoise(self, plan: Plan) -> Iterator[mx.array]:
         """Yield the packed latent (B, L, channels), float32, after each step."""
-        return denoising.denoise(self.flow, plan)
+        return denoising.denoise(self.flow, plan, self.controlnets)
 
     def encode_pictures(self, request: ResolvedRequest) -> PictureConditioning:
         """What a request's pictures bring to every step, not yet evaluated."""
+        height, width = (self.downscale * side for side in request.latent_size)
+        controls = self.controlnets.encode(request.controlnets, (height, width), self.encode_picture)
         if request.edit is None:
-            return NO_PICTURES
-        return PictureConditioning(known=self.encode_picture(request.edit.canvas(request.image_size)))
+            return PictureConditioning(controls=controls)
+        known = self.encode_picture(request.edit.canvas(request.image_size))
+        return PictureConditioning(known=known, controls=controls)
 
     def encode_picture(self, picture: np.ndarray) -> mx.array:
         """The packed latent (1, L, channels), float32, of a picture (H, W, 3), uint8: the mean, no sample."""

@@ -78,6 +78,16 @@ class ControlNet(Backbone):
         pe = self.positions(txt_ids, img_ids)
         return self.residuals(img, self.embed_control(control), self.embed_text(txt, mode), pe, vectors)
 
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether it takes the control picture's pixels, by `hint`, and not its latent."""
+        return self.params.hint_channels > 0
+
+    @property
+    def repeats(self) -> bool:
+        """Whether its double blocks' residuals are repeated, see `spread`: XLabs', which take pixels."""
+        return self.takes_pixels
+
     # Once a picture.
 
     def embed_text(self, txt: mx.array, mode: int | None = None) -> mx.array:
