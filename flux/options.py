@@ -2,6 +2,7 @@
 
 from flux import sampler
 from flux.arguments import Parser, adapter, count, finite, shift, size
+from flux.conditioning.controlnets import MODES
 from flux.metadata import PARTS
 from flux.models.transformer import ROUNDINGS
 from flux.version import __version__
@@ -21,6 +22,7 @@ def build_parser() -> Parser:
 
     _add_prompts(parser)
     _add_edit(parser)
+    _add_controlnets(parser)
     _add_model(parser)
     _add_sampling(parser)
     _add_output(parser)
@@ -57,6 +59,39 @@ def _add_edit(parser: Parser) -> None:
         type=finite,
         metavar="X",
         help="how much changes: from 0, the picture itself, to 1 (default), as from noise alone",
+    )
+
+
+def _add_controlnets(parser: Parser) -> None:
+    add = parser.add_argument_group(
+        "ControlNets",
+        "Repeated for several, in the same order; a mode, strength, start or end given once is for all.",
+    ).add_argument
+    add(
+        "--controlnet",
+        action="append",
+        metavar="FILE",
+        help="a file or folder, or owner/name[:FILE]: InstantX's, Shakker-Labs', jasperai's, XLabs'",
+    )
+    add(
+        "--control",
+        action="append",
+        metavar="PICTURE",
+        help="what it is told: a picture of edges, depth, a pose ...; cut to the size of what is made",
+    )
+    add(
+        "--control-mode",
+        action="append",
+        metavar="MODE",
+        help=f"what a union is told: {', '.join(MODES)} or a number; none for another ControlNet beside it",
+    )
+    add("--control-strength", action="append", type=finite, metavar="X", help="default 1")
+    add("--control-start", action="append", type=finite, metavar="X", help="share of the steps, default 0")
+    add("--control-end", action="append", type=finite, metavar="X", help="share of the steps, default 1")
+    add(
+        "--control-edges",
+        action="store_true",
+        help="the control pictures are photos: take their edges, by OpenCV (requirements-control.txt)",
     )
 
 

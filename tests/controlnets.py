@@ -1,11 +1,17 @@
-"""ControlNets of random weights for tests: diffusers' own class, of every kind, and its files."""
+"""ControlNets of random weights for tests: of diffusers' own class, and ours."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlx.utils import tree_flatten
 
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
+from flux.models.controlnet import ControlNet, ControlNetParams
+from flux.weights import keymaps, tensors
+
+from . import tiny
+from .tiny_pipeline import FLUX
 
 # Full-size configs. InstantX's and XLabs' are the config.json of InstantX/FLUX.1-dev-Controlnet-Union and
 # XLabs-AI/flux-controlnet-*-diffusers; Union-Pro-2.0's model card says 6 double blocks, no single one and no
@@ -39,8 +45,38 @@ KINDS = {
 }
 
 
+# Ours, for the model of tests/tiny_pipeline.py.
+PARAMS = ControlNetParams(**vars(FLUX) | {"depth": 2, "depth_single_blocks": 1, "control_channels": 64})
+OURS = {
+    "single": PARAMS,
+    "union": replace(PARAMS, modes=5),
+    "xlabs": replace(PARAMS, depth_single_blocks=0, hint_channels=16),
+}
+
+
+def make(kind: str, seed: int = 0, **changes: Any) -> ControlNet:
+    """Our network of a kind, with random weights."""
+    network = ControlNet(replace(OURS[kind], **changes))
+    tiny.randomize(network, seed)
+    return network
+
+
+def write_ours(path: Path, network: ControlNet, diffusers: bool = True) -> Path:
+    """A network's file, with diffusers' names or with BFL's."""
+    weights = dict(tree_flatten(network.parameters()))
+    tensors.save(path, keymaps.to_file("controlnet", weights, diffusers))
+    return path
+
+
+def reference(kind: str, seed: int = 0, **changes: Any):
+    """diffusers' network of a kind, with random weights."""
+    diffusers = pytest.importorskip("diffusers")
+    return randomize(diffusers.FluxControlNetModel(**KINDS[kind] | changes), seed)
+
+
 def randomize(module, seed: int):
     """Random weights that keep activations near 1, also of the layers that begin with zeros."""
+    torch = pytest.importorskip("torch")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -49,11 +85,6 @@ def randomize(module, seed: int):
             else:
                 p.normal_(0.0, p[0].numel() ** -0.5, generator=generator)
     return module.eval()
-
-
-def reference(kind: str, seed: int = 0, **changes):
-    """diffusers' network of a kind, with random weights."""
-    return randomize(diffusers.FluxControlNetModel(**KINDS[kind] | changes), seed)
 
 
 def write(folder: Path, kind: str, seed: int = 0, **changes):

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from flux import images, sampler
+from flux.conditioning import edges
 from flux.conditioning.pictures import Picture
 from flux.conditioning.texts import TextConditioning
 from flux.errors import FluxError
@@ -29,7 +30,8 @@ class ControlInput:
     """What a ControlNet is told: a control picture, and when and how strongly it acts.
 
     mode: for a union, one of `MODES` or its number. strength: a factor of what it adds. start, end: shares of
-    the steps that are made, from 0 to 1; it acts in the steps that lie wholly between.
+    the steps that are made, from 0 to 1; it acts in the steps that lie wholly between. edges: the control
+    picture is a photo, of which the ControlNet is told the edges.
     """
 
     picture: Picture
@@ -37,6 +39,7 @@ class ControlInput:
     strength: float = 1.0
     start: float = 0.0
     end: float = 1.0
+    edges: bool = False
 
     def check(self) -> None:
         """FluxError, naming the value, where no picture can be made."""
@@ -47,6 +50,8 @@ class ControlInput:
                 "a ControlNet's start and end must be shares of the steps, 0 <= start <= end <= 1, "
                 f"not {self.start} and {self.end}"
             )
+        if self.edges:
+            edges.opencv()
 
     def mode_number(self, modes: int) -> int | None:
         """The mode's number for a ControlNet with so many modes; FluxError where it does not go with them."""
@@ -62,6 +67,11 @@ class ControlInput:
         if number >= modes:
             raise FluxError(f"this ControlNet has no mode {shown(self.mode)}, but {known}")
         return number
+
+    def pixels(self, size: tuple[int, int]) -> np.ndarray:
+        """The control picture fitted to a size (height, width): (H, W, 3), uint8."""
+        fitted = images.fit(self.picture.pixels, size)
+        return edges.canny(fitted) if self.edges else fitted
 
     def acts(self, step: int, steps: int) -> bool:
         """Whether it acts in a step (from 0) of so many, as in diffusers' pipelines."""
@@ -136,8 +146,7 @@ class ControlNets:
             return sampler.pack(network.hint(images.normalize(pixels[None]))).astype(mx.float32)
 
         return tuple(
-            encode(network, images.fit(given.picture.pixels, size))
-            for network, given in zip(self.networks, inputs, strict=True)
+            encode(network, given.pixels(size)) for network, given in zip(self.networks, inputs, strict=True)
         )
 
     def prepare(

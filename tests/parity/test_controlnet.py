@@ -16,6 +16,7 @@ from .. import controlnets
 from .test_transformer import DEV, make_inputs, make_ours, make_reference, relative_error
 
 torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
 
 TOLERANCE = 1e-5
 SIZE = (4, 6)  # of the picture, in tokens
@@ -148,7 +149,7 @@ def test_residuals_in_the_transformer(counts, repeat):
 def test_names_and_shapes_of_full_size(kind):
     """diffusers' network on its meta device: the map covers every tensor, both ways."""
     with torch.device("meta"):
-        reference = controlnets.diffusers.FluxControlNetModel(**controlnets.FULL[kind])
+        reference = diffusers.FluxControlNetModel(**controlnets.FULL[kind])
     state = {name: mx.zeros(p.shape, mx.bfloat16) for name, p in reference.named_parameters()}
     weights = keymaps.to_ours("controlnet", state)
     network = ControlNet(shapes.params("controlnet", weights, reference.config))
