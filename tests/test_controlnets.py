@@ -19,10 +19,11 @@ from flux.generation import Request, generate
 from flux.models.controlnet import spread
 from flux.weights import checkpoints, repositories
 
-from . import controlnets, tiny
+from . import controlnets, gguf_files, tiny
 from .tiny_pipeline import make_pipeline, write_checkpoint
 
 SIZE = (48, 64)
+LAYERS = ("in_layer", "out_layer")
 PICTURE = Picture.from_array(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
 
 
@@ -83,6 +84,36 @@ def test_fp8_is_widened(tmp_path):
     weight = tiny.parameters(checkpoints.load_part(part, mx.float32))["pos_embed_input.weight"]
     expected = narrow["controlnet_x_embedder.weight"].float().numpy()
     assert np.array_equal(np.array(weight), expected)
+
+
+def test_gguf_stays_in_few_bits(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    network = controlnets.make("union")
+    weights = mx.load(str(controlnets.write_ours(tmp_path / "wide.safetensors", network, diffusers=False)))
+    packed = {}
+    for name, w in weights.items():
+        dtype = "Q8_0" if "_blocks." in name and w.ndim == 2 else "F32"
+        raw = gguf.quantize(np.array(w), gguf.GGMLQuantizationType[dtype])
+        packed[name] = (dtype, tuple(w.shape), raw.tobytes())
+    part = checkpoints.find_controlnet(str(gguf_files.write(tmp_path / "c.gguf", packed)))
+    read = checkpoints.load_part(part, mx.float32)
+    layers = [m for _, m in read.named_modules() if isinstance(m, nn.QuantizedLinear)]
+    assert len(layers) == sum(dtype == "Q8_0" for dtype, *_ in packed.values())
+    ours, theirs = (tiny.parameters(net)["controlnet_mode_embedder.weight"] for net in (read, network))
+    assert mx.array_equal(ours, theirs)
+
+
+def test_xlabs_names(tmp_path):
+    """Those of BFL's layout, as XLabs' x-flux and ComfyUI write them."""
+    names = mx.load(str(controlnets.write_ours(tmp_path / "x.safetensors", controlnets.make("xlabs"), False)))
+    modules = {name.rpartition(".")[0] for name in names}
+    assert {name for name in modules if not name.startswith("double_blocks.")} == {
+        *(f"input_hint_block.{i}" for i in range(0, 16, 2)),
+        *(f"{name}.{layer}" for name in ("time_in", "vector_in", "guidance_in") for layer in LAYERS),
+        *("pos_embed_input", "img_in", "txt_in", "controlnet_blocks.0", "controlnet_blocks.1"),
+    }
+    assert names["input_hint_block.0.weight"].shape == (16, 3, 3, 3)
+    assert names["input_hint_block.4.weight"].shape == (16, 16, 3, 3)
 
 
 def test_what_is_no_controlnet_is_named(tmp_path):
@@ -250,6 +281,13 @@ def test_true_guidance_and_a_picture_that_is_changed(tokenizers):
     assert not np.array_equal(draw(pipeline, given, **options), draw(make_pipeline(tokenizers), **options))
     options = {"edit": Edit(PICTURE, strength=0.5)}
     assert not np.array_equal(draw(pipeline, given, **options), draw(make_pipeline(tokenizers), **options))
+
+
+def test_a_picture_that_is_not_to_be_changed_needs_no_step(tokenizers):
+    options = {"edit": Edit(PICTURE, strength=0.0)}
+    pipeline = pipeline_with(tokenizers, controlnets.make("single"))
+    given = ControlInput(PICTURE)
+    assert np.array_equal(draw(pipeline, given, **options), draw(make_pipeline(tokenizers), **options))
 
 
 def test_files_quantized_with_the_model(tmp_path):
