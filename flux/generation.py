@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flux import images, sampler
-from flux.conditioning import Edit, Picture, PictureConditioning, variants
+from flux.conditioning import ControlInput, Edit, Picture, PictureConditioning, variants
 from flux.conditioning.encoded import NO_PICTURES
 from flux.denoising import Conditioning, Plan
 from flux.distributed.ranks import PATIENCE, Ranks
@@ -52,6 +52,8 @@ class Request:
     edit: a picture that is changed; `image_size` is then what it is fitted to, see `Edit.canvas`.
     references: pictures that Kontext changes; the first one has the size that is made where there is none.
     control: what Canny and Depth follow, a picture of edges or of depth; it is cut to the size that is made.
+    control_edges: it is a photo, whose edges are meant.
+    controlnets: one for each of the pipeline's, in their order.
     """
 
     prompt: str
@@ -66,6 +68,8 @@ class Request:
     edit: Edit | None = None
     references: tuple[Picture, ...] = ()
     control: Picture | None = None
+    control_edges: bool = False
+    controlnets: tuple[ControlInput, ...] = ()
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -74,7 +78,7 @@ class Request:
         settings that make no picture.
         """
         spec = pipeline.spec
-        variants.check(spec, self.edit, self.references, self.control)
+        variants.check(spec, self.edit, self.references, self.control, self.control_edges)
         image_size, size = self._sizes(pipeline)
         request = ResolvedRequest(
             prompt=self.prompt,
@@ -90,11 +94,15 @@ class Request:
             edit=self.edit,
             references=self.references,
             control=self.control,
+            control_edges=self.control_edges,
+            controlnets=self.controlnets,
         )
         request.check()
+        pipeline.controlnets.check(request.controlnets)
         tokens = variants.count_tokens(request.references, pipeline.downscale)
         pipeline.check_memory(size, request.steps, tokens)
-        if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
+        networks = (pipeline.flow, *pipeline.controlnets.networks)
+        if request.guidance != spec.guidance and not any(n.params.guidance_embed for n in networks):
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
         return request
@@ -140,7 +148,7 @@ class ResolvedRequest(Request):
     @property
     def has_pictures(self) -> bool:
         """Whether a picture says something to the transformer or the sampler."""
-        return self.edit is not None or bool(self.references) or self.control is not None
+        return any((self.edit, self.references, self.control, self.controlnets))
 
     @property
     def pictures(self) -> "ResolvedRequest":
@@ -250,11 +258,13 @@ def denoiser(
             schedule=request.schedule,
             pictures=encoded.pictures.get(request.pictures, NO_PICTURES),
             strength=request.strength,
+            controlnets=request.controlnets,
         )
 
     if ahead:
         mx.eval([plan(request) for request in plans])
-        pipeline.flow.drop_modulation()
+        for network in (pipeline.flow, *pipeline.controlnets.networks):
+            network.drop_modulation()
 
     def denoise(request: ResolvedRequest) -> mx.array:
         noise = pipeline.noise(request.seeds, request.latent_size)
@@ -352,7 +362,7 @@ class _Run:
         with self.stages("denoise"), self._denoiser(singles, encoded) as denoise:
             latents = iter(list(ranks.map(denoise, singles)))
         if not self.keep_models:
-            del self.pipeline.flow
+            del self.pipeline.flow, self.pipeline.controlnets
             mx.clear_cache()
         if ranks.model_parallel and not ranks.is_rank_zero:
             return

@@ -9,45 +9,34 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from flux import denoising, generation, images, machine, sampler
-from flux.adapters import Weighted, attach, evaluate, read_weighted
+from flux.adapters import evaluate, read_weighted
 from flux.adapters.attach import fingerprint
-from flux.conditioning import Edit, Picture, PictureConditioning, TextConditioning, encode_texts
+from flux.conditioning import (
+    ControlInput,
+    ControlNets,
+    Edit,
+    Picture,
+    PictureConditioning,
+    TextConditioning,
+    encode_texts,
+)
 from flux.conditioning.canvas import Canvas
 from flux.conditioning.encoded import NO_PICTURES
 from flux.conditioning.encoder import PictureEncoder
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
-from flux.distributed.sharding import shard
 from flux.errors import FluxError
 from flux.generation import OnStep, Request, ResolvedRequest
-from flux.models.autoencoder import AutoEncoder
-from flux.models.clip import CLIPTextModel
-from flux.models.t5 import T5Encoder
-from flux.models.transformer import ROUNDINGS, Flux
-from flux.tokenizers import CLIPTokenizer, T5Tokenizer
+from flux.loading import Parts, load
+from flux.models.transformer import ROUNDINGS
 from flux.weights import checkpoints, registry
-from flux.weights.fit import check_fit, fit_adapted
-from flux.weights.quantize import quantize
 from flux.weights.registry import ModelSpec
-
-
-class Parts(NamedTuple):
-    """The networks and tokenizers of a model, and its row in the registry."""
-
-    spec: ModelSpec
-    flow: Flux
-    ae: AutoEncoder
-    clip: CLIPTextModel
-    t5: T5Encoder
-    clip_tokenizer: CLIPTokenizer
-    t5_tokenizer: T5Tokenizer
 
 
 class FluxPipeline:
@@ -69,6 +58,7 @@ class FluxPipeline:
         shift: str | float | None = None,
         noise: str = "mlx",
         rounding: str = "bfloat16",
+        controlnets: Sequence[str] = (),
         **files: str | None,
     ):
         """Find a model and load it lazily.
@@ -88,6 +78,8 @@ class FluxPipeline:
         noise: whose random numbers a seed stands for: "mlx", "torch" (ComfyUI's and diffusers' in float32) or
         "diffusers" (PyTorch's, rounded to `dtype`), made as by PyTorch's CPU generator.
         rounding: of time and guidance in 16-bit types, one of `ROUNDINGS`.
+        controlnets: files, folders or repositories of ControlNets, of which each takes a `ControlInput` of
+        every request; quantized as the transformer is, and whole on each of `ranks`.
         files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
         Raises FluxError for a model that cannot be found or loaded, and for an adapter that cannot or does
         not fit it; warns of what else of an adapter is left out.
@@ -99,9 +91,12 @@ class FluxPipeline:
         self.checkpoint = checkpoints.find(name, **files)
         parts = load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks)
         self._set(parts, t5_padding, noise)
+        self.controlnets = ControlNets.load(controlnets, dtype, bits)
+        self.controlnets.check_fit(self.flow, self.ae)
         self.rounding = rounding
-        types = (self.flow.dtype if dtype is None else dtype for dtype in ROUNDINGS[rounding])
-        self.flow.time_dtype, self.flow.guidance_dtype = types
+        types = [self.flow.dtype if dtype is None else dtype for dtype in ROUNDINGS[rounding]]
+        for network in (self.flow, *self.controlnets.networks):
+            network.time_dtype, network.guidance_dtype = types
         self._split = ranks is not None
         if shift is not None:
             self.spec: ModelSpec = replace(self.spec, shift=sampler.read_shift(shift))
@@ -122,6 +117,7 @@ class FluxPipeline:
         self.noise_kind = noise
         self.rounding = "bfloat16"
         self._split = False
+        self.controlnets = ControlNets()
         # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
         self.downscale = 2 ** (len(self.ae.params.ch_mult) - 1)
 
@@ -157,11 +153,11 @@ class FluxPipeline:
     def fingerprints(self) -> dict[str, str]:
         """A digest of each file of weights, by what it is: the same on ranks that have the same files."""
         adapters = {f"adapter {file}": fingerprint(file) for file in self._adapters}
-        return self.checkpoint.fingerprints() | adapters
+        return self.checkpoint.fingerprints() | adapters | self.controlnets.fingerprints()
 
     def ensure_models_are_loaded(self) -> None:
         """Read all weights now rather than when they are first needed."""
-        for part in (self.flow, self.ae, self.clip, self.t5):
+        for part in (self.flow, self.ae, self.clip, self.t5, *self.controlnets.networks):
             self._read(part)
             mx.eval(part.parameters())
 
@@ -187,6 +183,8 @@ class FluxPipeline:
         edit: Edit | None = None,
         references: Sequence[Picture] = (),
         control: Picture | None = None,
+        control_edges: bool = False,
+        controlnets: Sequence[ControlInput] = (),
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
@@ -196,7 +194,7 @@ class FluxPipeline:
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
-        schedule, clip_prompt, edit, references, control: see `Request`.
+        schedule, clip_prompt, edit, references, control, control_edges, controlnets: see `Request`.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -213,6 +211,8 @@ class FluxPipeline:
             edit=edit,
             references=tuple(references),
             control=control,
+            control_edges=control_edges,
+            controlnets=tuple(controlnets),
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))
@@ -314,24 +314,31 @@ class FluxPipeline:
         schedule: str = "model",
         pictures: PictureConditioning = NO_PICTURES,
         strength: float = 1.0,
+        controlnets: Sequence[ControlInput] = (),
     ) -> Plan:
         """Compute, lazily, what is the same in all steps and for all seeds; noise (B, L, channels) is packed.
 
-        strength: of a picture that is changed, see `Edit`. Without noise `denoise` takes a plan with
-        another's: `plan._replace(x=noise)`. After the plan's evaluation `flow.drop_modulation()` gives
-        memory back, and `denoise` still works.
+        strength: of a picture that is changed, see `Edit`. controlnets: see `Request`. Without noise
+        `denoise` takes a plan with another's: `plan._replace(x=noise)`. After the plan's evaluation
+        `flow.drop_modulation()` gives memory back, and `denoise` still works.
         """
         self._read(self.flow)
         height, width = latent_size
         times = sampler.timesteps(num_steps, height // 2 * (width // 2), self.spec.shift, schedule)
         times = sampler.from_strength(times, strength)
 
+        seen = self._seen(times[:-1])
+
         def branch(text: TextConditioning) -> Branch:
-            seen = self._seen(times[:-1])
             return prepare_branch(self.flow, text, pictures, latent_size, seen, guidance)
 
-        negative = conditioning.negative and branch(conditioning.negative)
-        return Plan(noise, times, branch(conditioning.positive), negative, cfg_scale, pictures)
+        positive, negative = conditioning
+        controls = self.controlnets.prepare(
+            controlnets, pictures.controls, positive, latent_size, seen, guidance
+        )
+        return Plan(
+            noise, times, branch(positive), negative and branch(negative), cfg_scale, pictures, controls
+        )
 
     def _seen(self, times: list[float]) -> mx.array:
         """Times as the transformer is told them. diffusers' pipeline rounds their thousandfold first."""
@@ -340,22 +347,25 @@ class FluxPipeline:
 
     def denoise(self, plan: Plan) -> Iterator[mx.array]:
         """Yield the packed latent (B, L, channels), float32, after each step."""
-        return denoising.denoise(self.flow, plan)
+        return denoising.denoise(self.flow, plan, self.controlnets)
 
     def encode_pictures(self, request: ResolvedRequest) -> PictureConditioning:
         """What a request's pictures bring to every step, not yet evaluated."""
         encoder = PictureEncoder(self.encode_pixels, self.downscale)
+        height, width = (self.downscale * side for side in request.latent_size)
         out = NO_PICTURES
         if request.edit is not None:
             canvas = self.canvas(request.edit, request.image_size)
             out = encoder.edit(canvas, self.spec.input == registry.FILL, request.strength < 1)
         if request.control is not None:
-            height, width = (self.downscale * side for side in request.latent_size)
-            out = out._replace(channels=encoder.control(request.control, (height, width)))
+            out = out._replace(
+                channels=encoder.control(request.control, request.control_edges, (height, width))
+            )
         if request.references:
             tokens, positions = encoder.references(request.references)
             out = out._replace(tokens=tokens, positions=positions)
-        return out
+        controls = self.controlnets.encode(request.controlnets, (height, width), self.encode_picture)
+        return out._replace(controls=controls)
 
     def canvas(self, edit: Edit, image_size: tuple[int, int]) -> Canvas:
         """What the model works on for a picture that is changed; image_size: see `Edit.canvas`."""
@@ -379,39 +389,3 @@ class FluxPipeline:
         latent = sampler.unpack(x, latent_size)  # (B, h, w, z)
         latent = latent.astype(self.ae.decoder.conv_in.weight.dtype)
         return images.denormalize(self.ae.decode(latent, machine.autoencoder_memory()))
-
-
-def load(
-    checkpoint: checkpoints.Checkpoint,
-    dtype: mx.Dtype | None,
-    bits: int | None,
-    adapters: Sequence[Weighted],
-    fuse_adapters: bool,
-    mode: str = "affine",
-    ranks: Ranks | None = None,
-) -> Parts:
-    """Load all parts, lazily. The order of what changes a model stands here, and here alone:
-
-    load -> (fuse adapters) -> quantize (mode: see `flux.weights.quantize`) -> (put adapters beside) -> shard.
-    """
-    flow, clip, t5 = checkpoint.load_flux(dtype), checkpoint.load_clip(dtype), checkpoint.load_t5(dtype)
-    ae = checkpoint.load_ae(dtype)
-    tokenizers = (checkpoint.load_clip_tokenizer(), checkpoint.load_t5_tokenizer())
-    check_fit(checkpoint.parts, flow, ae, clip, t5, tokenizers)
-    networks = {"flux": flow, "clip": clip, "t5": t5}
-    fused = attach(networks, adapters) if fuse_adapters else {}
-    for attached in fused.values():
-        attached.fuse()
-    if bits is not None:
-        quantize(flow, bits, mode=mode)
-        quantize(t5, bits, mode=mode)
-    if not fuse_adapters:
-        attach(networks, adapters)
-    if ranks is not None:
-        shard(flow, ranks)
-        shard(t5, ranks)
-    for part in fused:
-        evaluate(networks[part])
-    label, names = checkpoint.parts["transformer"].label, [each.file for each in adapters]
-    spec = fit_adapted(checkpoint.spec, flow.params, label, names)
-    return Parts(spec, flow, ae, clip, t5, *tokenizers)

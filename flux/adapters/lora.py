@@ -49,7 +49,7 @@ def _misfit(name: str, delta: Delta, layer: nn.Module, widen: bool) -> str | Non
     its_rows, its_columns = delta.shape
     more = (its_columns or columns) - columns
     if more > 0:
-        fits = widen and name == WIDE and not isinstance(layer, AdaptedLinear) and its_columns % columns == 0
+        fits = widen and name == WIDE and not isinstance(layer, AdaptedLinear) and more % columns == 0
     else:
         fits = more == 0 or (name == WIDE and delta.widened(columns) is not None)
     if fits and its_rows in (None, rows):

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from flux import images, sampler
-from flux.conditioning import masks
+from flux.conditioning import edges, masks
 from flux.conditioning.canvas import Canvas, Size
 from flux.conditioning.encoded import PictureConditioning
 from flux.conditioning.pictures import Picture
@@ -38,9 +38,10 @@ class PictureEncoder:
         known = self._encode(canvas.picture)
         return PictureConditioning(known=known, mask=self._mask(canvas, known.shape[2]))
 
-    def control(self, picture: Picture, size: Size) -> mx.array:
-        """A control picture's channels (1, L, C); size: (height, width) that is made."""
-        return self._encode(images.fit(picture.pixels, size))
+    def control(self, picture: Picture, of_photo: bool, size: Size) -> mx.array:
+        """The channels (1, L, C) of a control picture, or of a photo's edges; size: (height, width) made."""
+        fitted = images.fit(picture.pixels, size)
+        return self._encode(edges.canny(fitted) if of_photo else fitted)
 
     def references(self, pictures: Sequence[Picture]) -> tuple[mx.array, mx.array]:
         """References' tokens (1, Lr, C) and their positions (1, Lr, 3)."""

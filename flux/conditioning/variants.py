@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from flux import sampler
+from flux.conditioning import edges
 from flux.conditioning.canvas import Size
 from flux.conditioning.edit import Edit
 from flux.conditioning.pictures import Picture
@@ -21,11 +22,20 @@ KONTEXT_SIZES: tuple[Size, ...] = (
 )
 
 
-def check(spec: ModelSpec, edit: Edit | None, references: Sequence[Picture], control: Picture | None) -> None:
+def check(
+    spec: ModelSpec,
+    edit: Edit | None,
+    references: Sequence[Picture],
+    control: Picture | None,
+    of_photo: bool,
+) -> None:
     """FluxError for a picture that the model needs and is not given, or is given and does not take.
 
-    Warns where Kontext is given no reference: it then makes pictures of texts alone.
+    of_photo: the control picture is one, whose edges are meant. Warns where Kontext is given no reference: it
+    then makes pictures of texts alone.
     """
+    if of_photo:
+        edges.opencv()
     if references and spec.input != REFERENCE:
         raise FluxError(f"{spec.name} takes no reference: --reference needs Kontext (--model kontext)")
     if control is not None and spec.input != CONTROL:

@@ -28,10 +28,12 @@ from flux import jsonfiles
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
+from flux.models.controlnet import ControlNet
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import (
+    controlnets,
     florence2,
     keymaps,
     layouts,
@@ -64,6 +66,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "ae": AutoEncoder,
     "clip": CLIPTextModel,
     "t5": T5Encoder,
+    "controlnet": ControlNet,
 }
 
 
@@ -245,13 +248,26 @@ def find_adapter(name: str) -> Path:
     Of a repository that holds several adapters one must be named. FluxError where nothing can be had; what is
     no path and no repository's name comes back as it is, and whoever reads it says what is wrong.
     """
+    return _file_or_folder(name, repositories.adapter_patterns)
+
+
+def find_controlnet(name: str) -> Part:
+    """The file of a ControlNet: by its path, its folder, or as `owner/name` or `owner/name:file` of the Hub.
+
+    `load_part` reads it lazily. FluxError, in a line that says what to do, where none is found.
+    """
+    return controlnets.part_of(_file_or_folder(name, repositories.controlnet_patterns))
+
+
+def _file_or_folder(name: str, patterns: Callable[[str, list[str]], list[str]]) -> Path:
+    """A path as it is; of a repository what `patterns(repo, files)` says, downloaded into the Hub's cache."""
     path = Path(name).expanduser()
     if path.exists() or not re.fullmatch(REPOSITORY, name):
         return local_file(name)
     files = _list_files(name)
     if files is None:
         return _snapshot(name, ["*.safetensors"], offline=True)
-    return _snapshot(name, repositories.adapter_patterns(name, list(files)), offline=False)
+    return _snapshot(name, patterns(name, list(files)), offline=False)
 
 
 def find_captioner(model: str) -> Path:

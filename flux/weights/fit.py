@@ -7,6 +7,7 @@ from pathlib import Path
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
+from flux.models.controlnet import ControlNet
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux, FluxParams
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
@@ -57,6 +58,30 @@ def check_fit(
     ]
     if faults:
         raise FluxError("these parts do not fit each other: " + "; ".join(faults))
+
+
+def check_controlnet(label: str, network: ControlNet, flow: Flux, ae: AutoEncoder) -> None:
+    """FluxError, one line with every fault, for a ControlNet that cannot work with a model."""
+    ours, theirs = network.params, flow.params
+    latent = 4 * ae.params.z_channels
+    control = 4 * ours.hint_channels if network.takes_pixels else latent
+    widths = (
+        ("a hidden size of", ours.hidden_size, theirs.hidden_size),
+        ("CLIP vectors as wide as", ours.vec_in_dim, theirs.vec_in_dim),
+        ("T5 vectors as wide as", ours.context_in_dim, theirs.context_in_dim),
+        ("a latent's channels, packed:", ours.in_channels, theirs.out_channels),
+        ("a control picture's channels, packed:", ours.control_channels, control),
+    )
+    faults = [f"{what} {size}, not {wanted}" for what, size, wanted in widths if size != wanted]
+    if ours.depth > theirs.depth or ours.depth_single_blocks > theirs.depth_single_blocks:
+        faults.append(
+            f"{ours.depth} double and {ours.depth_single_blocks} single blocks, "
+            f"more than the model's {theirs.depth} and {theirs.depth_single_blocks}"
+        )
+    if network.takes_pixels and ae.downscale != 8:
+        faults.append(f"convolutions to an eighth of the size, not to a latent's {ae.downscale}th")
+    if faults:
+        raise FluxError(f"{label} does not fit this model: it has {'; '.join(faults)}")
 
 
 def input_kind(in_channels: int, out_channels: int, label: str) -> str:

@@ -5,7 +5,7 @@ import warnings
 import mlx.core as mx
 import mlx.nn as nn
 
-from flux import adapters, pipeline
+from flux import adapters, loading
 from flux.adapters import Adapter, Adapters, Delta
 from flux.adapters.training import DEFAULT_TARGET
 from flux.data import cache
@@ -41,7 +41,7 @@ class Base:
         self._options = options
         self._dtype = getattr(mx, options.dtype) if options.dtype else checkpoints.default_dtype()
         bits, mode = options.quantization
-        parts = pipeline.load(self.checkpoint, self._dtype, bits, weighted, options.fuse_adapters, mode=mode)
+        parts = loading.load(self.checkpoint, self._dtype, bits, weighted, options.fuse_adapters, mode=mode)
         check_input(parts.spec)
         self.pipeline = FluxPipeline.from_parts(parts)
         self.ae_params = parts.ae.params
