@@ -63,7 +63,7 @@ def test_quantized_controlnets_are_reported(call, model, nets):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--control", "a.png"], "--control is of a ControlNet; name it with --controlnet"),
+        (["--control", "a.png"], "dev takes no control picture: .* or a --controlnet"),
         (["--control-mode", "canny"], "--control-mode is of a ControlNet; name it with --controlnet"),
         (
             ["--controlnet", "union"],
