@@ -8,8 +8,8 @@ from flux import images
 from .. import tiny_pipeline
 from .launch import ROOT, TIMEOUT, by_hand
 
-FILL = ("--model", "fill", "--image", "a.png", "--mask", "mask.png")
-CANNY = ("--model", "canny", "--control", "a.png", "--image-size", "32x48")
+FILL = ("--model", "./fill", "--image", "a.png", "--mask", "mask.png")
+CANNY = ("--model", "./canny", "--control", "a.png", "--image-size", "32x48")
 OPTIONS = ("--seed", 5, "--steps", 2, "--save-raw", "a red apple")
 
 

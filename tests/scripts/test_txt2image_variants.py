@@ -81,7 +81,7 @@ BAD = [
     (
         "dev",
         ["--reference", "a.png"],
-        r"dev takes no reference: --reference needs Kontext \(--model kontext\)",
+        r"dev takes no reference: --reference needs Kontext \(--model",
     ),
     ("kontext", ["--reference", "gone.png"], "cannot read the picture gone.png: No such file"),
     ("dev", ["--control", "a.png"], "dev takes no control picture: --control needs --model canny or depth"),
