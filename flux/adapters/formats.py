@@ -21,8 +21,8 @@ from flux.adapters.kinds import Roles, read_delta
 from flux.adapters.names import Target
 from flux.adapters.peft_config import Configs, Json
 from flux.errors import FluxError
-from flux.weights import tensors as files
 from flux.weights import strangers, torchfile, values
+from flux.weights import tensors as files
 
 OWN = "flux_mlx."  # what the entries of our headers begin with
 DORA_RULE = OWN + "dora"  # our header's entry: how a DoRA is weighed, where its name does not tell
