@@ -16,6 +16,7 @@ from tqdm import tqdm
 from flux import arguments, images, metadata, sampler
 from flux.arguments import check_folder, run_program
 from flux.conditioning import ControlInput, Edit, Picture
+from flux.conditioning.edit import ALPHA
 from flux.conditioning.pictures import read_bytes
 from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
@@ -64,7 +65,8 @@ def run(ranks: Ranks) -> int:
         if args.prompts_folder:
             make_folder(args, recipe, requests, draw, ranks)
         else:
-            ranks.rank_zero_only(lambda: recipe.check(args.output, args.save_raw))
+            size = requests[0].made_size(pipeline)
+            ranks.rank_zero_only(lambda: recipe.check(args.output, args.save_raw, size))
             pictures = list(draw(requests))
             with stages("save"):
                 save = partial(recipe.save, args.output, args.save_raw, pictures, args.no_metadata)
@@ -91,7 +93,8 @@ def read_pictures(args: argparse.Namespace, ranks: Ranks) -> dict[str, Picture]:
 
 def picture_names(args: argparse.Namespace) -> list[str]:
     """The picture files that the arguments name, each once."""
-    names = [args.image, *(args.control or ())]
+    mask = None if args.mask == ALPHA else args.mask
+    names = [args.image, mask, *(args.reference or ()), *(args.control or ())]
     return list(dict.fromkeys(name for name in names if name))
 
 
@@ -169,8 +172,8 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
     if args.quantize not in (None, 4, 8):
         raise FluxError(f"--quantize takes 4 or 8 bits, not {args.quantize}")
-    if args.strength is not None and args.image is None:
-        raise FluxError("--strength is of a picture that is changed; name it with --image")
+    if args.image is None:
+        check_no_edit(args)
     check_controlnets(args)
     if args.fuse_adapter and not args.adapter:
         raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
@@ -186,18 +189,29 @@ def check(args: argparse.Namespace) -> None:
         images.check_output(args.output)
 
 
+def check_no_edit(args: argparse.Namespace) -> None:
+    """Raise FluxError for what only a picture that is changed has."""
+    parser = build_parser()
+    for name in ("strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"):
+        if getattr(args, name) != parser.get_default(name):
+            raise FluxError(f"--{name.replace('_', '-')} needs the picture that is changed: --image")
+
+
 def check_controlnets(args: argparse.Namespace) -> None:
-    """FluxError for options of ControlNets that do not go together."""
-    number = len(args.controlnet or ())
-    for name in (*metadata.CONTROLNETS, "control_edges"):
-        if getattr(args, name) and not number:
+    """FluxError for options of control pictures that do not go together."""
+    number, pictures = len(args.controlnet or ()), len(args.control or ())
+    for name in metadata.CONTROLNETS:
+        if getattr(args, name) and name != "control" and not number:
             raise FluxError(f"--{name.replace('_', '-')} is of a ControlNet; name it with --controlnet")
-    if number != len(args.control or ()):
-        pictures = len(args.control or ())
+    if args.control_edges and not pictures:
+        raise FluxError("--control-edges is of a control picture; name it with --control")
+    if not number and pictures > 1:
+        raise FluxError("--control is given once for a model, or once for each --controlnet")
+    if number and number != pictures:
         raise FluxError(
             f"{number} ControlNet(s) and {pictures} control picture(s): give a --control for each, in order"
         )
-    for name in metadata.CONTROLNETS:
+    for name in metadata.CONTROLNETS if number else ():
         if len(getattr(args, name) or ()) not in (0, 1, number):
             option = f"--{name.replace('_', '-')}"
             raise FluxError(f"{option}: give one for all ControlNets, or {number}, one for each")
@@ -222,6 +236,9 @@ def to_requests(
         schedule=args.schedule,
         clip_prompt=args.clip_prompt,
         edit=to_edit(args, pictures),
+        references=tuple(pictures[name] for name in args.reference or ()),
+        control=pictures[args.control[0]] if args.control and not args.controlnet else None,
+        control_edges=args.control_edges and not args.controlnet,
         controlnets=to_controls(args, pictures),
     ).resolved(pipeline)
     if args.seed is None:
@@ -233,12 +250,24 @@ def to_edit(args: argparse.Namespace, pictures: Mapping[str, Picture]) -> Edit |
     """The picture that is changed, if any."""
     if args.image is None:
         return None
-    return Edit(pictures[args.image], **({} if args.strength is None else {"strength": args.strength}))
+    return Edit(
+        image=pictures[args.image],
+        strength=1.0 if args.strength is None else args.strength,
+        mask=pictures.get(args.mask, args.mask),
+        expand=args.expand and tuple(map(int, args.expand.split(","))),
+        fit=args.fit,
+        grow=args.grow,
+        feather=args.feather,
+        crop_mask=args.crop_mask,
+        keep=not args.no_keep,
+    )
 
 
 def to_controls(args: argparse.Namespace, pictures: Mapping[str, Picture]) -> tuple[ControlInput, ...]:
     """What each ControlNet is told."""
     number = len(args.controlnet or ())
+    if not number:
+        return ()
 
     def each(given: list | None, default: object) -> list:
         values = given or [default]

@@ -81,7 +81,8 @@ def denoise(flow: Flux, plan: Plan, controlnets: ControlNets = NO_CONTROLNETS) -
         return sampler.guide(v, branch_velocity(plan.negative, x, step, added), plan.cfg_scale)
 
     def project(x: mx.array, step: int) -> mx.array:
-        return pictures.put_back(x, noise, plan.times[step + 1])
+        left = 1 - (step + 0.5) / (len(plan.times) - 1)  # in the middle of the step: v is rounded to steps
+        return pictures.put_back(x, noise, plan.times[step + 1], left)
 
     return sampler.euler(velocity, pictures.start(noise, plan.times[0]), plan.times, project)
 

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flux import images, sampler
-from flux.conditioning import ControlInput, Edit, PictureConditioning
+from flux.conditioning import ControlInput, Edit, Picture, PictureConditioning, variants
 from flux.conditioning.encoded import NO_PICTURES
 from flux.denoising import Conditioning, Plan
 from flux.distributed.ranks import PATIENCE, Ranks
@@ -49,7 +49,10 @@ class Request:
     image_size: (height, width) in pixels. guidance: FLUX's, an input of the network. cfg_scale: true
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
-    edit: a picture that is changed, of whose size the pictures are where `image_size` is None.
+    edit: a picture that is changed; `image_size` is then what it is fitted to, see `Edit.canvas`.
+    references: pictures that Kontext changes; the first one has the size that is made where there is none.
+    control: what Canny and Depth follow, a picture of edges or of depth; it is cut to the size that is made.
+    control_edges: it is a photo, whose edges are meant.
     controlnets: one for each of the pipeline's, in their order.
     """
 
@@ -63,6 +66,9 @@ class Request:
     schedule: str = "model"
     clip_prompt: str | None = None
     edit: Edit | None = None
+    references: tuple[Picture, ...] = ()
+    control: Picture | None = None
+    control_edges: bool = False
     controlnets: tuple[ControlInput, ...] = ()
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
@@ -72,14 +78,13 @@ class Request:
         settings that make no picture.
         """
         spec = pipeline.spec
-        size = pipeline.latent_size(
-            self.image_size or (self.edit and self.edit.image.size) or spec.image_size
-        )
+        variants.check(spec, self.edit, self.references, self.control, self.control_edges)
+        image_size, size = self._sizes(pipeline)
         request = ResolvedRequest(
             prompt=self.prompt,
             seeds=self.seeds,
             negative_prompt=self.negative_prompt,
-            image_size=(pipeline.downscale * size[0], pipeline.downscale * size[1]),
+            image_size=image_size,
             steps=spec.steps if self.steps is None else self.steps,
             guidance=spec.guidance if self.guidance is None else self.guidance,
             cfg_scale=spec.cfg_scale if self.cfg_scale is None else self.cfg_scale,
@@ -87,16 +92,30 @@ class Request:
             schedule=self.schedule,
             clip_prompt=self.clip_prompt,
             edit=self.edit,
+            references=self.references,
+            control=self.control,
+            control_edges=self.control_edges,
             controlnets=self.controlnets,
         )
         request.check()
         pipeline.controlnets.check(request.controlnets)
-        pipeline.check_memory(size, request.steps)
+        tokens = variants.count_tokens(request.references, pipeline.downscale)
+        pipeline.check_memory(size, request.steps, tokens)
         networks = (pipeline.flow, *pipeline.controlnets.networks)
         if request.guidance != spec.guidance and not any(n.params.guidance_embed for n in networks):
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
         return request
+
+    def _sizes(self, pipeline: "FluxPipeline") -> tuple[tuple[int, int], tuple[int, int]]:
+        """`image_size`, as it can be made, and the latent's; each (height, width)."""
+        best = pipeline.spec.image_size
+        if self.edit is None:
+            best = variants.default_size(self.references, self.control, best)
+            h, w = pipeline.latent_size(self.image_size or best)
+            return (pipeline.downscale * h, pipeline.downscale * w), (h, w)
+        image_size = self.image_size or self.edit.default_size(best)
+        return image_size, pipeline.latent_size(pipeline.canvas(self.edit, image_size).picture.shape[:2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +133,13 @@ class ResolvedRequest(Request):
         """The steps that are made of `steps`: fewer where a picture is the start."""
         return len(sampler.from_strength([0.0] * (self.steps + 1), self.strength)) - 1
 
+    def made_size(self, pipeline: "FluxPipeline") -> tuple[int, int]:
+        """(height, width) of the pictures, in pixels: `image_size`, unless another picture is changed."""
+        if self.edit is None:
+            return self.image_size
+        height, width, _ = pipeline.canvas(self.edit, self.image_size).whole.shape
+        return height, width
+
     @property
     def strength(self) -> float:
         """The share of the steps that are made."""
@@ -122,7 +148,7 @@ class ResolvedRequest(Request):
     @property
     def has_pictures(self) -> bool:
         """Whether a picture says something to the transformer or the sampler."""
-        return self.edit is not None or bool(self.controlnets)
+        return any((self.edit, self.references, self.control, self.controlnets))
 
     @property
     def pictures(self) -> "ResolvedRequest":
@@ -150,8 +176,6 @@ class ResolvedRequest(Request):
             text = shown(self.negative_prompt)
             raise FluxError(f"the negative prompt {text} needs a cfg scale above 1 to have an effect")
         sampler.check_seeds(self.seeds)
-        if self.edit is not None:
-            self.edit.check()
 
 
 # What is called after each step with the request of one picture, the step (from 0) and its latent (1, L, C).
@@ -270,7 +294,11 @@ def decode(pipeline: "FluxPipeline", request: ResolvedRequest, latents: Sequence
     """Latents (1, L, channels) of a resolved request, decoded at once -> (B, H, W, 3), uint8."""
     pictures = pipeline.decode(mx.concatenate(list(latents)), request.latent_size)
     check_finite(pictures, "the autoencoder")
-    return images.to_uint8(pictures)
+    made = images.to_uint8(pictures)
+    if request.edit is None:
+        return made
+    canvas = pipeline.canvas(request.edit, request.image_size)
+    return np.stack([canvas.compose(picture) for picture in made])
 
 
 def check_finite(array: mx.array, where: str) -> None:

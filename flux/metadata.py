@@ -22,12 +22,20 @@ CONTROLNETS = ("controlnet", "control", "control_mode", "control_strength", "con
 OPTIONS = (
     *("model", *PARTS, "dtype", "rounding", "quantize", "adapter", "fuse_adapter", "no_t5_padding"),
     *("t5_padding", "negative_prompt", "clip_prompt", "cfg_scale", "guidance", "schedule", "shift", "steps"),
-    *("image", "strength", *CONTROLNETS, "control_edges", "pictures"),
+    *("image", "strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"),
+    *("reference", *CONTROLNETS, "control_edges", "pictures"),
     *("image_size", "noise", "seed", "n_images", "n_rows", "decoding_batch_size"),
 )
-FLAGS = ("fuse_adapter", "no_t5_padding", "control_edges")
-REPEATED = ("adapter", *CONTROLNETS)  # one a line
-DEFAULTS = {"rounding": "bfloat16", "schedule": "model", "noise": "mlx"}  # not written
+FLAGS = ("fuse_adapter", "no_t5_padding", "no_keep", "control_edges")
+REPEATED = ("adapter", "reference", *CONTROLNETS)  # one a line
+DEFAULTS = {  # not written
+    "rounding": "bfloat16",
+    "schedule": "model",
+    "noise": "mlx",
+    "fit": "crop",
+    "grow": 0,
+    "feather": 0,
+}
 
 File = tuple[Path, dict[str, str]]  # a picture's path and the text that is written into it
 
@@ -77,14 +85,17 @@ class Recipe:
         values = {name: values.get(name) for name in OPTIONS} | {"picture": picture}
         return {
             "prompt": "\n".join(prompts),
-            **{name: str(v) for name, v in values.items() if v not in (None, False, DEFAULTS.get(name))},
+            **{name: str(v) for name, v in values.items() if _is_written(name, v)},
             "seeds": " ".join(map(str, seeds)),
             "version": f"{PROGRAM} {__version__}",
         }
 
-    def check(self, output: str | Path, raw: bool) -> None:
-        """FluxError where a file that the pictures become could not be written, by its name or its size."""
-        height, width = self.image_size
+    def check(self, output: str | Path, raw: bool, size: tuple[int, int]) -> None:
+        """FluxError where a file that the pictures become could not be written, by its name or its size.
+
+        size: (height, width) of each picture; `image_size`, unless it is another one that is changed.
+        """
+        height, width = size
         count = len(self.prompts) * self.n_images
         rows = 1 if raw or self.picture is not None else self.n_rows
         columns = 1 if raw or self.picture is not None else math.ceil(count / rows)
@@ -109,6 +120,11 @@ class Recipe:
         for (path, text), picture in zip(files, pictures, strict=True):
             images.save(path, picture, *() if bare else (text, parameters(text)))
         return [path for path, _ in files]
+
+
+def _is_written(name: str, value: object) -> bool:
+    """Whether an option must be said; 0 is not False."""
+    return value is not None and value is not False and value != DEFAULTS.get(name)
 
 
 def parameters(text: Mapping[str, str]) -> str:

@@ -1,7 +1,7 @@
 """The command line of the program that makes pictures, a function for each group."""
 
-from flux import sampler
-from flux.arguments import Parser, adapter, count, finite, shift, size
+from flux import images, sampler
+from flux.arguments import Parser, adapter, count, finite, padding, pixels, shift, sides, size
 from flux.conditioning.controlnets import MODES
 from flux.metadata import PARTS
 from flux.models.transformer import ROUNDINGS
@@ -22,6 +22,7 @@ def build_parser() -> Parser:
 
     _add_prompts(parser)
     _add_edit(parser)
+    _add_references(parser)
     _add_controlnets(parser)
     _add_model(parser)
     _add_sampling(parser)
@@ -60,12 +61,70 @@ def _add_edit(parser: Parser) -> None:
         metavar="X",
         help="how much changes: from 0, the picture itself, to 1 (default), as from noise alone",
     )
+    add(
+        "--mask",
+        metavar="PICTURE",
+        help="change the picture only where this one is white, less where it is grey; alpha: where --image "
+        "is transparent",
+    )
+    add(
+        "--expand",
+        type=sides,
+        metavar="T,R,B,L",
+        help="pixels to add at top, right, bottom and left, which are made to go with the rest",
+    )
+    add(
+        "--fit",
+        choices=images.FITS,
+        default="crop",
+        help="how the picture, which else keeps its size, becomes one of --image-size: crop what is too much "
+        "(default), pad with the outermost pixels, or stretch",
+    )
+    add(
+        "--grow",
+        type=pixels,
+        default=0,
+        metavar="N",
+        help="pixels by which the mask grows; -N shrinks it",
+    )
+    add(
+        "--feather",
+        type=pixels,
+        default=0,
+        metavar="N",
+        help="pixels around what changes over which it goes over into the picture (default 0)",
+    )
+    add(
+        "--crop-mask",
+        nargs="?",
+        type=padding,
+        const="auto",
+        metavar="N",
+        help="work on the part around the mask, with N pixels around it, at --image-size or the model's, and "
+        "put it back: for what is small in a large picture",
+    )
+    add(
+        "--no-keep",
+        action="store_true",
+        help="take all of the result; else the picture stays, to the bit, outside mask and feather",
+    )
+
+
+def _add_references(parser: Parser) -> None:
+    add = parser.add_argument_group("pictures that the prompt speaks of (--model kontext)").add_argument
+    add(
+        "--reference",
+        action="append",
+        metavar="PICTURE",
+        help="what the prompt changes; repeated for several; of the first one's aspect is what is made",
+    )
 
 
 def _add_controlnets(parser: Parser) -> None:
     add = parser.add_argument_group(
-        "ControlNets",
-        "Repeated for several, in the same order; a mode, strength, start or end given once is for all.",
+        "control pictures (--model canny or depth, their LoRAs, ControlNets)",
+        "Repeated for several ControlNets, in the same order; a mode, strength, start or end given once is "
+        "for all.",
     ).add_argument
     add(
         "--controlnet",
@@ -77,7 +136,7 @@ def _add_controlnets(parser: Parser) -> None:
         "--control",
         action="append",
         metavar="PICTURE",
-        help="what it is told: a picture of edges, depth, a pose ...; cut to the size of what is made",
+        help="what is followed: a picture of edges, depth, a pose ...; cut to the size of what is made",
     )
     add(
         "--control-mode",
@@ -99,7 +158,8 @@ def _add_model(parser: Parser) -> None:
     add = parser.add_argument_group("the model").add_argument
     add(
         "--model",
-        help="schnell (default), dev, krea, tiny, a folder or file, owner/name[:FILE]",
+        help="schnell (default), dev, krea, fill, canny, depth, kontext, tiny, a folder or file, "
+        "owner/name[:FILE]",
     )
     for part in PARTS:
         add(f"--{part}", metavar="FILE", help=f"take the {part} from FILE instead of the model's")

@@ -9,50 +9,34 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from flux import denoising, generation, images, machine, sampler
-from flux.adapters import Weighted, attach, evaluate, read_weighted
+from flux.adapters import evaluate, read_weighted
 from flux.adapters.attach import fingerprint
 from flux.conditioning import (
     ControlInput,
     ControlNets,
     Edit,
+    Picture,
     PictureConditioning,
     TextConditioning,
     encode_texts,
 )
+from flux.conditioning.canvas import Canvas
 from flux.conditioning.encoded import NO_PICTURES
+from flux.conditioning.encoder import PictureEncoder
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
-from flux.distributed.sharding import shard
 from flux.errors import FluxError
 from flux.generation import OnStep, Request, ResolvedRequest
-from flux.models.autoencoder import AutoEncoder
-from flux.models.clip import CLIPTextModel
-from flux.models.t5 import T5Encoder
-from flux.models.transformer import ROUNDINGS, Flux
-from flux.tokenizers import CLIPTokenizer, T5Tokenizer
-from flux.weights import checkpoints
-from flux.weights.fit import check_fit
-from flux.weights.quantize import quantize
+from flux.loading import Parts, load
+from flux.models.transformer import ROUNDINGS
+from flux.weights import checkpoints, registry
 from flux.weights.registry import ModelSpec
-
-
-class Parts(NamedTuple):
-    """The networks and tokenizers of a model, and its row in the registry."""
-
-    spec: ModelSpec
-    flow: Flux
-    ae: AutoEncoder
-    clip: CLIPTextModel
-    t5: T5Encoder
-    clip_tokenizer: CLIPTokenizer
-    t5_tokenizer: T5Tokenizer
 
 
 class FluxPipeline:
@@ -150,10 +134,13 @@ class FluxPipeline:
             warnings.warn(text, stacklevel=2)
         return h, w
 
-    def check_memory(self, latent_size: tuple[int, int], steps: int = 1) -> None:
-        """FluxError where the largest arrays of a step, a picture or all steps exceed the memory."""
+    def check_memory(self, latent_size: tuple[int, int], steps: int = 1, more_tokens: int = 0) -> None:
+        """FluxError where the largest arrays of a step, a picture or all steps exceed the memory.
+
+        more_tokens: those of other pictures.
+        """
         (h, w), params = latent_size, self.flow.params
-        tokens = h // 2 * (w // 2) + self.spec.t5_length
+        tokens = h // 2 * (w // 2) + self.spec.t5_length + more_tokens
         hidden = tokens * params.hidden_size * int(4 + params.mlp_ratio) * self.flow.dtype.size
         on_cpu = mx.default_device().type == mx.DeviceType.cpu  # where attention writes its scores down
         scores = 4 * params.num_heads * tokens**2 if on_cpu else 0
@@ -194,6 +181,9 @@ class FluxPipeline:
         schedule: str = "model",
         clip_prompt: str | None = None,
         edit: Edit | None = None,
+        references: Sequence[Picture] = (),
+        control: Picture | None = None,
+        control_edges: bool = False,
         controlnets: Sequence[ControlInput] = (),
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
@@ -204,7 +194,7 @@ class FluxPipeline:
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
-        schedule, clip_prompt, edit, controlnets: see `Request`.
+        schedule, clip_prompt, edit, references, control, control_edges, controlnets: see `Request`.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -219,6 +209,9 @@ class FluxPipeline:
             schedule=schedule,
             clip_prompt=clip_prompt,
             edit=edit,
+            references=tuple(references),
+            control=control,
+            control_edges=control_edges,
             controlnets=tuple(controlnets),
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
@@ -358,17 +351,34 @@ class FluxPipeline:
 
     def encode_pictures(self, request: ResolvedRequest) -> PictureConditioning:
         """What a request's pictures bring to every step, not yet evaluated."""
+        encoder = PictureEncoder(self.encode_pixels, self.downscale)
         height, width = (self.downscale * side for side in request.latent_size)
+        out = NO_PICTURES
+        if request.edit is not None:
+            canvas = self.canvas(request.edit, request.image_size)
+            out = encoder.edit(canvas, self.spec.input == registry.FILL, request.strength < 1)
+        if request.control is not None:
+            out = out._replace(
+                channels=encoder.control(request.control, request.control_edges, (height, width))
+            )
+        if request.references:
+            tokens, positions = encoder.references(request.references)
+            out = out._replace(tokens=tokens, positions=positions)
         controls = self.controlnets.encode(request.controlnets, (height, width), self.encode_picture)
-        if request.edit is None:
-            return PictureConditioning(controls=controls)
-        known = self.encode_picture(request.edit.canvas(request.image_size))
-        return PictureConditioning(known=known, controls=controls)
+        return out._replace(controls=controls)
+
+    def canvas(self, edit: Edit, image_size: tuple[int, int]) -> Canvas:
+        """What the model works on for a picture that is changed; image_size: see `Edit.canvas`."""
+        return edit.canvas(image_size, 2 * self.downscale)  # a token is a patch of 2x2
 
     def encode_picture(self, picture: np.ndarray) -> mx.array:
         """The packed latent (1, L, channels), float32, of a picture (H, W, 3), uint8: the mean, no sample."""
+        return self.encode_pixels(images.normalize(picture[None]))
+
+    def encode_pixels(self, pixels: mx.array) -> mx.array:
+        """The packed latent (1, L, channels), float32, of a picture (1, H, W, 3) in -1..1."""
         self._read(self.ae)
-        x = images.normalize(picture[None]).astype(self.ae.encoder.conv_in.weight.dtype)
+        x = pixels.astype(self.ae.encoder.conv_in.weight.dtype)
         return sampler.pack(self.ae.encode(x, memory=machine.autoencoder_memory())).astype(mx.float32)
 
     def decode(self, x: mx.array, latent_size: tuple[int, int] = (64, 64)) -> mx.array:
@@ -379,37 +389,3 @@ class FluxPipeline:
         latent = sampler.unpack(x, latent_size)  # (B, h, w, z)
         latent = latent.astype(self.ae.decoder.conv_in.weight.dtype)
         return images.denormalize(self.ae.decode(latent, machine.autoencoder_memory()))
-
-
-def load(
-    checkpoint: checkpoints.Checkpoint,
-    dtype: mx.Dtype | None,
-    bits: int | None,
-    adapters: Sequence[Weighted],
-    fuse_adapters: bool,
-    mode: str = "affine",
-    ranks: Ranks | None = None,
-) -> Parts:
-    """Load all parts, lazily. The order of what changes a model stands here, and here alone:
-
-    load -> (fuse adapters) -> quantize (mode: see `flux.weights.quantize`) -> (put adapters beside) -> shard.
-    """
-    flow, clip, t5 = checkpoint.load_flux(dtype), checkpoint.load_clip(dtype), checkpoint.load_t5(dtype)
-    ae = checkpoint.load_ae(dtype)
-    tokenizers = (checkpoint.load_clip_tokenizer(), checkpoint.load_t5_tokenizer())
-    check_fit(checkpoint.parts, flow, ae, clip, t5, tokenizers)
-    networks = {"flux": flow, "clip": clip, "t5": t5}
-    fused = attach(networks, adapters) if fuse_adapters else {}
-    for attached in fused.values():
-        attached.fuse()
-    if bits is not None:
-        quantize(flow, bits, mode=mode)
-        quantize(t5, bits, mode=mode)
-    if not fuse_adapters:
-        attach(networks, adapters)
-    if ranks is not None:
-        shard(flow, ranks)
-        shard(t5, ranks)
-    for part in fused:
-        evaluate(networks[part])
-    return Parts(checkpoint.spec, flow, ae, clip, t5, *tokenizers)

@@ -38,6 +38,7 @@ LEVELS = {
     "flux.captioning": 3,
     "flux.data": 3,
     "flux.denoising": 3,
+    "flux.loading": 3,
     "flux.generation": 4,
     "flux.pipeline": 4,
     "flux.training": 5,

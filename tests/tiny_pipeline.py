@@ -3,11 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+from flux.loading import Parts
 from flux.models.autoencoder import AutoEncoder, AutoEncoderParams
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux, FluxParams
-from flux.pipeline import FluxPipeline, Parts
+from flux.pipeline import FluxPipeline
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import registry, save
 

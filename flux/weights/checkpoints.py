@@ -225,7 +225,8 @@ def _in_folder(folder: Path, spec: ModelSpec | None, given: Mapping[str, Part], 
         if reason := layouts.why_no_model(folder):
             raise FluxError(reason) from None
         pipeline = specs.class_name(folder)
-        made_for = f" (it is made for {pipeline})" if pipeline not in ("", "FluxPipeline") else ""
+        known = ("", *registry.PIPELINES.values())
+        made_for = f" (it is made for {pipeline})" if pipeline not in known else ""
         raise FluxError(f"{error}{made_for}") from None
     parts = found | {kind: layouts.with_config(folder, part) for kind, part in given.items()}
     spec = specs.spec_of(folder, parts["transformer"], spec, name)

@@ -1,0 +1,208 @@
+"""Fill, Canny or Depth, and Kontext against diffusers' pipelines: the same checkpoint, noise and pictures.
+
+diffusers samples the autoencoder's latents of Fill's and of a control picture; here both take the means.
+"""
+
+import importlib
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from flux import FluxPipeline
+from flux.adapters import Adapter, save
+from flux.adapters.changes import Delta, LowRank
+from flux.adapters.lora import linears
+from flux.conditioning import Edit, Picture, variants
+
+from .test_edits import cells, load, photo
+from .test_pipeline import NEGATIVE, PROMPT, T5_LENGTH, networks, psnr, randomize, tokenizers
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+PIL = pytest.importorskip("PIL.Image")
+
+STEPS, SEEDS, GUIDANCE = 4, (7, 8), 12.0
+SIZES = [(64, 64), (48, 112), (96, 64)]
+EXTRA = {"Fill": 64 + 256, "Control": 64, "Kontext": 0}  # channels beside the noise's
+SMALL = ((96, 48), (80, 64), (64, 64), (64, 80), (48, 96))  # in place of Kontext's sizes
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """For each kind diffusers' pipeline and the folder that it was saved in; made when they are asked for."""
+    pipelines = {}
+
+    def make(kind):
+        if kind not in pipelines:
+            pipelines[kind] = write(kind, tmp_path_factory.mktemp(kind))
+        return pipelines[kind]
+
+    return make
+
+
+def write(kind, folder):
+    parts = networks(guidance=True)
+    config = {k: v for k, v in parts["transformer"].config.items() if not k.startswith("_")}
+    config |= {"in_channels": 64 + EXTRA[kind], "out_channels": 64}
+    parts["transformer"] = randomize(diffusers.FluxTransformer2DModel.from_config(config), 20)
+    pipeline = getattr(diffusers, f"Flux{kind}Pipeline")(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        **parts,
+        **tokenizers(folder / "vocabularies"),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder / "model")
+    spiece = folder / "vocabularies" / "tokenizer_2" / "spiece.model"
+    (folder / "model" / "tokenizer_2" / "spiece.model").write_bytes(spiece.read_bytes())
+    return pipeline, folder / "model"
+
+
+@pytest.fixture(autouse=True)
+def means(monkeypatch):
+    kind = importlib.import_module("diffusers.models.autoencoders.vae").DiagonalGaussianDistribution
+    monkeypatch.setattr(kind, "sample", lambda self, generator=None: self.mode())
+
+
+def theirs(pipeline, flux, size, **given):
+    noise = flux.noise(SEEDS, (size[0] // 8, size[1] // 8))
+    out = pipeline(
+        prompt=PROMPT,
+        height=size[0],
+        width=size[1],
+        latents=torch.from_numpy(np.array(noise)),
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        num_images_per_prompt=len(SEEDS),
+        max_sequence_length=T5_LENGTH,
+        output_type="np",
+        **given,
+    )
+    return (out.images * 255).round().astype(np.uint8)
+
+
+def ours(flux, size, **given):
+    options = {"num_steps": STEPS, "guidance": GUIDANCE, "n_images": len(SEEDS), "seed": SEEDS[0]}
+    return flux.generate_images(PROMPT, image_size=size, **options, **given)
+
+
+def assert_same(made, expected):
+    assert made.shape == expected.shape
+    assert expected.std() > 10  # a picture, not a flat field that any program would match
+    assert psnr(made, expected) >= 60
+
+
+def test_the_folders_say_what_they_are(made):
+    for kind, row, kind_of_input in (
+        ("Fill", "fill", "fill"),
+        ("Control", "canny", "control"),
+        ("Kontext", "kontext", "reference"),
+    ):
+        spec = load(made(kind)[1]).spec
+        assert (spec.name, spec.input) == (row, kind_of_input)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_fill(made, size):
+    reference, folder = made("Fill")
+    flux, picture, mask = load(folder), photo(size), cells(size)
+    mask[3:21, 5:37] = 255  # not in whole cells
+    given = {"image": PIL.fromarray(picture), "mask_image": PIL.fromarray(mask)}
+    expected = theirs(reference, flux, size, **given)
+    edit = Edit(Picture.from_array(picture), mask=Picture.from_array(mask), keep=False)
+    assert_same(ours(flux, size, edit=edit), expected)
+    grey = Picture.from_array(np.where(mask, 130, 120).astype(np.uint8))  # black and white for Fill
+    made_of_grey = ours(flux, size, edit=Edit(Picture.from_array(picture), mask=grey, keep=False))
+    assert psnr(made_of_grey, expected) >= 60
+    other = Edit(Picture.from_array(picture), mask=Picture.from_array(255 - mask), keep=False)
+    assert psnr(ours(flux, size, edit=other), expected) < 40
+
+
+def test_fill_from_a_strength_on(made):
+    reference, folder = made("Fill")
+    size = (64, 80)
+    flux, picture, mask = load(folder), photo(size), cells(size)
+    pipeline = type(reference)(**reference.components)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = flux.noise(SEEDS, (8, 10))
+    edit = Edit(Picture.from_array(picture), 0.5, Picture.from_array(mask), keep=False)
+    start = flux.encode_picture(picture)
+    t = flux.prepare(flux.encode(PROMPT), None, (8, 10), STEPS, GUIDANCE, strength=0.5).times[0]
+    latents = torch.from_numpy(np.array((1 - t) * start + t * noise))
+    out = pipeline(
+        prompt=PROMPT,
+        height=size[0],
+        width=size[1],
+        latents=latents,
+        strength=0.5,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        num_images_per_prompt=2,
+        max_sequence_length=T5_LENGTH,
+        output_type="np",
+        image=PIL.fromarray(picture),
+        mask_image=PIL.fromarray(mask),
+    )
+    assert_same(ours(flux, size, edit=edit), (out.images * 255).round().astype(np.uint8))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_control(made, size):
+    reference, folder = made("Control")
+    flux, picture = load(folder), photo(size)
+    expected = theirs(reference, flux, size, control_image=PIL.fromarray(picture))
+    assert_same(ours(flux, size, control=Picture.from_array(picture)), expected)
+    assert psnr(ours(flux, size, control=Picture.from_array(255 - picture)), expected) < 40
+
+
+@pytest.mark.parametrize(("size", "scale"), [((64, 64), 1.0), ((48, 96), 2.5), ((80, 64), 1.0)])
+def test_kontext(made, monkeypatch, size, scale):
+    module = importlib.import_module("diffusers.pipelines.flux.pipeline_flux_kontext")
+    monkeypatch.setattr(module, "PREFERRED_KONTEXT_RESOLUTIONS", [(w, h) for h, w in SMALL])
+    monkeypatch.setattr(variants, "KONTEXT_SIZES", SMALL)
+    reference, folder = made("Kontext")
+    flux, picture = load(folder), photo((70, 90))
+    given = {"image": PIL.fromarray(picture), "max_area": math.prod(size), "true_cfg_scale": scale}
+    expected = theirs(reference, flux, size, negative_prompt=NEGATIVE if scale > 1 else None, **given)
+    guided = {"cfg_scale": scale, "negative_prompt": NEGATIVE if scale > 1 else None}
+    assert_same(ours(flux, size, references=[Picture.from_array(picture)], **guided), expected)
+    other = ours(flux, size, references=[Picture.from_array(255 - picture)], **guided)
+    assert psnr(other, expected) < 40
+
+
+def control_lora(flux, rng) -> Adapter:
+    """As BFL's: all layers, with biases, and norms that replace the model's."""
+    modules = {}
+    for name, layer in linears(flux.flow).items():
+        rows, columns = layer.weight.shape
+        columns = 2 * columns if name == "img_in" else columns
+        down, up = (rng.standard_normal(s, dtype=np.float32) / 8 for s in ((4, columns), (rows, 4)))
+        bias = mx.array(rng.standard_normal(rows, dtype=np.float32) / 8)
+        modules[name] = Delta(LowRank(mx.array(down), mx.array(up), 4.0), bias)
+    norms = {
+        f"{stem}.norm.{norm}_norm.scale": mx.array(1 + rng.standard_normal(32, dtype=np.float32) / 4)
+        for stem in ("double_blocks.0.img_attn", "double_blocks.1.txt_attn", "single_blocks.1")
+        for norm in ("query", "key")
+    }
+    return Adapter(modules, norms)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("fused", [False, True])
+def test_control_lora(made, tmp_path, size, fused):
+    """On a dev, which then takes a control picture, as diffusers' load_lora_weights makes it."""
+    reference, folder = made("Kontext")  # a dev's networks, by a name that does not say so
+    adapter = control_lora(load(folder), np.random.default_rng(3))
+    save(tmp_path / "flux1-depth-dev-lora.safetensors", adapter, "diffusers")
+    parts = {name: part for name, part in reference.components.items() if part is not None}
+    parts["transformer"] = type(reference.transformer).from_pretrained(folder / "transformer")
+    pipeline = diffusers.FluxControlPipeline(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.load_lora_weights(str(tmp_path / "flux1-depth-dev-lora.safetensors"))
+    path = tmp_path / "flux1-depth-dev-lora.safetensors"
+    flux = FluxPipeline(str(folder), dtype=mx.float32, adapters=[(path, 1.0)], fuse_adapters=fused)
+    flux.t5_tokenizer.max_length = T5_LENGTH
+    assert (flux.spec.input, flux.spec.guidance, flux.flow.params.in_channels) == ("control", 10.0, 128)
+    expected = theirs(pipeline, flux, size, control_image=PIL.fromarray(photo(size)))
+    assert_same(ours(flux, size, control=Picture.from_array(photo(size))), expected)
