@@ -170,8 +170,6 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError("no prompt; say what the picture should show, such as 'a red apple'")
     if not all(prompt.strip() for prompt in args.prompts):
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
-    if args.quantize not in (None, 4, 8):
-        raise FluxError(f"--quantize takes 4 or 8 bits, not {args.quantize}")
     if args.image is None:
         check_no_edit(args)
     check_controlnets(args)
@@ -240,6 +238,7 @@ def to_requests(
         control=pictures[args.control[0]] if args.control and not args.controlnet else None,
         control_edges=args.control_edges and not args.controlnet,
         controlnets=to_controls(args, pictures),
+        solver=args.solver,
     ).resolved(pipeline)
     if args.seed is None:
         print(f"seed: {seed}", flush=True)

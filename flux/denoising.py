@@ -9,6 +9,7 @@ from flux import sampler
 from flux.conditioning import ControlNets, PictureConditioning, TextConditioning
 from flux.conditioning.controlnets import NO_CONTROLNETS, Control
 from flux.models.transformer import Flux, ModulationVectors, Residuals
+from flux.solvers import SOLVERS
 
 
 class Conditioning(NamedTuple):
@@ -35,6 +36,7 @@ class Plan(NamedTuple):
     negative: Branch | None
     cfg_scale: float
     pictures: PictureConditioning
+    solver: str  # of SOLVERS
     controls: tuple[Control, ...] = ()  # of each ControlNet
 
 
@@ -84,7 +86,7 @@ def denoise(flow: Flux, plan: Plan, controlnets: ControlNets = NO_CONTROLNETS) -
         left = 1 - (step + 0.5) / (len(plan.times) - 1)  # in the middle of the step: v is rounded to steps
         return pictures.put_back(x, noise, plan.times[step + 1], left)
 
-    return sampler.euler(velocity, pictures.start(noise, plan.times[0]), plan.times, project)
+    return SOLVERS[plan.solver](velocity, pictures.start(noise, plan.times[0]), plan.times, project)
 
 
 def with_pictures(x: mx.array, pictures: PictureConditioning) -> mx.array:

@@ -25,6 +25,7 @@ from flux.denoising import Conditioning, Plan
 from flux.distributed.ranks import PATIENCE, Ranks
 from flux.errors import FluxError
 from flux.jsonfiles import shown
+from flux.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from flux.pipeline import FluxPipeline
@@ -49,7 +50,8 @@ class Request:
     image_size: (height, width) in pixels. guidance: FLUX's, an input of the network. cfg_scale: true
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
-    edit: a picture that is changed; `image_size` is then what it is fitted to, see `Edit.canvas`.
+    solver: of `flux.solvers.SOLVERS`. edit: a picture that is changed; `image_size` is then what it is
+    fitted to, see `Edit.canvas`.
     references: pictures that Kontext changes; the first one has the size that is made where there is none.
     control: what Canny and Depth follow, a picture of edges or of depth; it is cut to the size that is made.
     control_edges: it is a photo, whose edges are meant.
@@ -70,6 +72,7 @@ class Request:
     control: Picture | None = None
     control_edges: bool = False
     controlnets: tuple[ControlInput, ...] = ()
+    solver: str = "euler"
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -96,6 +99,7 @@ class Request:
             control=self.control,
             control_edges=self.control_edges,
             controlnets=self.controlnets,
+            solver=self.solver,
         )
         request.check()
         pipeline.controlnets.check(request.controlnets)
@@ -175,6 +179,8 @@ class ResolvedRequest(Request):
         if self.negative_prompt and self.cfg_scale == 1:
             text = shown(self.negative_prompt)
             raise FluxError(f"the negative prompt {text} needs a cfg scale above 1 to have an effect")
+        if self.solver not in SOLVERS:
+            raise FluxError(f"the solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
         sampler.check_seeds(self.seeds)
 
 
@@ -259,6 +265,7 @@ def denoiser(
             pictures=encoded.pictures.get(request.pictures, NO_PICTURES),
             strength=request.strength,
             controlnets=request.controlnets,
+            solver=request.solver,
         )
 
     if ahead:

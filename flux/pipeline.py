@@ -36,6 +36,7 @@ from flux.generation import OnStep, Request, ResolvedRequest
 from flux.loading import Parts, load
 from flux.models.transformer import ROUNDINGS
 from flux.weights import checkpoints, registry
+from flux.weights.quantize import read_kind
 from flux.weights.registry import ModelSpec
 
 
@@ -51,7 +52,7 @@ class FluxPipeline:
         name: str,
         t5_padding: bool | int = True,
         dtype: mx.Dtype | None = None,
-        bits: int | None = None,
+        bits: int | str | None = None,
         adapters: Sequence[tuple[str | Path, float]] = (),
         fuse_adapters: bool = False,
         ranks: Ranks | None = None,
@@ -68,7 +69,8 @@ class FluxPipeline:
         t5_padding: pad every prompt to the model's length, as FLUX was trained; False does not, which is
         faster, and a number pads to so many tokens (ComfyUI: 256).
         dtype: the weights' type; by default bfloat16 on a GPU and float32 on a CPU.
-        bits: 4 or 8 to quantize the transformer and T5 to so many a weight; None not to.
+        bits: to quantize the transformer and T5 to so many a weight, of `flux.weights.quantize.KINDS`: 4, 8,
+        "mxfp4", ...; None not to.
         adapters: files of LoRAs and their like, each with its strength (1: as trained); their changes add up.
         fuse_adapters: work them into the weights, before these are quantized, rather than keep them beside:
         steps are faster, and the networks that they change are in memory from the start.
@@ -89,9 +91,10 @@ class FluxPipeline:
             raise FluxError(f"the rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
         weighted = read_weighted(adapters)  # before a model is fetched
         self.checkpoint = checkpoints.find(name, **files)
-        parts = load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks)
+        count, mode = (None, "affine") if bits is None else read_kind(bits)
+        parts = load(self.checkpoint, dtype, count, weighted, fuse_adapters, mode, ranks)
         self._set(parts, t5_padding, noise)
-        self.controlnets = ControlNets.load(controlnets, dtype, bits)
+        self.controlnets = ControlNets.load(controlnets, dtype, count, mode)
         self.controlnets.check_fit(self.flow, self.ae)
         self.rounding = rounding
         types = [self.flow.dtype if dtype is None else dtype for dtype in ROUNDINGS[rounding]]
@@ -185,6 +188,7 @@ class FluxPipeline:
         control: Picture | None = None,
         control_edges: bool = False,
         controlnets: Sequence[ControlInput] = (),
+        solver: str = "euler",
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
@@ -194,7 +198,7 @@ class FluxPipeline:
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
-        schedule, clip_prompt, edit, references, control, control_edges, controlnets: see `Request`.
+        schedule, clip_prompt, edit, references, control, control_edges, controlnets, solver: see `Request`.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -213,6 +217,7 @@ class FluxPipeline:
             control=control,
             control_edges=control_edges,
             controlnets=tuple(controlnets),
+            solver=solver,
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))
@@ -315,6 +320,7 @@ class FluxPipeline:
         pictures: PictureConditioning = NO_PICTURES,
         strength: float = 1.0,
         controlnets: Sequence[ControlInput] = (),
+        solver: str = "euler",
     ) -> Plan:
         """Compute, lazily, what is the same in all steps and for all seeds; noise (B, L, channels) is packed.
 
@@ -336,9 +342,8 @@ class FluxPipeline:
         controls = self.controlnets.prepare(
             controlnets, pictures.controls, positive, latent_size, seen, guidance
         )
-        return Plan(
-            noise, times, branch(positive), negative and branch(negative), cfg_scale, pictures, controls
-        )
+        branches = branch(positive), negative and branch(negative)
+        return Plan(noise, times, *branches, cfg_scale, pictures, solver, controls)
 
     def _seen(self, times: list[float]) -> mx.array:
         """Times as the transformer is told them. diffusers' pipeline rounds their thousandfold first."""

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from flux import FluxPipeline
+from flux.adapters import read_weighted
 from flux.conditioning import ControlInput, ControlNets, Edit, Picture, edges
 from flux.conditioning.controlnets import NO_CONTROLNETS
 from flux.errors import FluxError
@@ -139,6 +140,8 @@ def test_a_controlnet_is_no_model_and_no_adapter(tmp_path):
     path = controlnets.write_ours(tmp_path / "c.safetensors", controlnets.make("single"))
     with pytest.raises(FluxError, match=r"a ControlNet \(give it with --controlnet\)"):
         checkpoints.find(str(path))
+    with pytest.raises(FluxError, match=r"c\.safetensors: a ControlNet \(give it .*\), no adapter"):
+        read_weighted([(path, 1.0)])
 
 
 def test_of_several_files_one_must_be_named(tmp_path):

@@ -100,17 +100,21 @@ class ControlNets:
 
     @classmethod
     def load(
-        cls, names: Iterable[str], dtype: mx.Dtype | None = None, bits: int | None = None
+        cls,
+        names: Iterable[str],
+        dtype: mx.Dtype | None = None,
+        bits: int | None = None,
+        mode: str = "affine",
     ) -> "ControlNets":
         """Find and lazily load ControlNets by their files, folders or repositories; FluxError where not.
 
-        dtype, bits: of the weights, and to quantize them to; see `FluxPipeline`.
+        dtype: of the weights. bits, mode: to quantize them, see `flux.weights.quantize`; None not to.
         """
         parts = tuple(map(checkpoints.find_controlnet, names))
         networks = tuple(cast(ControlNet, checkpoints.load_part(part, dtype)) for part in parts)
         if bits is not None:
             for network in networks:
-                quantize(network, bits)
+                quantize(network, bits, mode=mode)
         return cls(networks, parts)
 
     def check_fit(self, flow: Flux, ae: AutoEncoder) -> None:

@@ -60,40 +60,22 @@ def test_quantized_controlnets_are_reported(call, model, nets):
     assert re.search(r"^quantized: .*; ControlNet 1 \d+ of \d+ layers, 4 bits", "\n".join(err), re.MULTILINE)
 
 
+SINGLE = ("--controlnet", "single", "--control", "a.png")
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
         (["--control", "a.png"], "dev takes no control picture: .* or a --controlnet"),
         (["--control-mode", "canny"], "--control-mode is of a ControlNet; name it with --controlnet"),
-        (
-            ["--controlnet", "union"],
-            r"1 ControlNet\(s\) and 0 control picture\(s\): give a --control for each",
-        ),
-        (
-            ["--controlnet", "union", "--control", "a.png"],
-            "is a union: it needs the control picture's mode, canny",
-        ),
-        (
-            ["--controlnet", "single", "--control", "a.png", "--control-mode", "canny"],
-            "takes no mode: leave out",
-        ),
-        (
-            ["--controlnet", "single", "--control", "gone.png"],
-            "cannot read the picture gone.png: No such file",
-        ),
+        (["--controlnet", "union"], r"1 ControlNet\(s\) and 0 control picture\(s\): give a --control for"),
+        (["--controlnet", "union", "--control", "a.png"], "a union: it needs the control picture's mode, c"),
+        ([*SINGLE, "--control-mode", "canny"], "takes no mode: leave out"),
+        (["--controlnet", "single", "--control", "gone.png"], "cannot read the picture gone.png: No such"),
         (["--controlnet", "gone", "--control", "a.png"], r"gone: no such file \(for the ControlNet\)"),
-        (
-            ["--controlnet", "single", "--control", "a.png", "--control-start", 0.5, "--control-end", 0.2],
-            "0 <= start",
-        ),
-        (
-            ["--controlnet", "single", "--control", "a.png", "--control-strength", "nan"],
-            "a finite number, not nan",
-        ),
-        (
-            ["--controlnet", "single", "--control", "a.png", "--control-end", 0.5, "--control-end", 1],
-            "--control-end: give one for all ControlNets, or 1, one for each",
-        ),
+        ([*SINGLE, "--control-start", 0.5, "--control-end", 0.2], "0 <= start"),
+        ([*SINGLE, "--control-strength", "nan"], "a finite number, not nan"),
+        ([*SINGLE, "--control-end", 0.5, "--control-end", 1], "give one for all ControlNets, or 1, one for"),
     ],
 )
 def test_bad_options_are_one_line(call, model, nets, options, line, tmp_path):
