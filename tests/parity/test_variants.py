@@ -4,6 +4,7 @@ diffusers samples the autoencoder's latents of Fill's and of a control picture; 
 """
 
 import importlib
+import itertools
 import math
 
 import mlx.core as mx
@@ -170,6 +171,62 @@ def test_kontext(made, monkeypatch, size, scale):
     assert_same(ours(flux, size, references=[Picture.from_array(picture)], **guided), expected)
     other = ours(flux, size, references=[Picture.from_array(255 - picture)], **guided)
     assert psnr(other, expected) < 40
+
+
+def comfyuis_ids(sizes):
+    """ComfyUI's positions of references, by its rule on sides in pixels of the latent."""
+    h = w = 0
+    ids = []
+    for rows, columns in sizes:
+        beside = rows + h > columns + w
+        top, left = (0, w) if beside else (h, 0)
+        h, w = max(h, rows + top), max(w, columns + left)
+        grid = torch.ones(rows // 2, columns // 2, 3)
+        grid[..., 1] = top // 2 + torch.arange(rows // 2)[:, None]
+        grid[..., 2] = left // 2 + torch.arange(columns // 2)[None, :]
+        ids.append(grid.reshape(-1, 3))
+    return torch.cat(ids)
+
+
+def test_several_references(made, monkeypatch):
+    """ComfyUI's way with diffusers' networks: three pictures, one below and one beside the first."""
+    monkeypatch.setattr(variants, "KONTEXT_SIZES", SMALL)
+    reference, folder = made("Kontext")
+    flux, size = load(folder), (64, 48)
+    shapes = [(64, 80), (64, 64), (96, 48)]  # of SMALL, so that nothing is scaled
+    pictures = [photo(shape) + i for i, shape in enumerate(shapes)]
+    text, pooled, text_ids = reference.encode_prompt(PROMPT, max_sequence_length=T5_LENGTH)
+    ids = [
+        reference._prepare_latent_image_ids(1, 4, 3, "cpu", torch.float32),
+        comfyuis_ids([(h // 8, w // 8) for h, w in shapes]),
+    ]
+    times = flux.prepare(flux.encode(PROMPT), None, (8, 6), STEPS, GUIDANCE).times
+    x = torch.from_numpy(np.array(flux.noise(SEEDS[:1], (8, 6))))
+    with torch.no_grad():
+        tokens = []
+        for (h, w), picture in zip(shapes, pictures, strict=True):
+            pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+            latent = (reference.vae.encode(pixels).latent_dist.mode() - 0.1159) * 0.3611
+            tokens.append(reference._pack_latents(latent, 1, 16, h // 8, w // 8))
+        for t, following in itertools.pairwise(times):
+            v = reference.transformer(
+                hidden_states=torch.cat([x, *tokens], dim=1),
+                timestep=torch.tensor([t]),
+                guidance=torch.tensor([GUIDANCE]),
+                pooled_projections=pooled,
+                encoder_hidden_states=text,
+                txt_ids=text_ids,
+                img_ids=torch.cat(ids),
+                return_dict=False,
+            )[0]
+            x = x + (following - t) * v[:, : x.shape[1]]
+        latent = reference._unpack_latents(x, 64, 48, 8) / 0.3611 + 0.1159
+        picture = reference.vae.decode(latent, return_dict=False)[0]
+    expected = ((picture[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy() * 255).round().astype(np.uint8)
+    given = [Picture.from_array(picture) for picture in pictures]
+    options = {"image_size": size, "num_steps": STEPS, "guidance": GUIDANCE, "seed": SEEDS[0]}
+    assert_same(flux.generate_images(PROMPT, references=given, **options)[0], expected)
+    assert psnr(flux.generate_images(PROMPT, references=given[::-1], **options)[0], expected) < 50
 
 
 def control_lora(flux, rng) -> Adapter:
