@@ -118,7 +118,8 @@ class Request:
             best = variants.default_size(self.references, self.control, best)
             h, w = pipeline.latent_size(self.image_size or best)
             return (pipeline.downscale * h, pipeline.downscale * w), (h, w)
-        image_size = self.image_size or self.edit.default_size(best)
+        height, width = self.image_size or self.edit.default_size(best)
+        image_size = (height, width)  # also where a list was given
         return image_size, pipeline.latent_size(pipeline.canvas(self.edit, image_size).picture.shape[:2])
 
 
