@@ -18,6 +18,7 @@ PROGRAM = "flux-mlx"
 PARTS = ("transformer", "ae", "clip", "t5")
 # One of each ControlNet.
 CONTROLNETS = ("controlnet", "control", "control_mode", "control_strength", "control_start", "control_end")
+LISTS = ("reference", *CONTROLNETS)
 # The options that make pictures what they are, in the order in which they are written.
 OPTIONS = (
     *("model", *PARTS, "dtype", "rounding", "quantize", "adapter", "fuse_adapter", "no_t5_padding"),
@@ -28,7 +29,7 @@ OPTIONS = (
     *("image_size", "noise", "seed", "n_images", "n_rows", "decoding_batch_size"),
 )
 FLAGS = ("fuse_adapter", "no_t5_padding", "no_keep", "control_edges")
-REPEATED = ("adapter", "reference", *CONTROLNETS)  # one a line
+REPEATED = ("adapter", *LISTS)  # one a line
 DEFAULTS = {  # not written
     "rounding": "bfloat16",
     "solver": "euler",
@@ -79,7 +80,7 @@ class Recipe:
     def text(self, prompts: Sequence[str], seeds: Sequence[int], picture: int | None) -> dict[str, str]:
         """What is written into a file of these prompts and seeds; `read` reads it."""
         values: dict[str, Any] = dict(self.options)
-        values |= {name: "\n".join(map(str, values.get(name) or ())) or None for name in CONTROLNETS}
+        values |= {name: "\n".join(map(str, values.get(name) or ())) or None for name in LISTS}
         values["adapter"] = "\n".join(f"{file}:{strength}" for file, strength in self.adapter) or None
         values["pictures"] = "\n".join(f"{digest} {name}" for name, digest in self.pictures.items()) or None
         values["image_size"] = "x".join(map(str, self.image_size))

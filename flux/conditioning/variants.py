@@ -77,7 +77,7 @@ def default_size(references: Sequence[Picture], control: Picture | None, best: S
 def bounded(size: Size, best: Size, step: int = 16) -> Size:
     """A size in multiples of `step`, and with the same aspect of no more pixels than the best one."""
     factor = min(1.0, math.sqrt(math.prod(best) / math.prod(size)))
-    height, width = (max(1, round(factor * side / step)) * step for side in size)
+    height, width = (max(1, int(factor * side / step + 0.5)) * step for side in size)
     return height, width
 
 

@@ -66,7 +66,7 @@ SINGLE = ("--controlnet", "single", "--control", "a.png")
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        (["--control", "a.png"], r"takes no control picture: --control needs .* or a --controlnet"),
+        (["--control", "a.png"], "dev takes no control picture: .* or a --controlnet"),
         (["--control-mode", "canny"], "--control-mode is of a ControlNet; name it with --controlnet"),
         (["--controlnet", "union"], r"1 ControlNet\(s\) and 0 control picture\(s\): give a --control for"),
         (["--controlnet", "union", "--control", "a.png"], "a union: it needs the control picture's mode, c"),
