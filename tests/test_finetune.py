@@ -278,7 +278,7 @@ def test_a_data_set_that_is_gone_or_changed(model, tmp_path):
     moved = finetuning.write_data(tmp_path / "moved")
     go_on(tmp_path / "run", iterations=4, data=moved)
     shutil.rmtree(moved)
-    with pytest.raises(FluxError, match="moved: no such folder"):
+    with pytest.raises(FluxError, match="moved: is neither a folder"):
         go_on(tmp_path / "run", iterations=6)
 
 

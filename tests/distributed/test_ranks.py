@@ -2,9 +2,11 @@
 
 import json
 import platform
+import random
 import shutil
 import signal
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +15,9 @@ import numpy as np
 import pytest
 
 from flux import __version__, images
+from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard_range
+from flux.errors import FluxError
 from tests import tiny_pipeline
 
 from .launch import ROOT, TIMEOUT, by_hand, run_program
@@ -273,3 +277,63 @@ def test_shard_ranges():
             shares = [shard_range(total, rank, size) for rank in range(size)]
             assert [i for own in shares for i in own] == list(range(total))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+# --- Ranks that do not come ---
+
+WORKING = """
+import flux, sys, time
+from flux.arguments import run_program
+def run(ranks):
+    for _ in range(10**6):
+        ranks.barrier(patience=4)
+        time.sleep(0.02)
+sys.exit(run_program(run))
+"""
+BOUND = 4  # seconds
+
+
+def test_a_rank_that_does_not_come(tmp_path, monkeypatch):
+    """The first one waits for its neighbour in MLX's accept, the second in its attempts to connect."""
+    monkeypatch.setenv("FLUX_MEETING_TIMEOUT", "1.5")
+    with by_hand(3, ["-c", WORKING], tmp_path) as ranks:
+        ranks[1].kill()
+        for rank in (0, 2):
+            out, err = ranks[rank].communicate(timeout=TIMEOUT)
+            assert (ranks[rank].returncode, out) == (2, "")
+            why = "the other ranks have not come in 1.5 s: check that all were started"
+            assert err == f"error: rank {rank} ({platform.node()}): {why}\n"
+
+
+def test_a_bound_that_is_no_number(monkeypatch):
+    for text in ("soon", "0", "-1", "nan", "inf"):
+        monkeypatch.setenv("FLUX_MEETING_TIMEOUT", text)
+        with pytest.raises(FluxError, match=f"FLUX_MEETING_TIMEOUT is '{text}'; it should be a"):
+            Ranks()
+
+
+def test_ranks_that_are_killed_in_their_first_two_seconds(tmp_path, monkeypatch):
+    """Twenty of them, while they start, meet and work: all others end within the bound, with a line each."""
+    monkeypatch.setenv("FLUX_MEETING_TIMEOUT", str(BOUND))
+    chance = random.Random(17)
+    with ExitStack() as stack:
+        for turn in range(2):
+            groups = []
+            for number in range(5):
+                folder = tmp_path / f"{turn}{number}"
+                folder.mkdir()
+                groups.append(stack.enter_context(by_hand(3, ["-c", WORKING], folder)))
+            start = time.monotonic()
+            chosen = [(number, rank) for number in range(5) for rank in chance.sample(range(3), 2)]
+            kills = sorted((chance.uniform(0, 2), *each) for each in chosen)
+            for moment, number, rank in kills:
+                time.sleep(max(0, start + moment - time.monotonic()))
+                groups[number][rank].kill()
+            for number, group in enumerate(groups):
+                for rank, process in enumerate(group):
+                    _, err = process.communicate(timeout=BOUND + 30)  # the machine has other work
+                    if (number, rank) not in chosen:
+                        assert process.returncode == 2, err
+                        ours = [line for line in err.splitlines() if not line.startswith("[ring]")]  # MLX's
+                        assert len(ours) == 1, err
+                        assert ours[0].startswith("error: rank "), err
