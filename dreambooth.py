@@ -1,36 +1,18 @@
 """Teach FLUX a subject from a few pictures: python dreambooth.py --iterations 1200 path/to/dog6."""
 
-import argparse
 import sys
 from typing import Any
 
-import flux
-from flux.adapters import TARGETS
-from flux.adapters.writers import WRITERS
-from flux.arguments import Parser, adapter, count, finite, on_stop_signals, run_program, size
+from flux.arguments import on_stop_signals, run_program
 from flux.data import check, samples
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
-from flux.training import losses, optimizers, schedules
-from flux.training.finetune import Options, Stop, Stopped, begin, finetune, resume
-from flux.training.finetune.options import ITERATIONS, PARTS, QUANTIZE, WARMUP
-from flux.training.flow_matching import DELTA_SCHEDULES
+from flux.training.finetune import Options, Stop, Stopped, begin, doubts, finetune, resume
+from flux.training.finetune.arguments import build_parser, given_options, to_options
 from flux.weights import registry
 
-DATA_OPTIONS = (
-    *("resolution", "batch_size", "num_repeats", "class_tokens", "enable_bucket", "bucket_no_upscale"),
-    *("flip_aug", "color_aug", "random_crop", "shuffle_caption", "keep_tokens", "caption_dropout_rate"),
-    *("alpha_mask", "mask_floor", "validation_split", "caption_column", "uncaptioned"),
-)
-ON: dict[str, Any] = {"action": "store_true"}
-SEVERAL = (
-    "With mlx.launch the ranks share out the batches. What counts is ranks x --iterations x --batch-size, "
-    "the pictures in all, and ranks x --grad-accumulate x --batch-size, those of an update: where both stay "
-    "the same, so does the adapter. 1200 iterations that accumulate 8 on one machine are 300 that accumulate "
-    "2 on four; --resume does this by itself. All ranks need the model and the data set under the same path; "
-    "rank 0 alone writes, but for --cache-dir, and its options hold."
-)
+__all__ = ["build_parser", "main"]
 
 
 def main() -> int:
@@ -40,7 +22,7 @@ def main() -> int:
 
 def run(ranks: Ranks) -> int:
     """Do what the command line asks for; the exit status."""
-    given = vars(ranks.on_all_ranks(lambda: build_parser().parse_args(sys.argv[1:])))
+    given = ranks.on_all_ranks(lambda: given_options(sys.argv[1:]))
     check_only, folder = given.pop("check_data", False), given.pop("resume", None)
     options = ranks.on_all_ranks(lambda: to_options(given))
     if check_only:
@@ -74,7 +56,9 @@ def check_data(given: dict[str, Any]) -> int:
     options = Options(**given)
     spec = registry.find(options.model) or registry.get("dev")
     dataset = samples.load(options.data, options.with_size(spec.image_size))
-    report = check.check(dataset, tokenizers(spec))
+    readers = tokenizers(spec)
+    report = check.check(dataset, readers)
+    report.warnings += doubts.of_trigger(options.trigger, report.captions, readers) if report.captions else []
     print(check.render(report))
     return 2 if report.errors else 0
 
@@ -84,150 +68,6 @@ def tokenizers(spec: registry.ModelSpec) -> dict[str, check.Tokenizer]:
     folder = registry.TOKENIZERS_FOLDER if spec.repo else registry.TINY_FOLDER
     t5 = T5Tokenizer.from_folder(folder / "tokenizer_2", spec.t5_length)
     return {"T5": t5, "CLIP": CLIPTokenizer.from_folder(folder / "tokenizer")}
-
-
-# --- Arguments ---
-
-
-def to_options(given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that were given, as fields of Options."""
-    given = dict(given)
-    config = given.pop("config", None)
-    if config is not None and given.get("data"):
-        raise FluxError(f"the data set is {given['data']} or --config {config}, not both")
-    data = config or given.pop("data", None)
-    tables = {
-        "data_options": {name: given.pop(name) for name in DATA_OPTIONS if name in given},
-        "files": {part: given.pop(part) for part in PARTS if part in given},
-    }
-    given |= {name: table for name, table in tables.items() if table}
-    for name in ("progress_prompts", "adapters"):
-        if name in given:
-            given[name] = tuple(given[name])
-    return given | ({"data": data} if data else {})
-
-
-def build_parser() -> Parser:
-    """Nothing has a default here: what is not given is left to Options, or to the run that is resumed."""
-    usual = Options(data="")
-    parser = Parser(
-        description="Teach FLUX.1 a subject or a style from a few pictures, by LoRA or QLoRA.",
-        epilog=SEVERAL,
-        argument_default=argparse.SUPPRESS,
-    )
-    add_data(parser)
-    add_networks(parser, usual)
-    add_training(parser, usual)
-    add_output(parser, usual)
-    parser.add_argument("--version", action="version", version=flux.__version__, help="print it and end")
-    return parser
-
-
-def add_data(parser: Parser) -> None:
-    """Add the options for the data."""
-    add = parser.add_argument_group("what to learn").add_argument
-    add("data", nargs="?", metavar="DATA", help="a folder (train.jsonl, metadata.csv, data.toml and others, "
-        "or pictures with caption files), one of these files, or a data set of the Hub")  # fmt: skip
-    add("--config", metavar="FILE", help="the same, for a data.toml")
-    add("--check-data", **ON, help="report all that is wrong with the data set, without a model, and end")
-    add("--resume", metavar="DIR", help="go on with the run in DIR, with its own options")
-
-    add = parser.add_argument_group("pictures and captions (a data.toml goes before these)").add_argument
-    add("--resolution", type=size, metavar="HxW", help="in pixels; default: the model's; one is a square")
-    add("--batch-size", type=count, metavar="N", help="pictures an iteration (default 1)")
-    add("--repeats", dest="num_repeats", type=count, metavar="N", help="of every picture an epoch (1)")
-    add("--class-prompt", dest="class_tokens", metavar="TEXT", help="caption of pictures that have none")
-    add("--caption-column", metavar="NAME", help="of a list or table: where the captions are (default: "
-        "prompt, text, caption ...)")  # fmt: skip
-    add("--uncaptioned", **ON, help="pictures without a caption are meant; else they are an error")
-    add("--buckets", dest="enable_bucket", **ON, help="keep aspect ratios: pictures of several shapes")
-    add("--no-upscale", dest="bucket_no_upscale", **ON, help="with --buckets: only ever shrink pictures")
-    add("--flip", dest="flip_aug", **ON, help="mirror pictures, by chance")
-    add("--color-aug", **ON, help="vary colours a little, a variant a repeat")
-    add("--random-crop", **ON, help="crop anywhere rather than in the middle, a variant a repeat")
-    add("--shuffle-caption", **ON, help="shuffle the comma-separated tags of captions")
-    add("--keep-tokens", type=int, metavar="N", help="but leave the first N (0) in their places")
-    add("--caption-dropout", dest="caption_dropout_rate", type=finite, metavar="P", help="drop captions (0)")
-    add("--alpha-mask", **ON, help="learn only where pictures are opaque")
-    add("--mask-floor", type=finite, metavar="X", help="weight of what a mask covers, 0 (default) to 1; "
-        "masks: alpha, x-masklabel.png beside x.jpg, a folder masks")  # fmt: skip
-    add("--validation-split", type=finite, metavar="P", help="hold out this share of the pictures (0)")
-
-
-def add_networks(parser: Parser, usual: Options) -> None:
-    """Add the options for the networks that are trained."""
-    add = parser.add_argument_group("the model").add_argument
-    add("--model", help=f"schnell, dev, krea, tiny, a folder, a Hub repository (default {usual.model})")
-    for part in PARTS:
-        add(f"--{part}", metavar="FILE", help=f"take the {part} from FILE instead of the model's")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
-    add("--quantize", nargs="?", const="4", metavar="BITS", help=f"QLoRA: {', '.join(QUANTIZE)} (default 4)")
-    add("--adapter", dest="adapters", action="append", type=adapter, metavar="FILE[:X]",
-        help="begin with this LoRA, X (1) times as strong; it is not trained further")  # fmt: skip
-    add("--fuse-adapter", dest="fuse_adapters", **ON, help="that adapter into the weights, not beside them")
-
-    add = parser.add_argument_group("the adapter").add_argument
-    add("--lora-rank", dest="rank", type=count, metavar="N", help=f"default {usual.rank}")
-    add("--lora-alpha", dest="alpha", type=finite, metavar="X", help="default: the rank")
-    add("--lora-dropout", dest="dropout", type=finite, metavar="P", help="default 0")
-    add("--lora-targets", dest="targets", metavar="WHICH", help=f"{', '.join(TARGETS)}, or a pattern for "
-        f"layers' names (default {usual.targets})")  # fmt: skip
-    add("--lora-blocks", dest="last_blocks", type=count, metavar="N", help="only the last N blocks")
-    add("--dora", **ON, help="weight-decomposed: a magnitude and a direction")
-    add("--train-clip", **ON, help="the CLIP text encoder, too")
-
-
-def add_training(parser: Parser, usual: Options) -> None:
-    """Add the options for the training."""
-    add = parser.add_argument_group("training").add_argument
-    add("--iterations", type=count, metavar="N", help=f"batches (default {ITERATIONS}); on several "
-        "machines, of each")  # fmt: skip
-    add("--epochs", type=count, metavar="N", help="rounds of the data set, instead of --iterations")
-    add("--grad-accumulate", dest="accumulate", type=count, metavar="N", help="iterations an update (1); "
-        "what is left at the end is rounded up to a whole update")  # fmt: skip
-    add("--optimizer", choices=optimizers.OPTIMIZERS, help=f"default {usual.optimizer}")
-    add("--learning-rate", type=finite, metavar="X", help="default 1e-4; with prodigy 1")
-    add("--lr-schedule", dest="schedule", choices=schedules.SCHEDULES, help=f"default {usual.schedule}")
-    add("--restarts", type=count, metavar="N", help="of cosine_with_restarts (1)")
-    add("--warmup", type=int, metavar="N", help=f"updates (default: a tenth, at most {WARMUP})")
-    add("--weight-decay", type=finite, metavar="X", help="default 0.01 with adamw, else 0")
-    add("--clip-norm", type=finite, metavar="X", help=f"of the gradient, 0: none ({usual.clip_norm:g})")
-    add("--ema", type=finite, metavar="X", help="average of the weights, X such as 0.99: saved and shown")
-    add("--time-sampling", choices=("auto", *losses.TIME_SAMPLING), help="default: sigmoid; schnell's times")
-    add("--time-scale", type=finite, metavar="X", help="spread of sigmoid, shift and flux_shift (1)")
-    add("--time-mean", type=finite, metavar="X", help="of logit_normal (0)")
-    add("--time-std", type=finite, metavar="X", help="of logit_normal (1)")
-    add("--loss", choices=tuple(losses.LOSSES), help=f"default {usual.loss}")
-    add("--huber-delta", dest="delta", type=finite, metavar="X", help="of huber and smooth_l1 (0.1)")
-    add("--huber-schedule", dest="delta_schedule", choices=DELTA_SCHEDULES, help="of delta over the time")
-    add("--guidance", type=finite, metavar="X", help=f"that the model is told ({usual.guidance:g})")
-    add("--prior-weight", type=finite, metavar="X", help="of regularisation pictures' loss (1)")
-    add("--grad-checkpoint", **ON, help="far less memory for some more time")
-    add("--shard-base", **ON, help="on several machines: each keeps a part of the model, and they send each "
-        "other its layers, for one that does not fit; with --grad-checkpoint")  # fmt: skip
-    add("--seed", type=int, metavar="N", help=f"default {usual.seed}")
-
-
-def add_output(parser: Parser, usual: Options) -> None:
-    """Add the options for what is written."""
-    add = parser.add_argument_group("watching").add_argument
-    add("--progress-prompt", dest="progress_prompts", action="append", metavar="TEXT",
-        help="draw this now and then, always from the same noise; may be given several times")  # fmt: skip
-    add("--progress-every", type=count, metavar="N", help=f"iterations ({usual.progress_every})")
-    add("--progress-seed", type=int, metavar="N", help=f"default {usual.progress_seed}")
-    add("--validate-every", type=count, metavar="N", help=f"iterations ({usual.validate_every})")
-
-    add = parser.add_argument_group("output").add_argument
-    add("--output-dir", metavar="DIR", help=f"default {usual.output_dir}")
-    add("--name", help="of the adapter's files (default adapters, at the end final_adapters)")
-    add("--format", choices=tuple(WRITERS), help=f"of the adapter's files (default {usual.format})")
-    add("--trigger", metavar="TEXT", help="the words that call the subject: noted in the files")
-    add("--save-every", type=count, metavar="N", help="iterations from one adapter file to the next")
-    add("--save-every-epochs", type=count, metavar="N", help="epochs from one adapter file to the next")
-    add("--state-every", type=count, metavar="N", help="iterations from one state for --resume to the next "
-        f"({usual.state_every})")  # fmt: skip
-    add("--keep-states", type=count, metavar="N", help=f"states that stay on disk ({usual.keep_states})")
-    add("--cache-dir", metavar="DIR", help="of encoded pictures and texts (default: cache in --output-dir)")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 
 from flux.errors import FluxError
+from flux.outputs import replacing
 
 MAX_BYTES = 64 * 2**20  # the largest tokenizer.json that is in use has 33 MB
 MAX_DEPTH = 32  # a tokenizer.json has 7
@@ -31,6 +32,16 @@ def read(path: Path, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
         return parse_object(read_bytes(path, max_bytes))
     except ValueError as error:
         raise FluxError(f"{path}: {error}") from None
+
+
+def write(path: Path, table: Mapping[str, Any]) -> None:
+    """Writes an object, whole or not at all. FluxError where the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial_file:
+            partial_file.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise FluxError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:

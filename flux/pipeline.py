@@ -156,16 +156,12 @@ class FluxPipeline:
         h, w = (2 * max(1, (side + step // 2) // step) for side in image_size)
         rounded = (h * self.downscale, w * self.downscale)
         if rounded != tuple(image_size):
-            warnings.warn(
-                f"the size {height}x{width} is not a multiple of {step}; made {rounded[0]}x{rounded[1]}",
-                stacklevel=2,
-            )
+            text = f"the size {height}x{width} is not a multiple of {step}; made {rounded[0]}x{rounded[1]}"
+            warnings.warn(text, stacklevel=2)
         return h, w
 
     def check_memory(self, latent_size: tuple[int, int], steps: int = 1) -> None:
-        """Raise FluxError where the largest arrays of one step or picture exceed the machine's memory, or
-        those that are made of all steps together.
-        """
+        """FluxError where the largest arrays of a step, a picture or all steps exceed the memory."""
         (h, w), params = latent_size, self.flow.params
         tokens = h // 2 * (w // 2) + self.spec.t5_length
         hidden = tokens * params.hidden_size * int(4 + params.mlp_ratio) * self.flow.dtype.size

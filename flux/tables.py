@@ -134,7 +134,7 @@ def limits(**bounds: Any) -> dict[str, Any]:
 def read(cls: type, table: Any, where: str, faults: Faults, derived: tuple[str, ...] = ()) -> Any:
     """An instance of a data class from its table; None, and lines in `faults`, if that is impossible.
 
-    `derived` fields follow from other parts of the file and are not keys.
+    `derived` fields follow from other parts of the file and are not keys. A key that is null is not given.
     """
     if not isinstance(table, Mapping):
         faults.add(where, f"must be a table of keys, not {table!r}")
@@ -144,7 +144,8 @@ def read(cls: type, table: Any, where: str, faults: Faults, derived: tuple[str, 
     for name in table:
         if name not in fields:
             faults.add(where, f"unknown key {name!r}{nearest(str(name), fields)}")
-    values = given(cls, {name: table[name] for name in fields if name in table}, where, faults)
+    table = {name: table[name] for name in fields if table.get(name) is not None}
+    values = given(cls, table, where, faults)
     for name, f in fields.items():
         if name not in table and f.default is MISSING and f.default_factory is MISSING:
             faults.add(where, f"the key {name!r} is missing")
@@ -154,6 +155,17 @@ def read(cls: type, table: Any, where: str, faults: Faults, derived: tuple[str, 
         return cls(**values)
     except FluxError as error:  # of a class that checks how its fields go together
         faults.add(where, str(error))
+        return None
+
+
+def partly(cls: type, table: Any) -> Any:
+    """What can be read of a table with faults, with defaults for the rest; None if that makes no instance."""
+    if not isinstance(table, Mapping):
+        return None
+    known = {name: table[name] for name in field_names(cls) if table.get(name) is not None}
+    try:
+        return cls(**given(cls, known, "", Faults()))
+    except (FluxError, TypeError):  # a class that checks its fields; a field without a default
         return None
 
 
@@ -167,6 +179,11 @@ def given(cls: type, table: Mapping[str, Any], where: str, faults: Faults) -> di
         if len(faults.lines) == before:
             found[name] = read_value
     return found
+
+
+def field_names(cls: type) -> list[str]:
+    """The keys of a data class's table."""
+    return [f.name for f in dataclasses.fields(cls)]
 
 
 def nearest(name: str, known: Any) -> str:
@@ -214,7 +231,8 @@ def _table(hint: Any, value: Any, bounds: Bounds, where: str, faults: Faults) ->
         if bounds.choices and name not in bounds.choices:
             faults.add(where, f"unknown name {name!r}{nearest(str(name), bounds.choices)}")
     inner = dataclasses.replace(bounds, choices=())
-    return {n: _value(hint, v, inner, f"{where}.{n}", faults) for n, v in value.items()}
+    given = {n: v for n, v in value.items() if v is not None}
+    return {n: _value(hint, v, inner, f"{where}.{n}", faults) for n, v in given.items()}
 
 
 def _sequence(arguments: tuple, value: Any, bounds: Bounds, where: str, faults: Faults) -> Any:

@@ -312,7 +312,7 @@ def test_targets():
 @pytest.mark.parametrize(
     ("which", "last", "words"),
     [
-        ("[", None, "neither one of"),
+        ("[", None, r"no layer has such a name, and it is not a pattern \(unterminated.*nearest names: "),
         ("no_such", None, "no layer has such a name"),
         ("all", 0, "give 1 or more"),
     ],

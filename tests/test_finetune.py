@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from flux import adapters
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
-from flux.training.finetune import Result, Stop, Stopped, fit, resume
+from flux.training.finetune import Result, Stop, Stopped, begin, finetune, fit, resume
 from flux.training.finetune import run as runs
 from flux.training.finetune.length import Length
 from flux.training.finetune.options import QUANTIZE
@@ -71,7 +71,15 @@ def test_what_a_run_leaves_behind(straight):
     names = sorted(path.name for path in straight.iterdir())
     files = ["adapters-000002.safetensors", "adapters-000004.safetensors"]
     files += [f"adapters-step{step:08d}.safetensors" for step in (4, 8, 12)]
-    files += ["cache", "events.jsonl", "final_adapters.safetensors", "loss.png", "progress", "states"]
+    files += [
+        "cache",
+        "events.jsonl",
+        "final_adapters.safetensors",
+        "loss.png",
+        "options.json",
+        "progress",
+        "states",
+    ]
     assert names == sorted(files)
     assert sorted(p.name for p in (straight / "progress").iterdir()) == [
         f"step{step:08d}.png" for step in (0, 4, 8, 12)
@@ -278,7 +286,7 @@ def test_a_data_set_that_is_gone_or_changed(model, tmp_path):
     moved = finetuning.write_data(tmp_path / "moved")
     go_on(tmp_path / "run", iterations=4, data=moved)
     shutil.rmtree(moved)
-    with pytest.raises(FluxError, match="moved: is neither a folder"):
+    with pytest.raises(FluxError, match="moved: is not a folder"):
         go_on(tmp_path / "run", iterations=6)
 
 
@@ -324,12 +332,79 @@ def test_options_that_contradict_a_resumed_run_are_refused_by_name(model, data, 
         resume(tmp_path / "cosine", {"iterations": 3})
 
 
-def test_a_folder_with_a_run_is_not_overwritten_and_one_without_not_resumed(model, data, tmp_path):
-    run(options(model, data, tmp_path / "run", iterations=1))
+def test_an_unfinished_run_is_not_overwritten_and_a_folder_without_one_not_resumed(model, data, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        run(options(model, data, folder, iterations=10, accumulate=2), StopsInTheFourth(Ranks(), quiet=True))
     with pytest.raises(FluxError, match=r"run holds a run .* --resume"):
-        run(options(model, data, tmp_path / "run"))
+        run(options(model, data, folder))
     with pytest.raises(FluxError, match="no state of a run to go on from"):
         resume(tmp_path / "nothing", {})
+    go_on(folder)
+    run(options(model, data, folder, iterations=1))  # now it is finished, and kept
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.1"]
+
+
+def test_a_finished_run_is_kept_under_another_name(model, data, tmp_path, capsys):
+    """With all that it has but the cache, which the new run goes on with."""
+    folder = tmp_path / "run"
+    run(options(model, data, folder, iterations=1))
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    (tmp_path / "run.1").mkdir()
+    finetune(begin(options(model, data, folder, iterations=2)))
+    assert f"{folder} held a finished run, which is now {folder}.2" in capsys.readouterr().err
+    kept = tmp_path / "run.2"
+    assert {path.name: path.read_bytes() for path in kept.iterdir() if path.is_file()} == before
+    assert (kept / "states").is_dir()
+    assert not (kept / "cache").exists()
+    assert (folder / "cache").is_dir()
+    assert len([line for line in events(folder) if line["event"] == "update"]) == 2
+    go_on(kept, iterations=3)
+    assert (kept / "cache").is_dir(), "encoded anew"
+    shutil.rmtree(folder / "states")
+    run(options(model, data, folder, iterations=1))
+    assert (tmp_path / "run.3/final_adapters.safetensors").is_file(), "also one without its states"
+
+
+def test_a_finished_run_that_the_new_one_needs_is_not_moved(model, data, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    run(options(model, data, folder, iterations=1))
+    (folder / "final_adapters.safetensors").rename(folder / "hidden")
+    with pytest.raises(FluxError, match="run holds a run"):
+        run(options(model, data, folder))
+    (folder / "hidden").rename(folder / "final_adapters.safetensors")
+    begun = ((str(folder / "final_adapters.safetensors"), 1.0),)
+    with pytest.raises(FluxError, match=r"final_adapters\.safetensors is in .*: give another --output-dir"):
+        run(options(model, data, folder, adapters=begun))
+    monkeypatch.chdir(folder)
+    with pytest.raises(FluxError, match="the working folder is in"):
+        run(options(model, data, folder))
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_run_that_is_to_be_longer_is_not_finished(model, data, tmp_path):
+    """Though its adapter from before is there."""
+    folder = tmp_path / "run"
+    run(options(model, data, folder, iterations=4, accumulate=2))
+    with pytest.raises(Stopped):
+        finetune(resume(folder, {"iterations": 10}), stop=StopsInTheFourth(Ranks(), quiet=True))
+    assert (folder / "final_adapters.safetensors").is_file()
+    with pytest.raises(FluxError, match="run holds a run"):
+        run(options(model, data, folder))
+
+
+def test_the_optimizer_is_made_as_the_options_say(model, data, tmp_path):
+    chosen = options(model, data, tmp_path, adam_beta1=0.5, adam_beta2=0.75, adam_epsilon=1e-3)
+    made = runs.make_optimizer(chosen.resolved(), 10)
+    assert (list(made.betas), made.eps, made.weight_decay) == ([0.5, 0.75], 1e-3, 0.01)
+
+
+def test_bad_data_leaves_a_finished_run_where_it_is(model, data, tmp_path):
+    folder = tmp_path / "run"
+    run(options(model, data, folder, iterations=1))
+    with pytest.raises(FluxError, match="no layer"):
+        run(options(model, data, folder, targets="nothing"))
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 @pytest.mark.parametrize(

@@ -154,3 +154,15 @@ def test_text(tmp_path):
         jsonfiles.read_text(file)
     with pytest.raises(FluxError, match="cannot be read"):
         jsonfiles.read_text(tmp_path / "none")
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """Another name of the old file keeps the old text: it was replaced, not written over."""
+    file, old = tmp_path / "new/run.json", tmp_path / "old.json"
+    jsonfiles.write(file, {"a": 1, "text": "\u00e9"})
+    old.hardlink_to(file)
+    jsonfiles.write(file, {"a": 2})
+    assert (jsonfiles.read(old), jsonfiles.read(file)) == ({"a": 1, "text": "\u00e9"}, {"a": 2})
+    assert [path.name for path in file.parent.iterdir()] == ["run.json"]
+    with pytest.raises(FluxError, match=r"run\.json/x\.json: cannot be written"):
+        jsonfiles.write(file / "x.json", {})

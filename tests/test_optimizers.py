@@ -83,3 +83,16 @@ def test_a_restart_falls_on_its_update():
 def test_after_the_end_the_rate_is_zero():
     for name in SCHEDULES[1:]:
         assert schedule(name, 1.0, 10, 2)(mx.array(10)).item() == pytest.approx(0, abs=1e-7)
+
+
+def test_settings_of_the_optimizers():
+    """Those of their papers, or what is given."""
+    rate = schedule("constant", 1e-3, 10)
+    expected = {"adam": [0.9, 0.999], "adamw": [0.9, 0.999], "lion": [0.9, 0.99], "prodigy": [0.9, 0.999]}
+    for name, betas in expected.items():
+        assert list(make(name, rate).betas) == betas
+        assert list(make(name, rate, betas=(0.5, None)).betas) == [0.5, betas[1]]
+        assert list(make(name, rate, betas=(None, 0.5)).betas) == [betas[0], 0.5]
+        if name != "lion":
+            assert make(name, rate).eps == 1e-8
+            assert make(name, rate, epsilon=1e-3).eps == 1e-3

@@ -10,6 +10,7 @@ from flux.training import report
 from flux.training.callbacks import Estimate
 from flux.training.console import Console, duration
 from flux.training.plots import COLOURS, HEIGHT, LEFT, RIGHT, WIDTH, Curve, figure
+from flux.training.pretrain import graphs
 from flux.training.pretrain.watch import console_line
 
 
@@ -18,8 +19,8 @@ def test_the_console_line():
     of = {"epoch": 20, "batch": 500}
     line = console_line("Step vae_gan (2/3)", 923, {"epoch": 5, "batch": 127}, of, metrics, 3.21)
     assert line == (
-        "[00:15:23] Step vae_gan (2/3) | Epoch 5/20 | Batch 127/500 | VAE 0.1235 | KL 2 | LPIPS 0.25 | "
-        "G -0.5 | D 1.5 | 3.21s/batch"
+        "[00:15:23] Step vae_gan (2/3) | Epoch 5/20 | Batch 127/500 | VAE 0.1235 | KL 2 | G -0.5 | D 1.5 | "
+        "LPIPS 0.25 | 3.21s/batch"
     )
     unknown = console_line("t", 0, {"epoch": 1, "batch": 1}, {"epoch": None, "batch": 9}, {}, 1.0)
     assert "Epoch 1 |" in unknown
@@ -73,8 +74,8 @@ def test_damaged_lines_are_left_out_and_nothing_stumbles_over_them(tmp_path, dam
     path = tmp_path / "training_metrics_vae.jsonl"
     good = b'{"global_step": 1, "metrics": {"loss": 2.0}, "learning_rates": {"vae": 0.1}, "batch_time": 1}'
     path.write_bytes(b"\n".join([good, damage, good, b""]))
-    report.draw_steps(tmp_path, ["vae"])
-    assert "loss" in (tmp_path / "summary.txt").read_text()
+    graphs.draw(tmp_path)
+    assert "loss" in (tmp_path / "training_summary.txt").read_text()
     report.draw_loss(path, tmp_path / "loss.png")  # has no updates
     assert not (tmp_path / "loss.png").exists()
     report.Events(path, "global_step", 1)
@@ -105,6 +106,17 @@ def test_plots_of_odd_values(y):
     assert figure("t", [Curve("a", np.arange(len(y)) + 1.0, np.array(y))]).shape == (HEIGHT, WIDTH, 3)
 
 
+def test_curves_of_other_scale_have_a_chart_each():
+    x = np.arange(3.0)
+    sizes = {"r1": 90.0, "vae": 0.2, "generator": -0.5, "kl": 1.9, "beta": 1e-9, "none": float("nan")}
+    groups = graphs.by_scale(Curve(name, x, x * 0 + size) for name, size in sizes.items())
+    assert [[curve.name for curve in group] for group in groups] == [
+        ["beta"],
+        ["vae", "generator", "kl"],
+        ["r1"],
+    ]
+
+
 def test_drawing_without_any_lines_writes_nothing(tmp_path):
-    report.draw_steps(tmp_path, ["vae"])
+    assert graphs.draw(tmp_path) == []
     assert not list(tmp_path.iterdir())

@@ -83,7 +83,11 @@ def test_a_config_says_what_tensors_cannot():
         ("clip", {"layer_norm_eps": -1e-5}, "layer_norm_eps is -1e-05"),
         ("clip", {"hidden_act": ["gelu"]}, "hidden_act is"),
         ("t5", {"layer_norm_epsilon": float("inf")}, "layer_norm_epsilon is inf"),
-        ("t5", {"relative_attention_max_distance": 8}, "32 buckets of distances up to 8"),
+        (
+            "t5",
+            {"relative_attention_max_distance": 8},
+            "32 buckets cannot hold relative attention to distances up to 8",
+        ),
         ("transformer", {"axes_dims_rope": "16"}, "axes_dims_rope is '16'"),
         ("transformer", {"axes_dims_rope": [16, -56, 168]}, "axes_dims_rope is -56"),
     ],

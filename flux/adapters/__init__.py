@@ -6,7 +6,8 @@ from flux.adapters.beside import draw_dropout
 from flux.adapters.changes import Delta, Dense, Kronecker, LowRank
 from flux.adapters.formats import load
 from flux.adapters.lora import Adapters, mismatches
-from flux.adapters.training import TARGETS, new_adapter, targets
+from flux.adapters.selection import TARGETS, is_preset, partly_named
+from flux.adapters.training import new_adapter, targets
 from flux.adapters.writers import read_facts, save
 
 __all__ = [
@@ -23,9 +24,11 @@ __all__ = [
     "evaluate",
     "fingerprint",
     "fitting_parts",
+    "is_preset",
     "load",
     "mismatches",
     "new_adapter",
+    "partly_named",
     "read_facts",
     "read_weighted",
     "save",

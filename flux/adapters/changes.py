@@ -97,8 +97,8 @@ class Kronecker(Additive):
 
 
 @dataclass(frozen=True, eq=False)
-class Dense(Additive):
-    """dW itself, (out, in): for changes of no low rank."""
+class Whole:
+    """A change that holds a matrix as large as W, (out, in)."""
 
     weight: mx.array
 
@@ -107,6 +107,10 @@ class Dense(Additive):
         """(out, in)."""
         rows, columns = self.weight.shape
         return rows, columns
+
+
+class Dense(Whole, Additive):
+    """dW itself: for changes of no low rank."""
 
     def dense(self) -> mx.array:
         """dW (out, in) in float32."""
@@ -204,17 +208,8 @@ class Rotation:
         return replace(self, blocks=self.blocks[::-1].swapaxes(-1, -2))
 
 
-@dataclass(frozen=True, eq=False)
-class Replacement:
-    """W' = weight, (out, in): a layer that was trained whole."""
-
-    weight: mx.array
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        rows, columns = self.weight.shape
-        return rows, columns
+class Replacement(Whole):
+    """W' = weight: a layer that was trained whole."""
 
     def delta(self, weight: mx.array, strength: float = 1.0) -> mx.array:
         """W' - W (out, in) in float32 for W (out, in)."""

@@ -10,42 +10,28 @@ from flux.adapters.adapter import Adapter
 from flux.adapters.beside import dense_weight, linear_shape
 from flux.adapters.changes import Delta, LowRank, row_norms
 from flux.adapters.lora import linears
+from flux.adapters.selection import select
 from flux.errors import FluxError
 
-_BLOCK = r"(?:double|single)_blocks\.\d+\."
-_TEXT = r"text_model\.encoder\.layers\.\d+\..*|encoder\.block\.\d+\..*"
-
-# Presets for which layers to train. A single block has attention and MLP fused in its two layers.
-TARGETS: dict[str, str] = {
-    "attention-mlp": rf"{_BLOCK}(?:(?:img|txt)_(?:attn|mlp)\..*|linear[12])|{_TEXT}",
-    "attention": rf"{_BLOCK}(?:(?:img|txt)_attn\..*|linear[12])|.*self_attn\..*|.*SelfAttention\..*",
-    "blocks": rf"{_BLOCK}.*|{_TEXT}",
-    "all": ".*",
-}
 DEFAULT_TARGET = "attention-mlp"
 
 
 def targets(model: nn.Module, which: str = DEFAULT_TARGET, last_blocks: int | None = None) -> list[str]:
     """The names of the layers to train.
 
-    which: a preset of TARGETS or a regular expression for whole names. last_blocks: only so many blocks from
-    the network's end (single blocks come after double blocks). FluxError where that is not a layer.
+    which: as `selection.select` takes it. last_blocks: only so many blocks from the network's end (single
+    blocks come after double blocks). FluxError where that is no layer.
     """
-    try:
-        pattern = re.compile(TARGETS.get(which, which))
-    except re.error as error:
-        raise FluxError(
-            f"targets {which!r}: neither one of {', '.join(TARGETS)} nor a pattern: {error}"
-        ) from None
-    layers = linears(model)
-    names = [name for name in layers if pattern.fullmatch(name)]
-    if last_blocks is not None:
-        if last_blocks < 1:
-            raise FluxError(f"the last {last_blocks} blocks: give 1 or more")
-        blocks = sorted({block for name in layers if (block := _block(name))})
-        names = [name for name in names if _block(name) in blocks[-last_blocks:]]
+    layers = list(linears(model))
+    names = select(layers, which)
+    if last_blocks is None:
+        return names
+    if last_blocks < 1:
+        raise FluxError(f"the last {last_blocks} blocks: give 1 or more")
+    blocks = sorted({block for name in layers if (block := _block(name))})
+    names = [name for name in names if _block(name) in blocks[-last_blocks:]]
     if not names:
-        raise FluxError(f"targets {which!r}: no layer has such a name; presets are {', '.join(TARGETS)}")
+        raise FluxError(f"targets {which!r}: the last {last_blocks} blocks have no such layer")
     return names
 
 

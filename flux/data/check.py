@@ -150,11 +150,13 @@ def _count(dataset: Dataset, placed: list[Placed], report: Report, text_tokens: 
     used = {item.placed for item in plan.items}
     if unused := [each.sample.name for each in plan.placed if each not in used]:
         report.warnings.append(f"regularisation pictures beyond the training's count, unused: {some(unused)}")
-    report.cache_bytes = cache_bytes(plan, epochs=1, text_tokens=text_tokens)
+    report.cache_bytes = cache_bytes(plan, len(plan.captions(1)), text_tokens)
 
 
-def cache_bytes(plan: batches.Plan, epochs: int, text_tokens: int, element_size: int = 2) -> int:
-    """The disk that the encoded pictures and texts of so many epochs take, about; for FLUX's encoders."""
+def cache_bytes(
+    plan: batches.Plan, texts: int, text_tokens: int, text_width: int = T5_WIDTH, element_size: int = 2
+) -> int:
+    """The disk that the encoded pictures and so many texts take, about; for FLUX's autoencoder."""
     downscale, channels = LATENT
     total = 0
     for placed, _ in plan.variants():
@@ -162,7 +164,7 @@ def cache_bytes(plan: batches.Plan, epochs: int, text_tokens: int, element_size:
         views = 2 if placed.sample.subset.flip_aug else 1
         masked = placed.mask or placed.sample.subset.alpha_mask
         total += area * (2 * views * channels * element_size + (4 if masked else 0))
-    return total + len(plan.captions(epochs)) * (text_tokens * T5_WIDTH + CLIP_WIDTH) * element_size
+    return total + texts * (text_tokens * text_width + CLIP_WIDTH) * element_size
 
 
 def render(report: Report) -> str:

@@ -110,7 +110,7 @@ def read_source(source: str, rules: Rules, captions_file: str | None = None) -> 
     owner, slash, name = source.partition("/")
     if not (slash and owner and name) or "/" in name or path.suffix in (".toml", *lists.SUFFIXES):
         raise FluxError(
-            f"{source}: is neither a folder or file nor the name of a data set of the Hub (owner/name)"
+            f"{source}: is not a folder, a file or the name of a data set of the Hub (owner/name)"
         )
     return datasets.read_hugging_face(source, rules.caption_column)
 

@@ -17,10 +17,18 @@ from flux.trees import named_arrays
 DEFAULT_RATE = 1e-4
 
 OPTIMIZERS = ("adam", "adamw", "adafactor", "lion", "prodigy")
+BETAS = {**dict.fromkeys(OPTIMIZERS, (0.9, 0.999)), "lion": (0.9, 0.99)}
+EPSILON = 1e-8
 
 
-def make(name: str, rate: Schedule, weight_decay: float = 0.0) -> optim.Optimizer:
-    """An optimizer by its name in OPTIMIZERS, with the settings of its paper.
+def make(
+    name: str,
+    rate: Schedule,
+    weight_decay: float = 0.0,
+    betas: tuple[float | None, float | None] = (None, None),
+    epsilon: float | None = None,
+) -> optim.Optimizer:
+    """An optimizer by its name in OPTIMIZERS, with the settings of its paper where none are given.
 
     Prodigy finds its step size itself: its rate is a factor of that, 1 as a rule. Weight decay is decoupled
     from the gradient; adam has none. FluxError for another name or a decay that cannot be.
@@ -30,15 +38,17 @@ def make(name: str, rate: Schedule, weight_decay: float = 0.0) -> optim.Optimize
     if weight_decay < 0 or (weight_decay and name == "adam"):
         which = "0, adam has none: choose adamw" if name == "adam" else "0 or more"
         raise FluxError(f"weight decay {weight_decay}: give {which}")
+    beta1, beta2 = (own if beta is None else beta for own, beta in zip(BETAS[name], betas, strict=True))
+    eps = EPSILON if epsilon is None else epsilon
     if name == "adam":
-        return optim.Adam(rate, bias_correction=True)
+        return optim.Adam(rate, [beta1, beta2], eps, bias_correction=True)
     if name == "adamw":
-        return optim.AdamW(rate, weight_decay=weight_decay, bias_correction=True)
+        return optim.AdamW(rate, [beta1, beta2], eps, weight_decay, bias_correction=True)
     if name == "adafactor":  # with a rate of its own and not scaled by it, as it is used for fine-tuning
         return optim.Adafactor(rate, weight_decay=weight_decay, scale_parameter=False, relative_step=False)
     if name == "lion":
-        return optim.Lion(rate, weight_decay=weight_decay)
-    return Prodigy(rate, weight_decay=weight_decay)
+        return optim.Lion(rate, [beta1, beta2], weight_decay)
+    return Prodigy(rate, (beta1, beta2), eps, weight_decay)
 
 
 class Prodigy(optim.Optimizer):
@@ -198,10 +208,16 @@ class SGD:
     lr: float | None = option(None, above=0)
     momentum: float = option(0.0, least=0, below=1)
     weight_decay: float = option(0.0, least=0)
+    dampening: float = option(0.0, least=0, most=1)
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if self.nesterov and (self.momentum == 0 or self.dampening != 0):
+            raise FluxError("nesterov needs a momentum above 0 and no dampening")
 
     def build(self, rate: float) -> optim.Optimizer:
         """The optimizer at this learning rate."""
-        return optim.SGD(rate, self.momentum, self.weight_decay)
+        return optim.SGD(rate, self.momentum, self.weight_decay, self.dampening, self.nesterov)
 
 
 @dataclass(frozen=True)
@@ -217,4 +233,17 @@ class RMSprop:
         return optim.RMSprop(rate, self.alpha, self.eps)
 
 
-CONFIGURED = {"AdamW": AdamW, "Adam": Adam, "SGD": SGD, "RMSprop": RMSprop}
+@dataclass(frozen=True)
+class Lion:
+    """Chen et al. 2023, arXiv:2302.06675."""
+
+    lr: float | None = option(None, above=0)
+    betas: tuple[float, float] = option((0.9, 0.99), least=0, below=1)
+    weight_decay: float = option(0.0, least=0)
+
+    def build(self, rate: float) -> optim.Optimizer:
+        """The optimizer at this learning rate."""
+        return optim.Lion(rate, list(self.betas), self.weight_decay)
+
+
+CONFIGURED = {"AdamW": AdamW, "Adam": Adam, "SGD": SGD, "RMSprop": RMSprop, "Lion": Lion}

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from flux.sheets import Font
 
-WIDTH, HEIGHT = 720, 420
-LEFT, TOP, RIGHT, BOTTOM = 78, 34, 150, 34  # margins; the legend stands at the right
+WIDTH, HEIGHT = 720, 440
+LEFT, TOP, RIGHT, BOTTOM = 94, 34, 150, 54  # margins; the legend stands at the right
 COLOURS = ("#1f6fb4", "#d9532c", "#3a9d4f", "#8e5bb5", "#b8860b", "#16a0a0", "#c2417c", "#666666")
 INK, GRID = "#222222", "#dddddd"
 
@@ -24,14 +24,22 @@ class Curve:
     y: np.ndarray
 
 
-def figure(title: str, curves: Sequence[Curve], marks: Sequence[float] = ()) -> np.ndarray:
+def figure(
+    title: str,
+    curves: Sequence[Curve],
+    marks: Sequence[float] = (),
+    axes: tuple[str, str] = ("", ""),
+) -> np.ndarray:
     """A chart (H, W, 3) uint8; vertical `marks` in x. Values that are not finite are left out.
+
+    axes: what stands along x and along y.
 
     The y axis is logarithmic where all values are positive and spread over more than two decades.
     """
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     pen.text((LEFT, 10), title, INK, font)
+    _name_axes(image, font, axes)
     curves = [curve for curve in map(_finite, curves) if len(curve.x)]
     if curves:
         xs, ys = np.concatenate([c.x for c in curves]), np.concatenate([c.y for c in curves])
@@ -44,6 +52,16 @@ def figure(title: str, curves: Sequence[Curve], marks: Sequence[float] = ()) -> 
         for i, curve in enumerate(curves):
             _line(pen, font, curve, across, up, i)
     return np.array(image)
+
+
+def _name_axes(image: Image.Image, font: Font, axes: tuple[str, str]) -> None:
+    across, up = axes
+    middle = (LEFT + WIDTH - RIGHT) // 2
+    ImageDraw.Draw(image).text((middle, HEIGHT - 22), across, INK, font, anchor="ma")
+    length = HEIGHT - TOP - BOTTOM
+    label = Image.new("RGB", (length, 20), "white")
+    ImageDraw.Draw(label).text((length // 2, 2), up, INK, font, anchor="ma")
+    image.paste(label.rotate(90, expand=True), (4, TOP))
 
 
 class _Axis:

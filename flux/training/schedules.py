@@ -72,6 +72,32 @@ class Constant:
 
 
 @dataclass(frozen=True)
+class Held:
+    """`start_factor` for `steps` steps, then 1; in all steps where `steps` is not given."""
+
+    start_factor: float = option(1.0, above=0)
+    steps: int | None = option(None, least=1)
+
+    def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in this step of `total`, from 0."""
+        return self.start_factor if step < (self.steps or total) else 1.0
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From `start_factor` to `end_factor` in `steps` steps, in all of them where `steps` is not given."""
+
+    start_factor: float = option(1.0, least=0)
+    end_factor: float = option(0.0, least=0)
+    steps: int | None = option(None, least=1)
+
+    def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in this step of `total`, from 0."""
+        share = min(1.0, step / (self.steps or max(1, total - 1)))
+        return self.start_factor + share * (self.end_factor - self.start_factor)
+
+
+@dataclass(frozen=True)
 class Cosine:
     """Half a cosine from 1 down to `min_factor` at the last step, after a linear warm-up."""
 
@@ -88,14 +114,14 @@ class Cosine:
 
 @dataclass(frozen=True)
 class Step:
-    """Times `gamma` after every `step_size` steps."""
+    """Times `gamma` after every `step_size` steps: a tenth of all where it is not given."""
 
-    step_size: int = option(least=1)
+    step_size: int | None = option(None, least=1)
     gamma: float = option(0.1, above=0, most=1)
 
     def factor(self, step: int, total: int) -> float:
         """What the learning rate is multiplied by in this step of `total`, from 0."""
-        return self.gamma ** (step // self.step_size)
+        return self.gamma ** (step // (self.step_size or max(1, total // 10)))
 
 
 @dataclass(frozen=True)
@@ -111,12 +137,16 @@ class Exponential:
 
 @dataclass(frozen=True)
 class ReduceOnPlateau:
-    """Times `gamma` when the epochs' means of `metric` have not fallen for more than `patience` epochs."""
+    """Times `gamma` when the epochs' means of `metric` have not fallen for more than `patience` epochs.
+
+    threshold: what is less of a fall, as a share of the best mean, does not count as one.
+    """
 
     metric: str = "loss"
     gamma: float = option(0.5, above=0, most=1)
     patience: int = option(10, least=0)
     min_factor: float = option(0.0, least=0, most=1)
+    threshold: float = option(0.0, least=0, below=1)
 
     def factor(self, step: int, total: int) -> float:
         """What the learning rate is multiplied by in this step of `total`, from 0."""
@@ -124,7 +154,8 @@ class ReduceOnPlateau:
 
     def after_epoch(self, plateau: "Plateau", value: float) -> "Plateau":
         """What is remembered after an epoch in which the metric's mean was `value`."""
-        if value < plateau.best:
+        enough = self.threshold * abs(plateau.best) if math.isfinite(plateau.best) else 0.0
+        if value < plateau.best - enough:
             return Plateau(value, 0, plateau.factor)
         if plateau.bad_epochs < self.patience:
             return Plateau(plateau.best, plateau.bad_epochs + 1, plateau.factor)
@@ -142,6 +173,8 @@ class Plateau:
 
 SCHEDULERS = {
     "constant": Constant,
+    "held": Held,
+    "linear": Linear,
     "cosine": Cosine,
     "step": Step,
     "exponential": Exponential,

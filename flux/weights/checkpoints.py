@@ -219,6 +219,8 @@ def _in_folder(folder: Path, spec: ModelSpec | None, given: Mapping[str, Part], 
     try:
         found = layouts.find_parts(folder, absent, given, asked) if absent else {}
     except FluxError as error:
+        if reason := layouts.why_no_model(folder):
+            raise FluxError(reason) from None
         pipeline = specs.class_name(folder)
         made_for = f" (it is made for {pipeline})" if pipeline not in ("", "FluxPipeline") else ""
         raise FluxError(f"{error}{made_for}") from None

@@ -293,6 +293,23 @@ def model_folder(folder: Path) -> Path:
     return newest
 
 
+def why_no_model(folder: Path) -> str:
+    """Why the folder of a training from scratch has no whole model in it; empty where it has, or is none."""
+    if (folder / "networks.safetensors").is_file():
+        return (
+            f"{folder}: its decoder is SPADE's, which no layout of FLUX can hold: draw with "
+            f"`python -m flux.training.pretrain.generate --model_checkpoint {folder} --text_prompts_path ...`"
+        )
+    if (folder / "ae.safetensors").is_file() and (folder / "checkpoints").is_dir():
+        file = folder / "ae.safetensors"
+        return (
+            f"{folder}: an autoencoder alone, no step trained the flow; another model takes it by --ae {file}"
+        )
+    if next(folder.glob("checkpoints/*/progress.json"), None):
+        return f"{folder}: its training has not finished: go on with the same command and --resume"
+    return ""
+
+
 def foreign_tensors(parts: Iterable[Part]) -> list[str]:
     """For every file with tensors that no network takes a line that names them."""
     lines = []

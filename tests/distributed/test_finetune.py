@@ -32,7 +32,7 @@ FAULTS = {
     "missing": ("data", *BAD, "--ae", "only0.safetensors"),
     "other": ("data", *BAD, "--transformer", "own.safetensors"),
     "data": ("other", *BAD),
-    "begun": ("data", *BAD[:2], "--output-dir", "run"),
+    "begun": ("data", *BAD[:2], "--output-dir", "begun"),
     "wrong": ("data", *BAD, "--lora-rank", 0),
 }
 
@@ -86,6 +86,7 @@ def reports(tmp_path_factory, model):
             if size > 1:
                 alone = report(1)[0] / "rank0"
                 shutil.copytree(alone / "half", folder / "rank0/half")
+                shutil.copytree(alone / "half/states", folder / "rank0/begun/states")  # without its adapter
             program = ["-m", finetune_program.__name__, folder, json.dumps(commands(size))]
             run_program(size, program, folder)
             paths = [folder / f"report{rank}.json" for rank in range(size)]
@@ -161,7 +162,7 @@ def test_each_ends_alike_and_rank_0_alone_says_why(reports, size):
     assert said["missing"].startswith(f"error: on rank 1 ({HOST}): only0.safetensors")
     assert said["other"].startswith(f"error: rank 1 ({HOST}) differs from rank 0 in its transformer: ")
     assert said["data"].startswith(f"error: rank 1 ({HOST}) differs from rank 0 in its data set: ")
-    assert said["begun"].startswith("error: run holds a run")
+    assert said["begun"].startswith("error: begun holds a run")
     assert said["wrong"].startswith("error: argument --lora-rank")
     assert not list(folder.glob("rank*/bad"))
 

@@ -138,6 +138,10 @@ def test_check_data(call, folder):
     assert (status, err) == (0, [])
     assert "3 steps an epoch" in out
     assert "caption (3): an sks dog" in out
+    out = call("--check-data", "pictures", "--resolution", 64, "--class-prompt", "a dog", "--trigger", "sks")[
+        1
+    ]
+    assert any(line.startswith("warning: the trigger 'sks' is in no caption") for line in out)
     (folder / "pictures/d.png").write_bytes(b"no picture")
     status, out, _ = call("--check-data", "pictures", "--resolution", 64)
     assert status == 2
@@ -186,9 +190,9 @@ def test_the_two_concept_set(call, folder, shared):
 
 BAD_ARGUMENTS = [
     ([], "no data set"),
-    (["nowhere"], "nowhere: no such folder"),
+    (["nowhere"], "nowhere: is not a folder, a file"),
     (["--check-data"], "--check-data needs a data set"),
-    (["--check-data", "nowhere"], "nowhere: no such folder"),
+    (["--check-data", "nowhere"], "nowhere: is not a folder, a file"),
     (["pictures", "--config", "data.toml"], "not both"),
     (["pictures", "--iterations", "0"], "iterations: .*0"),
     (["pictures", "--iterations", "3", "--epochs", "3"], "iterations or epochs"),

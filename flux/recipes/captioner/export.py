@@ -13,11 +13,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from flux.arguments import described, run_program
+from flux.arguments import run_program
 from flux.captioning.tokenizer import BartTokenizer
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2
+from flux.recipes.arguments import export_folders
 from flux.recipes.captioner import recipe
 from flux.recipes.captioner.__main__ import STATE
 from flux.training.states import load_state
@@ -99,15 +100,12 @@ def main() -> int:
 
 def run(ranks: Ranks) -> int:
     """Write the trained captioner as a checkpoint's folder."""
-    parser = described(__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    tokenizer = arguments.run / "tokenizer"
+    run, output = export_folders(__doc__)
+    tokenizer = run / "tokenizer"
     network = Florence2(recipe.params(BartTokenizer.from_folder(tokenizer)))
-    load_state(network, arguments.run / STATE, "model")
-    save(arguments.output, network, tokenizer)
-    print(arguments.output)
+    load_state(network, run / STATE, "model")
+    save(output, network, tokenizer)
+    print(output)
     return 0
 
 

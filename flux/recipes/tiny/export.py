@@ -5,11 +5,11 @@ python -m flux.recipes.tiny.export --run DIR --output flux/assets/tiny
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-from flux.arguments import described, run_program
+from flux.arguments import run_program
 from flux.distributed.ranks import Ranks
 from flux.models.autoencoder import AutoEncoder
+from flux.recipes.arguments import export_folders
 from flux.recipes.tiny import recipe
 from flux.recipes.tiny.flow import load_tokenizers, make_model
 from flux.recipes.tiny.latents import read
@@ -25,11 +25,7 @@ def main() -> int:
 
 def run(ranks: Ranks) -> int:
     """Write the trained model as diffusers' folder."""
-    parser = described(__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--output", type=Path, required=True)
-    arguments = parser.parse_args()
-    run = arguments.run
+    run, output = export_folders(__doc__)
     latents = read(run / "latents.safetensors")
     autoencoder = AutoEncoder(
         replace(recipe.AUTOENCODER, scale_factor=latents.scale, shift_factor=latents.shift)
@@ -41,8 +37,8 @@ def run(ranks: Ranks) -> int:
     spec = replace(registry.get("tiny"), t5_length=recipe.T5_LENGTH)
     tokenizers = (run / "tokenizer", run / "tokenizer_2")
     model = Model(parts.flow, autoencoder, parts.clip, parts.t5, *tokenizers, spec)
-    save_diffusers(arguments.output, model)
-    print(arguments.output)
+    save_diffusers(output, model)
+    print(output)
     return 0
 
 

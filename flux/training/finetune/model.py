@@ -75,8 +75,8 @@ def inject(network: Network, options: Options) -> dict[str, Adapters]:
         model = network.get({"flux": "flow"}.get(part, part))
         if model is None:
             continue
-        # A pattern of the user's is one for the transformer's layers.
-        preset = options.targets in adapters.TARGETS or part == "flux"
+        # Names and patterns of the user's are those of the transformer's layers.
+        preset = adapters.is_preset(options.targets) or part == "flux"
         which, last = (options.targets if preset else DEFAULT_TARGET), options.last_blocks
         names = adapters.targets(model, which, last if part == "flux" else None)
         new = adapters.new_adapter(

@@ -28,7 +28,7 @@ SMALL = 256  # a resolution below the usual smallest bucket
 CHANGEABLE = (
     *("iterations", "epochs", "format", "save_every", "save_every_epochs", "state_every", "keep_states"),
     *("shard_base", "data", "trigger", "cache_dir"),
-    *("validate_every", "progress_prompts", "progress_every", "progress_seed"),
+    *("log_every", "validate_every", "progress_prompts", "progress_every", "progress_seed"),
 )
 
 
@@ -66,6 +66,9 @@ class Options:
     restarts: int = option(1, least=1)
     warmup: int | None = option(None, least=0)  # updates
     weight_decay: float | None = option(None, least=0)  # 0.01 for AdamW, else 0
+    adam_beta1: float | None = option(None, least=0, below=1)  # None: the optimizer's, as in the next two
+    adam_beta2: float | None = option(None, least=0, below=1)
+    adam_epsilon: float | None = option(None, above=0)
     clip_norm: float = option(1.0, least=0)  # 0: none
     ema: float | None = option(None, least=0, below=1)
     # auto: schnell's four times for a model of its kind, else sigmoid
@@ -82,7 +85,8 @@ class Options:
     shard_base: bool = False  # over the ranks; with grad_checkpoint
     seed: int = option(0, least=0, most=MAX_SEED)
 
-    validate_every: int = option(100, least=1)  # iterations, as the following
+    log_every: int | None = option(None, least=1)  # iterations, as the following; a twentieth of the run
+    validate_every: int = option(100, least=1)
     progress_prompts: tuple[str, ...] = ()
     progress_every: int = option(500, least=1)
     progress_seed: int = option(0, least=0, most=MAX_SEED)
@@ -114,6 +118,11 @@ class Options:
         """The learning rate, also where the optimizer decides it."""
         return self.learning_rate or (1.0 if self.optimizer == "prodigy" else 1e-4)
 
+    @property
+    def file(self) -> str:
+        """The name of the adapter's file at the end."""
+        return f"{self.name or 'final_adapters'}.safetensors"
+
     def resolved(self) -> "Options":
         """With what follows from other options filled in, and files by their whole paths."""
         adamw = self.optimizer == "adamw"
@@ -140,13 +149,13 @@ class Options:
 
         The usual bounds of buckets are widened where the resolution is outside of them.
         """
-        own = {name: value for name, value in self.data_options.items() if value is not None}
-        resolution = own.setdefault("resolution", image_size)
+        given = {name: value for name, value in self.data_options.items() if value is not None}
+        resolution = given.setdefault("resolution", image_size)
         if min(resolution) < SMALL:
-            own.setdefault("min_bucket_reso", max(schema.SIZE_STEP, min(resolution) // 32 * 16))
-            own.setdefault("bucket_reso_steps", schema.SIZE_STEP)
-        own.setdefault("max_bucket_reso", max(1024, *resolution))
-        return own
+            given.setdefault("min_bucket_reso", max(schema.SIZE_STEP, min(resolution) // 32 * 16))
+            given.setdefault("bucket_reso_steps", schema.SIZE_STEP)
+        given.setdefault("max_bucket_reso", max(1024, *resolution))
+        return given
 
     def as_table(self) -> dict[str, Any]:
         """For JSON."""
@@ -184,12 +193,12 @@ class Options:
         """For a resumed run: with the options that were given anew. FluxError for those that contradict."""
         wrong = []
         for name, value in changes.items():
-            own = getattr(self, name)
-            same = value == own or (isinstance(value, str) and _absolute(value) == own)
-            if isinstance(own, dict):
-                same = all(own.get(key) == each for key, each in value.items())
+            ours = getattr(self, name)
+            same = value == ours or (isinstance(value, str) and _absolute(value) == ours)
+            if isinstance(ours, dict):
+                same = all(ours.get(key) == each for key, each in value.items())
             if not same and name not in CHANGEABLE:
-                wrong.append(f"{shown(name)} {_words(value)} (the run has {_words(own)})")
+                wrong.append(f"{shown(name)} {_words(value)} (the run has {_words(ours)})")
         if wrong:
             raise FluxError(
                 f"another {', another '.join(wrong)} makes another run: leave it out, or start anew with "
@@ -224,6 +233,12 @@ def shown(name: str) -> str:
         "schedule": "lr-schedule",
         "delta": "huber-delta",
         "delta_schedule": "huber-schedule",
+        "num_repeats": "repeats",
+        "class_tokens": "class-prompt",
+        "enable_bucket": "buckets",
+        "bucket_no_upscale": "no-upscale",
+        "flip_aug": "flip",
+        "caption_dropout_rate": "caption-dropout",
     }
     return "--" + other.get(name, name.replace("_", "-"))
 

@@ -20,6 +20,7 @@ from flux import adapters, machine
 from flux.adapters.attach import fingerprint
 from flux.data import cache, samples
 from flux.data.batches import Plan
+from flux.data.check import cache_bytes
 from flux.distributed.fsdp import fully_shard
 from flux.distributed.gradients import average_gradients, average_metrics
 from flux.distributed.ranks import DOWNLOAD, Ranks
@@ -29,14 +30,14 @@ from flux.training import optimizers, schedules
 from flux.training.callbacks import Stop, Stopped
 from flux.training.console import Console
 from flux.training.ema import EMA
-from flux.training.finetune import fit
+from flux.training.finetune import doubts, fit
 from flux.training.finetune.features import Features, Tensors
 from flux.training.finetune.length import Length
 from flux.training.finetune.model import Base, Network, inject
 from flux.training.finetune.options import AUTO, WARMUP, Options
 from flux.training.finetune.previews import Pictures
 from flux.training.finetune.results import Built, Encoded, Prepared
-from flux.training.finetune.start import Start
+from flux.training.finetune.start import CACHE, Start, make_folder
 from flux.training.finetune.watch import Watch
 from flux.training.flow_matching import FlowLoss
 from flux.training.gradient_checkpointing import checkpoint_blocks
@@ -70,6 +71,8 @@ def finetune(start: Start, quiet: bool = False, stop: Stop | None = None) -> Res
         prepared = ranks.on_all_ranks(lambda: prepare(start, console), DOWNLOAD)
         if ranks.size > 1:
             ranks.agree(ranks.on_all_ranks(lambda: facts(start.options, prepared)))
+        if kept := ranks.rank_zero_only(lambda: make_folder(start)):
+            console.say(f"{start.folder} held a finished run, which is now {kept}")
         encoded = encode(start, prepared, console)
         built = build(start, prepared, encoded)
         path = train(start, prepared, encoded, built, console, stop or Stop(ranks, quiet))
@@ -96,7 +99,25 @@ def prepare(start: Start, console: Console) -> Prepared:
     length = Length.of(options, plan.batches_per_epoch, ranks.size)
     say_whether_it_fits(options, base, plan, ranks, console)
     adapters.targets(base.pipeline.flow, options.targets, options.last_blocks)
-    return Prepared(base, plan, digest, length, make_optimizer(options, length.updates))
+    optimizer = make_optimizer(options, length.updates)
+    for line in doubtful(options, base, plan, length) if ranks.is_rank_zero else ():
+        warnings.warn(line, stacklevel=2)
+    return Prepared(base, plan, digest, length, optimizer)
+
+
+def doubtful(options: Options, base: Base, plan: Plan, length: Length) -> list[str]:
+    """What was asked for and will not come out, a line each."""
+    flow, tokenizers = base.pipeline.flow, base.pipeline
+    return [
+        *doubts.of_options(options, plan, flow.params.guidance_embed),
+        *doubts.of_length(options, length),
+        *doubts.of_targets(flow, options.targets),
+        *doubts.of_trigger(
+            options.trigger,
+            plan.captions(1),
+            {"T5": tokenizers.t5_tokenizer, "CLIP": tokenizers.clip_tokenizer},
+        ),
+    ]
 
 
 def facts(options: Options, prepared: Prepared) -> dict[str, str]:
@@ -109,7 +130,8 @@ def make_optimizer(options: Options, updates: int) -> Optimizer:
     """For so many updates. options: as `Options.resolved` gives them."""
     warmup = min(WARMUP, updates // 10) if options.warmup is None else options.warmup
     rate = schedules.schedule(options.schedule, options.peak_rate, updates, warmup, options.restarts)
-    return optimizers.make(options.optimizer, rate, options.weight_decay or 0.0)
+    betas = options.adam_beta1, options.adam_beta2
+    return optimizers.make(options.optimizer, rate, options.weight_decay or 0.0, betas, options.adam_epsilon)
 
 
 def say_whether_it_fits(options: Options, base: Base, plan: Plan, ranks: Ranks, console: Console) -> None:
@@ -137,11 +159,16 @@ def say_whether_it_fits(options: Options, base: Base, plan: Plan, ranks: Ranks, 
 def encode(start: Start, prepared: Prepared, console: Console) -> Encoded:
     """Fills the cache and lets go of the encoders."""
     options, base, plan = start.options, prepared.base, prepared.plan
-    folder = Path(options.cache_dir).expanduser() if options.cache_dir else start.folder / "cache"
+    folder = Path(options.cache_dir).expanduser() if options.cache_dir else start.folder / CACHE
     features = Features(plan, cache.Cache(folder), base.identities(), options.train_clip)
     size = plan.groups[0].resolution
     pictures = Pictures(base, features, options.progress_prompts, size, options.progress_seed)
     texts = [*plan.captions(prepared.length.epochs), *pictures.texts()]
+    if start.state is None and start.ranks.is_rank_zero:
+        width, element_size = base.pipeline.flow.params.context_in_dim, base.pipeline.flow.dtype.size
+        size_on_disk = cache_bytes(plan, len(texts), base.checkpoint.spec.t5_length, width, element_size)
+        for line in doubts.of_cache(plan, size_on_disk, len(texts), folder):
+            warnings.warn(line, stacklevel=2)
     features.encode(base.pipeline, texts, start.ranks, console)
     base.drop_encoders(keep_clip=options.train_clip)
     return Encoded(features, pictures)

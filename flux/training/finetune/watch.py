@@ -11,10 +11,12 @@ from flux import adapters
 from flux.training.callbacks import Estimate, Every, Finite, Log
 from flux.training.console import Advance, Console
 from flux.training.ema import averaged
+from flux.training.finetune import doubts
+from flux.training.finetune.doubts import Unmoved
 from flux.training.finetune.model import extract
 from flux.training.finetune.previews import validation_loss
 from flux.training.finetune.results import Built, Encoded, Prepared
-from flux.training.finetune.start import Start
+from flux.training.finetune.start import EVENTS, Start
 from flux.training.report import Events, draw_loss
 from flux.training.states import States
 from flux.training.trainer import Callback, Means, Trainer
@@ -37,7 +39,7 @@ class Watch:
         self._length = prepared.length
         self._console = console
         self._states = States(self._folder / "states", self._options.keep_states)
-        self._events = self._folder / "events.jsonl"
+        self._events = self._folder / EVENTS
         self._warned = False  # of what other programs leave out of the adapter
 
     def begin(self) -> None:
@@ -61,6 +63,7 @@ class Watch:
 
         return (
             Finite(self._advice),
+            Unmoved(self._warn),
             Log(self._log),
             Advance(self._console),
             Estimate(self._console.say, length.updates, "updates"),
@@ -73,10 +76,22 @@ class Watch:
 
     def finish(self) -> Path:
         """Writes the adapter; its path."""
-        path = self._folder / f"{self._options.name or 'final_adapters'}.safetensors"
+        path = self._folder / self._options.file
         self._write_adapter(path)
         self._draw_loss()
+        prodigy = self._built.trainer.optimizer.state.get("prodigy")
+        for line in doubts.of_result(self._up(), None if prodigy is None else prodigy["d"].item()):
+            self._warn(line)
         return path
+
+    def _up(self) -> dict[str, mx.array]:
+        """The up weights of the adapter that is trained."""
+        trained = named_arrays(self._built.network.trainable_parameters())
+        return {name: array for name, array in trained if name.endswith(".up")}
+
+    def _warn(self, text: str) -> None:
+        if self._ranks.is_rank_zero:
+            warnings.warn(text, stacklevel=2)
 
     # --- numbers ---
 
@@ -110,7 +125,9 @@ class Watch:
         peak = f"{line['peak_memory'] / 1e9:.2f} GB"
         rate = f"{line['rate'] * line.get('d', 1.0):.3g}"
         self._console.show(f"loss {line['loss']:.4f}, rate {rate}, peak {peak}")
-        if not self._console.is_live and step % max(1, length.updates // LINES) == 0:
+        every = self._options.log_every
+        due = length.due(every, step) if every else step % max(1, length.updates // LINES) == 0
+        if due and not self._console.is_live:
             speed = f"{1 / max(1e-9, seconds):.2f} updates/s"
             position = f"iteration {line['iteration']}/{length.iterations}"
             self._console.say(f"{position} | loss {line['loss']:.4f} | rate {rate} | {speed} | peak {peak}")
@@ -177,6 +194,7 @@ class Watch:
         # By the batches of all ranks, because names must sort though their number changes.
         name = f"{self._length.iterations_at(trainer.step) * size:08d}"
         table = {"options": self._options.as_table(), "digest": self._prepared.digest, "ranks": size}
+        table["is_done"] = trainer.step >= self._length.updates
         self._states.save(name, table, trainer.save)
         self._draw_loss()
 

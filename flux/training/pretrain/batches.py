@@ -37,7 +37,7 @@ class Shard:
 
 
 class Batches:
-    """step -> a batch for `Objective`. An epoch is a permutation of the data without its incomplete end.
+    """number -> a batch for `Objective`. An epoch is a permutation of the data without its incomplete end.
 
     encoded: where the latents are kept, if the step needs no more of the pictures.
     """
@@ -58,63 +58,72 @@ class Batches:
         self._encoded = encoded
         self._seed = (config.training.seed, index)
         self._sides = (config.data.img_size, *config.data.reduced_min_sizes)
-        self._prefix = config.data.fixed_prompt_prefix
-        workers = config.training.workers
+        self._prompt = config.data.prompt
+        workers = self._step.workers
         self._pool = ThreadPoolExecutor(workers) if workers else None
         self._ahead: tuple[int, list[Future]] | None = None
         self._order = lru_cache(maxsize=2)(self._permutation)
         self._tokens = lru_cache(maxsize=100_000)(_tokenize)
-        self.epoch_length = len(self._source) // (self._step.batch_size * shard.size)
-        if self.epoch_length == 0:
-            raise FluxError(
-                f'step "{self._step.name}": {len(self._source)} pictures cannot fill a batch of '
-                f"{self._step.batch_size} for each of {shard.size} process(es)"
-            )
+        self.epoch_length = self._updates_per_epoch()
+        self._per_epoch = self.epoch_length * self._step.gradient_accumulation_steps
 
-    def __call__(self, step: int) -> dict[str, Any]:
-        batch = self._images(step, self._rows(step), self._side(step))
+    def _updates_per_epoch(self) -> int:
+        step, processes = self._step, self._shard.size
+        each = step.batch_size * step.gradient_accumulation_steps
+        found = len(self._source) // (each * processes)
+        if found == 0:
+            raise FluxError(
+                f'step "{step.name}": {len(self._source)} pictures cannot fill a batch of '
+                f"{each} for each of {processes} process(es)"
+            )
+        return min(found, step.max_steps or found) if step.epochs else found
+
+    def __call__(self, number: int) -> dict[str, Any]:
+        batch = self._images(number, self._rows(number), self._side(number))
         if self._step.decodes:
-            beta = kl_weight(step, self._step.kl_beta, self._step.kl_warmup_steps)
+            update = number // self._step.gradient_accumulation_steps
+            beta = kl_weight(update, self._step.kl_beta, self._step.kl_warmup_steps)
             batch["beta"] = mx.array(beta)
             # A Python value: the trainer compiles a step with and one without the penalty.
-            batch["r1"] = self._step.gan_training and step % self._step.r1_interval == 0
+            batch["r1"] = self._step.gan_training and update % self._step.r1_interval == 0
         if self._tokenizers is not None:
-            clip, t5 = zip(*(self._tokens(self._tokenizers, text) for text in self.texts(step)), strict=True)
+            tokens = [self._tokens(self._tokenizers, text) for text in self.texts(number)]
+            clip, t5 = zip(*tokens, strict=True)
             batch["clip"], batch["t5"] = mx.array(np.array(clip)), mx.array(np.array(t5))
         return batch
 
-    def texts(self, step: int) -> list[str]:
+    def texts(self, number: int) -> list[str]:
         """The captions of a batch, some of them empty for classifier-free guidance."""
-        dropped = self._random(step, 1).random(self._step.batch_size) < self._step.cfg_dropout_prob
-        texts = [self._prefix + self._caption(step, row) for row in self._rows(step)]
+        dropped = self._random(number, 1).random(self._step.batch_size) < self._step.cfg_dropout_prob
+        texts = [self._prompt(self._caption(number, row)) for row in self._rows(number)]
         return ["" if drop else text for text, drop in zip(texts, dropped, strict=True)]
 
-    def _caption(self, step: int, row: int) -> str:
+    def _caption(self, number: int, row: int) -> str:
         """A picture's caption; of several one is drawn each epoch."""
         texts = self._source.texts(int(row))
         if len(texts) < 2:
             return texts[0] if texts else ""
-        rng = np.random.default_rng((*self._seed, step // self.epoch_length, 3, int(row)))
+        rng = np.random.default_rng((*self._seed, number // self._per_epoch, 3, int(row)))
         return texts[int(rng.integers(len(texts)))]
 
-    def _rows(self, step: int) -> np.ndarray:
-        epoch, place = divmod(step, self.epoch_length)
-        first = (place * self._shard.size + self._shard.rank) * self._step.batch_size
+    def _rows(self, number: int) -> np.ndarray:
+        epoch, index = divmod(number, self._per_epoch)
+        first = (index * self._shard.size + self._shard.rank) * self._step.batch_size
         return self._order(epoch)[first : first + self._step.batch_size]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng((*self._seed, epoch)).permutation(len(self._source))
 
-    def _side(self, step: int) -> int:
+    def _side(self, number: int) -> int:
         """The pictures' side; the same in all processes, whose batches cost the same time then."""
-        return int(np.random.default_rng((*self._seed, step, 2)).choice(self._sides))
+        return int(np.random.default_rng((*self._seed, number, 2)).choice(self._sides))
 
-    def _random(self, step: int, purpose: int) -> np.random.Generator:
-        return np.random.default_rng((*self._seed, step, purpose, self._shard.rank))
+    def _random(self, number: int, purpose: int) -> np.random.Generator:
+        return np.random.default_rng((*self._seed, number, purpose, self._shard.rank))
 
-    def _images(self, step: int, rows: np.ndarray, side: int) -> dict[str, Any]:
+    def _images(self, number: int, rows: np.ndarray, side: int) -> dict[str, Any]:
         """The batch's pictures, or their latents' mean and log variance."""
-        found = self._pictures(step, rows, side)
+        found = self._pictures(number, rows, side)
         if self._encoded is None:
             return {"pictures": mx.array(np.stack(found))}
         return dict(zip(("mean", "logvar"), self._latents(self._encoded, rows, found), strict=True))
@@ -127,18 +136,18 @@ class Batches:
         ]
         return mx.array(np.stack(records, axis=1))
 
-    def _pictures(self, step: int, rows: np.ndarray, side: int) -> list[np.ndarray]:
+    def _pictures(self, number: int, rows: np.ndarray, side: int) -> list[np.ndarray]:
         """The batch's pictures or records; the next batch's are begun at the same time."""
         if self._pool is None:
             return [self._load(row, side) for row in rows]
         ahead, self._ahead = self._ahead, None
-        futures = ahead[1] if ahead is not None and ahead[0] == step else self._begin(self._pool, step)
-        self._ahead = (step + 1, self._begin(self._pool, step + 1))
+        futures = ahead[1] if ahead is not None and ahead[0] == number else self._begin(self._pool, number)
+        self._ahead = (number + 1, self._begin(self._pool, number + 1))
         return [future.result() for future in futures]
 
-    def _begin(self, pool: ThreadPoolExecutor, step: int) -> list[Future]:
-        side = self._side(step)
-        return [pool.submit(self._load, row, side) for row in self._rows(step)]
+    def _begin(self, pool: ThreadPoolExecutor, number: int) -> list[Future]:
+        side = self._side(number)
+        return [pool.submit(self._load, row, side) for row in self._rows(number)]
 
     def _load(self, row: int, side: int) -> np.ndarray:
         """A picture (side, side, 3), uint8; its record (2, h, w, z), float32, if it has been encoded."""
@@ -155,7 +164,7 @@ class Batches:
     def captions(self, count: int) -> list[str]:
         """The captions of the data's first pictures."""
         rows = range(min(count, len(self._source)))
-        return [self._prefix + caption for row in rows for caption in self._source.texts(row)[:1]]
+        return [self._prompt(caption) for row in rows for caption in self._source.texts(row)[:1]]
 
     def close(self) -> None:
         """Ends the threads."""

@@ -2,7 +2,7 @@
 
 Sections: `model` (sizes), `data` (pictures, captions), `datasets` by name and `default_dataset`, `training`
 and in it `pipeline` (`steps`, `defaults`), `output`. Without `pipeline` the keys of a step stand in
-`training` itself, and without `datasets` the data are `data.data_path`. A step looks a key up in its own
+`training` itself, and without `datasets` the data are `data.data_path`. A step looks a key up in its
 table, then in `pipeline.defaults`, then in `training`, then here.
 """
 
@@ -17,7 +17,7 @@ from flux.models.autoencoder import AutoEncoderParams
 from flux.models.clip import CLIPTextParams
 from flux.models.t5 import T5Params
 from flux.models.transformer import FluxParams
-from flux.tables import Faults, limits, nearest, option, read
+from flux.tables import Faults, field_names, limits, nearest, option, partly, read
 from flux.training.optimizers import CONFIGURED, DEFAULT_RATE
 from flux.training.pretrain.adversary import DiscriminatorParams
 from flux.training.schedules import SCHEDULERS
@@ -36,14 +36,14 @@ UNSCALED = AutoEncoderParams(scale_factor=1.0, shift_factor=0.0)  # before laten
 
 @dataclass(frozen=True)
 class LpipsFiles:
-    """Local files (.safetensors or .pth) or `hf://owner/repository/file`.
+    """Local files (.safetensors or .pth) or `hf://owner/repository/file`; looked for where not given.
 
     vgg: VGG16's convolutions under torchvision's names. linear: the learned weights of the `lpips` package
     (`lpips/weights/v0.1/vgg.pth` in its wheel).
     """
 
-    linear: str
-    vgg: str = "hf://timm/vgg16.tv_in1k/model.safetensors"
+    linear: str | None = None
+    vgg: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Model:
     t5_vocabulary: int = option(8000, least=8)
     tokenizer: str | None = None  # folders of vocabularies that are there already
     tokenizer_2: str | None = None
-    lpips: LpipsFiles | None = None
+    lpips: LpipsFiles = LpipsFiles()
 
 
 DERIVED = {
@@ -122,6 +122,13 @@ class Data:
     reduced_min_sizes: tuple[int, ...] = option((), least=8)  # other sides that are trained on as well
     fixed_prompt_prefix: str = ""
 
+    def prompt(self, caption: str) -> str:
+        """The caption after the prefix, as a separate sentence unless the prefix goes on into it."""
+        prefix = self.fixed_prompt_prefix
+        if not prefix or not caption or prefix[-1].isspace():
+            return prefix + caption
+        return f"{prefix} {caption}" if prefix[-1] in ".,:;!?" else f"{prefix}. {caption}"
+
 
 @dataclass(frozen=True)
 class Output:
@@ -134,6 +141,7 @@ class Output:
     samples_per_checkpoint: int = option(4, least=0)
     sample_sizes: tuple[int | tuple[int, int], ...] = ()  # a side or [width, height]; the data's if empty
     sample_captions: tuple[str, ...] = ()  # the data's if empty
+    test_image_address: tuple[str, ...] = ()  # pictures to be reconstructed; the data's if empty
     sample_steps: int = option(20, least=1)
     sample_cfg_scale: float = option(3.0, least=1)
 
@@ -162,7 +170,10 @@ class Transition:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the pipeline: what it trains, on which losses, for how long."""
+    """One step of the pipeline: what it trains, on which losses, for how long.
+
+    max_steps: updates in all; beside n_epochs, batches of each epoch.
+    """
 
     name: str
     description: str = ""
@@ -182,7 +193,13 @@ class Step:
     freeze: tuple[str, ...] = option((), choices=FREEZABLE)
     unfreeze: tuple[str, ...] = option((), choices=FREEZABLE)
     batch_size: int = option(8, least=1)  # a process
+    gradient_accumulation_steps: int = option(1, least=1)  # batches an update
+    clip_norm: float | None = option(None, above=0)  # the greatest norm of all gradients together
+    use_fp16: bool = False  # networks compute in bfloat16; parameters and optimizers stay in float32
+    # Threads that read pictures. Not in `repr`: what a run comes to does not depend on them.
+    workers: int = field(default=2, repr=False, metadata=limits(least=0))
     lr: float = option(DEFAULT_RATE, above=0)
+    lr_min: float | None = option(None, least=0, most=1)  # share of lr to which it falls without a scheduler
     kl_beta: float = option(1e-4, least=0)
     kl_warmup_steps: int = option(5000, least=0)
     kl_free_bits: float = option(0.0, least=0)
@@ -196,9 +213,20 @@ class Step:
     transition_on: Transition = Transition()
 
     @property
+    def epochs(self) -> int | None:
+        """How many there are at most; None where max_steps alone says how long the step is."""
+        given = [n for n in (self.n_epochs, self.transition_on.max_epochs) if n is not None]
+        return min(given, default=None)
+
+    @property
     def decodes(self) -> bool:
         """Whether pictures go through the autoencoder and back."""
         return self.train_vae or self.gan_training or self.train_spade
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether pictures are compared with what comes back; not in a GAN alone, with SPADE or without."""
+        return self.train_vae or (self.train_spade and not self.gan_training)
 
     @property
     def encodes_once(self) -> bool:
@@ -228,8 +256,6 @@ class Training:
     """What holds for all steps."""
 
     seed: int = option(0, least=0, most=2**31 - 1)
-    workers: int = option(2, least=0)  # threads that read pictures
-    use_fp16: bool = False  # networks compute in bfloat16; parameters and optimizers stay in float32
 
 
 @dataclass(frozen=True)
@@ -242,7 +268,9 @@ class Config:
     steps: tuple[Step, ...]
     datasets: dict[str, Any]
     default_dataset: str | None
+    model_checkpoint: str | None  # the folder of a run, or a file in it, with whose networks this one begins
     output: Output
+    tables: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # as they were read
 
     def dataset_of(self, step: Step) -> str:
         """The name of the data set that a step is trained on."""
@@ -258,52 +286,70 @@ class ConfigError(FluxError):
 
 
 def expand(names: tuple[str, ...]) -> set[str]:
-    """Components and groups -> components. `spade` comes by its own name only, being off by default."""
+    """Components and groups -> components. `spade` comes by its name only, being off by default."""
     parts = {part for name in names for part in GROUPS.get(name, (name,))}
     return parts - {"spade"} | {"spade"} & set(names)
 
 
 def read_config(raw: dict[str, Any], faults: Faults) -> Config | None:
-    """The config that a file's tables say; None, and lines in `faults`, where single keys are wrong."""
-    sections = ("model", "data", "datasets", "default_dataset", "training", "output")
+    """The config that a file's tables say, with lines in `faults` where single keys are wrong.
+
+    These have their defaults then, so that the rest can still be checked; None where that is impossible.
+    """
+    sections = ("model", "data", "datasets", "default_dataset", "training", "output", "model_checkpoint")
     for name in raw:
         if name not in sections:
             faults.add("", f"unknown section {name!r}{nearest(str(name), sections)}")
-    tables = {name: raw.get(name) or {} for name in sections if name != "default_dataset"}
+    texts = {name: raw.get(name) for name in ("default_dataset", "model_checkpoint")}
+    for name, text in texts.items():
+        if not isinstance(text, (str, type(None))):
+            faults.add(name, f"must be a text, not {text!r}")
+    tables = {name: raw.get(name) or {} for name in sections if name not in texts}
     for name, table in tables.items():
         if not isinstance(table, Mapping):
             faults.add(name, f"must be a table of keys, not {table!r}")
             return None
     training, steps = _split_training(tables["training"], faults)
+    read_steps = (_step(step, i, defaults, faults) for i, (step, defaults) in enumerate(steps))
     parts = {
         "model": _model(tables["model"], faults),
-        "data": read(Data, tables["data"], "data", faults),
-        "training": read(Training, training, "training", faults),
-        "steps": tuple(_step(step, i, faults) for i, step in enumerate(steps)),
+        "data": _read(Data, tables["data"], "data", faults),
+        "training": _read(Training, training, "training", faults),
+        "steps": tuple(step for step in read_steps if step is not None),
         "datasets": _datasets(tables["datasets"], tables["data"], faults),
-        "default_dataset": raw.get("default_dataset"),
-        "output": read(Output, tables["output"], "output", faults),
+        **texts,
+        "output": _read(Output, tables["output"], "output", faults),
+        "tables": raw,
     }
-    return None if faults.lines else Config(**parts)
+    return None if None in (parts["model"], parts["data"], parts["output"]) else Config(**parts)
+
+
+def _read(cls: type, table: Any, where: str, faults: Faults) -> Any:
+    return read(cls, table, where, faults) or partly(cls, table)
 
 
 def read_datasets(raw: Mapping) -> dict[str, Any]:
     """The data sets of a file that may have faults elsewhere; none where its tables are wrong."""
-    tables = [raw.get(name) or {} for name in ("datasets", "data")]
-    return _datasets(*tables, Faults()) if all(isinstance(table, Mapping) for table in tables) else {}
+    named, data = raw.get("datasets") or {}, raw.get("data") or {}
+    is_read = isinstance(named, Mapping) and isinstance(data, Mapping)
+    return _datasets(named, data, Faults()) if is_read else {}
 
 
 def _split_training(training: Mapping, faults: Faults) -> tuple[dict, list]:
-    """The keys of the whole training, and the tables of its steps with their defaults filled in."""
-    of_step = {f.name for f in dataclasses.fields(Step)}
+    """The keys of the whole training, and the tables of its steps, each with that of its defaults."""
+    of_step, of_all = field_names(Step), field_names(Training)
     shared = {k: v for k, v in training.items() if k in of_step}
-    own = {k: v for k, v in training.items() if k not in of_step and k != "pipeline"}
+    of_training = {k: v for k, v in training.items() if k in of_all}
+    for name in training:
+        if name not in (*of_step, *of_all, "pipeline"):
+            text = f"unknown key {name!r}{nearest(str(name), [*of_all, *of_step, 'pipeline'])}"
+            faults.add("training", text)
     if "pipeline" not in training:
-        return own, [{"name": "train", **shared}]
+        return of_training, [({"name": "train", **shared}, {})]
     pipeline = training["pipeline"]
     if not isinstance(pipeline, Mapping) or not isinstance(pipeline.get("steps"), list):
         faults.add("training.pipeline", "must be a table with a list of 'steps'")
-        return own, []
+        return of_training, []
     for name in pipeline:
         if name not in ("steps", "defaults"):
             text = f"unknown key {name!r}{nearest(str(name), ('steps', 'defaults'))}"
@@ -311,12 +357,35 @@ def _split_training(training: Mapping, faults: Faults) -> tuple[dict, list]:
     if not pipeline["steps"]:
         faults.add("training.pipeline", "'steps' is empty")
     defaults = {**shared, **(pipeline.get("defaults") or {})}
-    return own, [{**defaults, **step} if isinstance(step, Mapping) else step for step in pipeline["steps"]]
+    return of_training, [(step, defaults) for step in pipeline["steps"]]
 
 
-def _step(table: Any, index: int, faults: Faults) -> Step | None:
+def _inherit(step: Any, defaults: Mapping[str, Any]) -> Any:
+    """A step's table with its defaults, of which its `unfreeze` takes back what they freeze."""
+    if not isinstance(step, Mapping):
+        return step
+    table = {**defaults, **step}
+    frozen, unfrozen = table.get("freeze"), step.get("unfreeze")
+    if "freeze" not in step and isinstance(frozen, (list, tuple)) and isinstance(unfrozen, (list, tuple)):
+        table["freeze"] = [name for name in frozen if name not in unfrozen]
+    return table
+
+
+def _step(table: Any, index: int, defaults: Mapping[str, Any], faults: Faults) -> Step | None:
+    """A step from its table and its defaults, of which optimizers of what it does not train are left out."""
     name = table.get("name") if isinstance(table, Mapping) else None
-    return read(Step, table, f'step "{name}"' if name else f"step {index + 1}", faults)
+    where = f'step "{name}"' if name else f"step {index + 1}"
+    step = _read(Step, _inherit(table, defaults), where, faults)
+    if step is None or "optimization" in table:
+        return step
+    chosen = step.optimization
+    return dataclasses.replace(
+        step,
+        optimization=Optimization(
+            {group: v for group, v in chosen.optimizers.items() if group in step.groups},
+            {group: v for group, v in chosen.schedulers.items() if group in step.groups},
+        ),
+    )
 
 
 def _model(table: Mapping, faults: Faults) -> Model | None:
@@ -328,7 +397,7 @@ def _model(table: Mapping, faults: Faults) -> Model | None:
         if given is not None:
             networks[name] = dataclasses.replace(given, **{k: getattr(default, k) for k in derived})
     rest = {k: v for k, v in table.items() if k not in DERIVED}
-    model = read(Model, rest, "model", faults)
+    model = _read(Model, rest, "model", faults)
     return model and dataclasses.replace(model, **networks)
 
 

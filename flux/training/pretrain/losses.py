@@ -26,7 +26,7 @@ def threshold_metrics(step: Step) -> tuple[str, ...]:
     """The metrics that every batch of this step has; `r1` comes besides, every `r1_interval` batches."""
     names = ["loss"]
     names += ["mse", "kl", "beta"] if step.decodes else []
-    names += ["vae"] if step.train_vae or step.train_spade else []
+    names += ["vae"] if step.reconstructs else []
     names += ["lpips"] if step.use_lpips else []
     names += ["generator", "discriminator"] if step.gan_training else []
     return (*names, "flow") if step.train_diff else tuple(names)
@@ -74,7 +74,7 @@ class Objective:
         kl = losses.kl(mean, logvar, step.kl_free_bits)
         total = batch["beta"] * kl
         metrics = {"mse": mse, "kl": kl, "beta": batch["beta"]}
-        if step.train_vae or step.train_spade:
+        if step.reconstructs:
             total, metrics["vae"] = total + error, error
             if step.use_lpips and self._perceptual is not None:
                 metrics["lpips"] = self._perceptual(y, x).mean()

@@ -4,6 +4,8 @@ Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual M
 the authors' package `lpips` computes it. VGG16 is Simonyan & Zisserman's, under torchvision's names.
 """
 
+import importlib.util
+import os
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +25,12 @@ VGG16 = (
     ((10, 256), (12, 256), (14, 256)),
     ((17, 512), (19, 512), (21, 512)),
     ((24, 512), (26, 512), (28, 512)),
+)
+VGG16_FILE = "vgg16-397923af.pth"  # torchvision's
+VGG16_ON_THE_HUB = "hf://timm/vgg16.tv_in1k/model.safetensors"
+LEARNED = (  # packages, and the learned weights in them
+    ("lpips", "weights", "v0.1", "vgg.pth"),
+    ("torchmetrics", "functional", "image", "lpips_models", "vgg.pth"),
 )
 # What turns a picture in -1..1 into one that is normalised as ImageNet's were for VGG16.
 SHIFT = (-0.030, -0.088, -0.188)
@@ -72,13 +80,51 @@ def _unit(x: mx.array) -> mx.array:
     return x / (length + 1e-10)
 
 
+def find(vgg: str | None = None, linear: str | None = None) -> tuple[str, str]:
+    """The files of VGG16 and of the learned weights: those given, or where torchvision and lpips keep them.
+
+    VGG16 comes from the Hub where it is in no cache. FluxError, with a way to get it, for a file that is not
+    there.
+    """
+    if linear is None:
+        linear = next((str(path) for path in _learned() if path.is_file()), None)
+        if linear is None:
+            raise FluxError(
+                "LPIPS's learned weights (vgg.pth) are not on this machine: `pip install --no-deps lpips` "
+                "brings them, or name the file in model.lpips.linear"
+            )
+    if vgg is None:
+        kept = _torch_cache() / VGG16_FILE
+        vgg = str(kept) if kept.is_file() else VGG16_ON_THE_HUB
+    for name in (vgg, linear):
+        if not name.startswith("hf://") and not _local(name).is_file():
+            raise FluxError(f"LPIPS: no file {name}")
+    return vgg, linear
+
+
+def _learned() -> list[Path]:
+    """Where the packages that ship the learned weights keep them, and where a download of them would be."""
+    found = [_torch_cache() / "vgg.pth"]
+    for package, *parts in LEARNED:
+        spec = importlib.util.find_spec(package)
+        folders = (spec.submodule_search_locations or ()) if spec else ()
+        found += [Path(folder, *parts) for folder in folders]
+    return found
+
+
+def _torch_cache() -> Path:
+    """PyTorch's folder of downloaded weights."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("TORCH_HOME") or f"{cache}/torch").expanduser() / "hub" / "checkpoints"
+
+
 def load(vgg: str, linear: str) -> LPIPS:
     """The network with the weights of two files, see `config.LpipsFiles`. FluxError if they do not fit."""
     found = {**_read(_local(vgg)), **_read(_local(linear))}
     model = LPIPS()
     numbers = [number for level in VGG16 for number, _ in level]
     wrong, weights = [], []
-    for name, own in named_arrays(model.parameters()):
+    for name, wanted in named_arrays(model.parameters()):
         part, index, *kind = name.split(".")
         named = (
             f"lin{index}.model.1.weight" if part == "linear" else f"features.{numbers[int(index)]}.{kind[0]}"
@@ -88,7 +134,7 @@ def load(vgg: str, linear: str) -> LPIPS:
             array = array.transpose(0, 2, 3, 1)  # OIHW -> OHWI
         if part == "linear":
             array = array.reshape(-1)  # from (1, 1, 1, C)
-        if array.shape != own.shape:
+        if array.shape != wanted.shape:
             wrong.append(named)
         weights.append((name, array.astype(mx.float32)))
     if wrong:
@@ -104,7 +150,11 @@ def _local(reference: str) -> Path:
     parts = reference.removeprefix("hf://").split("/", 2)
     if len(parts) < 3:
         raise FluxError(f"{reference}: a file of the Hub is written hf://owner/repository/file")
-    return checkpoints.fetch(f"{parts[0]}/{parts[1]}", parts[2])
+    try:
+        return checkpoints.fetch(f"{parts[0]}/{parts[1]}", parts[2])
+    except FluxError as error:
+        where = f"download.pytorch.org/models/{VGG16_FILE} into {_torch_cache()}"
+        raise FluxError(f"{error}; LPIPS also takes {where}") from None
 
 
 def _read(path: Path) -> Mapping[str, mx.array]:

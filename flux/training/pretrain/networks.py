@@ -87,7 +87,7 @@ def mapped(module: nn.Module, function: Callable[[mx.array], mx.array]) -> Itera
     """Within the block the module computes with function(parameter) instead of each parameter.
 
     In a loss this gives a network that lets gradients through but takes none (`mx.stop_gradient`), or one
-    that computes in another type and takes its gradients in its own.
+    that computes in another type and takes its gradients in its type.
     """
     before = module.parameters()
     module.update(tree_map(function, before))

@@ -1,5 +1,6 @@
 """What a run of pretraining needs before its steps: data, vocabularies, networks, the scale of latents."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from flux.training.pretrain.encoded import Encoded
 from flux.training.pretrain.encoded import identity as encoded_identity
 from flux.training.pretrain.losses import encode
 from flux.training.pretrain.networks import Networks, Tokenizers
+from flux.training.report import write_whole
 from flux.training.vocabularies import save_clip, train_clip, train_t5
 
 LATENTS = "latents"  # the folder
+CONFIG = "run.json"  # what the run was begun or gone on with
 MEASURED_PICTURES = 1024  # for the latents' mean and deviation
 
 
@@ -41,15 +44,18 @@ def prepare(config: Config, folder: Path, ranks: Ranks) -> Prepared:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FluxError(f"output.output_path: {folder} cannot be made: {error.strerror}") from None
+    ranks.rank_zero_only(
+        lambda: write_whole(folder / CONFIG, json.dumps(config.tables, indent=1, default=str))
+    )
     used = dict.fromkeys(config.dataset_of(step) for step in config.steps)
     sources = {name: open_dataset(config.datasets[name]) for name in used}
     tokenizers = open_tokenizers(config, folder, sources, ranks)
     mx.random.seed(config.training.seed)
     networks = Networks(config, tokenizers)
     perceptual = None
-    if config.model.lpips is not None and any(step.use_lpips for step in config.steps):
-        perceptual = lpips.load(config.model.lpips.vgg, config.model.lpips.linear)
-    if mx.default_device() == mx.cpu:  # elsewhere MLX's own convolutions are the faster ones
+    if any(step.use_lpips for step in config.steps):
+        perceptual = lpips.load(*lpips.find(config.model.lpips.vgg, config.model.lpips.linear))
+    if mx.default_device() == mx.cpu:  # elsewhere MLX's convolutions are the faster ones
         use_products(networks.ae)
         if perceptual is not None:
             use_products(perceptual)
@@ -64,7 +70,7 @@ def open_tokenizers(
 ) -> Tokenizers | None:
     """The config's, or ones that are trained on the captions; None where no step trains the flow."""
     texts = {
-        config.data.fixed_prompt_prefix + caption
+        config.data.prompt(caption)
         for step in config.steps
         if step.train_diff
         for caption in sources[config.dataset_of(step)].captions
@@ -82,7 +88,13 @@ def open_tokenizers(
             _whole(t5, lambda new: train_t5(sorted(texts), size, new / "spiece.model"))
 
     ranks.rank_zero_only(train)  # the others wait for the files
+    return trained_tokenizers(config, folder)
+
+
+def trained_tokenizers(config: Config, folder: Path) -> Tokenizers:
+    """Those that the config names, or that a run has trained into its folder."""
     given = config.model.tokenizer, config.model.tokenizer_2
+    clip, t5 = (folder / "vocabularies" / name for name in ("tokenizer", "tokenizer_2"))
     return Tokenizers(
         Path(given[0]).expanduser() if given[0] else clip,
         Path(given[1]).expanduser() if given[1] else t5,
@@ -104,7 +116,7 @@ def _whole(folder: Path, write: Callable[[Path], None]) -> None:
 
 def latent_store(config: Config, step: Step, networks: Networks, folder: Path) -> Encoded:
     """Where the latents of a step's data are kept, for as long as its autoencoder is the same."""
-    half, name = config.training.use_fp16, config.dataset_of(step)
+    half, name = step.use_fp16, config.dataset_of(step)
     key = encoded_identity(networks.ae, name, config.datasets[name], half)
     downscale, channels = networks.ae.downscale, config.model.autoencoder.z_channels
 

@@ -1,20 +1,27 @@
 """Pictures during a training, and the trained model as files. Neither touches the training's random state."""
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 
-from flux import generation, images, sampler
+from flux import generation, images
+from flux.data.pictures import over_white
 from flux.generation import Request
 from flux.pipeline import FluxPipeline, Parts
+from flux.training import losses
 from flux.training.pretrain.batches import Batches
 from flux.training.pretrain.config import Config, Step
 from flux.training.pretrain.networks import Networks, Tokenizers
 from flux.training.pretrain.spade import SpadeDecoder
-from flux.weights import save
+from flux.trees import named_arrays
+from flux.weights import save, tensors
 from flux.weights.registry import ModelSpec
 
+NETWORKS = "networks.safetensors"  # all of them, where FLUX's layout cannot hold them
 SEED = 1000  # of the first sample; the same at every checkpoint, so that they can be compared
 
 
@@ -26,22 +33,39 @@ def write_samples(
     batches: Batches,
     name: str,
 ) -> None:
-    """PNGs in `samples/`, called `name` and the size: pictures over their reconstructions, drawn captions."""
-    folder = Path(config.output.output_path) / "samples"
+    """Pictures in `samples/`, called `{name}_{hash}{suffix}.webp`; the hash is that of what is shown.
+
+    Of the autoencoder `-original`, `-nr_o` (reconstructed from the latents' mean) and `_ns_o` (from latents
+    drawn at random about it); of the flow `-flow`, a picture of a caption.
+    """
+    folder = Path(config.output.output_path).expanduser() / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     count = config.output.samples_per_checkpoint
-    if count == 0:
-        return
-    for height, width in sample_sizes(config):
+    for size in sample_sizes(config) if count else ():
         if step.decodes:
-            pictures = np.stack(batches.first(count, (height, width)))
-            pair = np.concatenate([pictures, reconstruct(networks, pictures)])
-            images.save(folder / f"{name}_vae_{width}x{height}.png", images.grid(list(pair), 2))
+            for i, picture in enumerate(originals(config, batches, size)):
+                shown = (picture, *reconstruct(networks, picture, SEED + i))
+                for suffix, array in zip(("-original", "-nr_o", "_ns_o"), shown, strict=True):
+                    images.save(folder / f"{name}_{digest(picture.tobytes())}{suffix}.webp", array)
         if step.train_diff:
             assert tokenizers is not None  # whoever trains a flow has read them
-            texts = list(config.output.sample_captions) or list(batches.captions(count))
-            drawn = draw(config, networks, tokenizers, texts[:count], (height, width))
-            images.save(folder / f"{name}_flow_{width}x{height}.png", images.grid(drawn))
+            texts = (list(config.output.sample_captions) or list(batches.captions(count)))[:count]
+            drawn = draw(config, networks, tokenizers, texts, size)
+            for i, (text, array) in enumerate(zip(texts, drawn, strict=True)):
+                images.save(folder / f"{name}_{digest(f'{i} {size} {text}'.encode())}-flow.webp", array)
+
+
+def digest(data: bytes) -> str:
+    """Six hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()[:6]
+
+
+def originals(config: Config, batches: Batches, size: tuple[int, int]) -> list[np.ndarray]:
+    """The pictures that are reconstructed, (height, width) in size: the config's, or the data's first."""
+    files = config.output.test_image_address
+    if not files:
+        return batches.first(config.output.samples_per_checkpoint, size)
+    return [images.fit(over_white(*images.load(Path(file).expanduser())), size) for file in files]
 
 
 def sample_sizes(config: Config) -> list[tuple[int, int]]:
@@ -50,10 +74,13 @@ def sample_sizes(config: Config) -> list[tuple[int, int]]:
     return [(size[1], size[0]) if isinstance(size, tuple) else (size, size) for size in sizes]
 
 
-def reconstruct(networks: Networks, pictures: np.ndarray) -> np.ndarray:
-    """(B, H, W, 3) uint8 through encoder and decoder."""
-    mean, _ = networks.ae.moments(images.normalize(pictures))
-    return images.to_uint8(images.denormalize(networks.ae.decoder(mean)))
+def reconstruct(networks: Networks, picture: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A picture (H, W, 3) uint8 through encoder and decoder: by the latents' mean, and by drawn ones."""
+    mean, logvar = networks.ae.moments(images.normalize(picture[None]))
+    noise = mx.random.normal(mean.shape, key=mx.random.key(seed))
+    both = mx.concatenate([mean, losses.posterior(mean, logvar, noise)])
+    by_mean, drawn = images.to_uint8(images.denormalize(networks.ae.decoder(both)))
+    return by_mean, drawn
 
 
 def draw(
@@ -64,7 +91,18 @@ def draw(
     size: tuple[int, int],
 ) -> list[np.ndarray]:
     """A picture (H, W, 3) uint8 of each text, with classifier-free guidance."""
-    pipeline = FluxPipeline.from_parts(
+    pipeline = pipeline_of(config, networks, tokenizers)
+    requests = [
+        Request(text, seeds=(SEED + i,), image_size=size).resolved(pipeline) for i, text in enumerate(texts)
+    ]
+    latents = generation.denoise(pipeline, requests, generation.encode(pipeline, requests))
+    pairs = zip(requests, latents, strict=True)
+    return [images.to_uint8(pipeline.decode(x, request.latent_size))[0] for request, x in pairs]
+
+
+def pipeline_of(config: Config, networks: Networks, tokenizers: Tokenizers) -> FluxPipeline:
+    """What draws with the networks of a training."""
+    return FluxPipeline.from_parts(
         Parts(
             spec(config),
             networks.flow,
@@ -75,17 +113,6 @@ def draw(
             tokenizers.t5,
         )
     )
-    requests = [
-        Request(text, seeds=(SEED + i,), image_size=size).resolved(pipeline) for i, text in enumerate(texts)
-    ]
-    latents = generation.denoise(pipeline, requests, generation.encode(pipeline, requests))
-    params = networks.ae.params
-    drawn = []
-    for request, x in zip(requests, latents, strict=True):
-        z = sampler.unpack(x, request.latent_size) / params.scale_factor + params.shift_factor
-        picture = networks.ae.decoder(z)  # whole: a SPADE decoder is never cut
-        drawn.append(images.to_uint8(images.denormalize(picture))[0])
-    return drawn
 
 
 def spec(config: Config) -> ModelSpec:
@@ -104,16 +131,30 @@ def spec(config: Config) -> ModelSpec:
     )
 
 
+def save_networks(path: Path, networks: Networks) -> Path:
+    """Writes all networks under our names, with the scale of the latents; the path."""
+    params = networks.ae.params
+    scale = {"scale_factor": str(params.scale_factor), "shift_factor": str(params.shift_factor)}
+    tensors.save(path, dict(named_arrays(networks.parameters())), scale)
+    return path
+
+
+def load_networks(path: Path, networks: Networks) -> None:
+    """Loads what `save_networks` wrote into networks of the same sizes."""
+    networks.load_weights(list(tensors.load([path]).items()))
+    metadata = tensors.read_header(path).metadata
+    scale, shift = float(metadata["scale_factor"]), float(metadata["shift_factor"])
+    networks.ae.params = dataclasses.replace(networks.ae.params, scale_factor=scale, shift_factor=shift)
+
+
 def export(config: Config, networks: Networks, tokenizers: Tokenizers | None) -> Path:
     """The trained model for `txt2image.py --model`; without a flow its autoencoder; the path written.
 
     FLUX's layout cannot hold a SPADE decoder: all networks are then one file of our names.
     """
-    folder = Path(config.output.output_path)
+    folder = Path(config.output.output_path).expanduser()
     if isinstance(networks.ae.decoder, SpadeDecoder):
-        path = folder / "networks.safetensors"
-        networks.save_weights(str(path))
-        return path
+        return save_networks(folder / NETWORKS, networks)
     if tokenizers is None:
         path = folder / "ae.safetensors"
         params = networks.ae.params

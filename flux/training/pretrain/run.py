@@ -16,16 +16,16 @@ from flux.outputs import locked
 from flux.training.callbacks import Estimate, Every, Finite, Log, Stop, Stopped, always, interval
 from flux.training.console import Advance, Console
 from flux.training.ema import averaged
+from flux.training.pretrain import graphs
 from flux.training.pretrain.batches import Batches, Shard
 from flux.training.pretrain.config import Config
 from flux.training.pretrain.losses import Objective
 from flux.training.pretrain.prepare import LATENTS, latent_store, measure_latents, prepare
 from flux.training.pretrain.previews import export, write_samples
 from flux.training.pretrain.stage import Stage
-from flux.training.pretrain.state import Checkpoints, Progress, identity
+from flux.training.pretrain.state import Checkpoints, Progress, begin_with, identity
 from flux.training.pretrain.validate import save_interval
-from flux.training.pretrain.watch import Move, Numbers
-from flux.training.report import draw_steps
+from flux.training.pretrain.watch import Move, Numbers, heading
 from flux.training.states import STATE, load_state
 
 Hook = Callable[[Stage, Progress], None]  # after each optimizer step; for tests
@@ -79,6 +79,8 @@ class Run:
     def _execute(self) -> Path:
         if self._latest is not None:
             load_state(self.networks, self._latest)
+        elif self.config.model_checkpoint is not None:
+            Console(self._quiet).say(begin_with(self.networks, self.config.model_checkpoint))
         self._scale_latents()
         resumes = self.progress.begun
         while self.progress.index < len(self.config.steps):
@@ -107,7 +109,7 @@ class Run:
             self.progress.scale, self.progress.shift, self.progress.measured = scale, shift, True
             self._scale_latents()
         end = tokenizers.clip.eos_token_id if tokenizers else 0
-        objective = Objective(step, self._prepared.perceptual, config.training.use_fp16, end)
+        objective = Objective(step, self._prepared.perceptual, step.use_fp16, end)
         return Stage(config, index, self.networks, batches, objective, self._ranks)
 
     def _run(self, stage: Stage) -> None:
@@ -115,6 +117,7 @@ class Run:
         progress, output = self.progress, self.config.output
         number, count = progress.index + 1, len(self.config.steps)
         console = Console(self._quiet)
+        console.say(heading(stage.step, number, count, stage.total))
         title = f"Step {stage.step.name} ({number}/{count})"
         graph = self.folder / "graph" if self.first else None
         numbers = Numbers(stage, progress, graph, console, title)
@@ -128,12 +131,12 @@ class Run:
             numbers.live(log),
             Advance(console),
             Estimate(console.say, stage.total, "batches"),
-            # The end of a step has a checkpoint of its own.
+            # The end of a step has a separate checkpoint.
             Every(lambda t: is_due(t) and not t.is_done, lambda _: self._save_and_draw(stage)),
             Every(always, lambda _: self._hook(stage, progress)),
             self._stop,
         )
-        console.begin(stage.total, stage.trainer.step)
+        console.begin(stage.total * stage.accumulate, stage.trainer.step * stage.accumulate)
         try:
             with self._stop.training():
                 stage.trainer.run(stage.total, callbacks)
@@ -173,13 +176,15 @@ class Run:
     def _save(self, stage: Stage) -> None:
         if self.first:
             self._checkpoints.save_progress(self.progress, stage.trainer.save)
-            draw_steps(self.folder / "graph", [step.name for step in self.config.steps])
+            graphs.draw(self.folder / "graph", stage.step.name)
 
     def _sample(self, stage: Stage) -> None:
         if not self.first:
             return
         position = stage.position()
-        name = f"{stage.step.name}_e{position['epoch']:04d}_b{position['batch']:05d}"
+        name = f"{stage.step.name}_{self.progress.index + 1:03d}_{position['epoch']:03d}"
+        if position["batch"] < stage.batches.epoch_length:
+            name += f"_{position['batch']:05d}"
         with averaged(self.networks, stage.trainer.ema):
             write_samples(
                 self.config, stage.step, self.networks, self._prepared.tokenizers, stage.batches, name

@@ -1,8 +1,8 @@
 """A decoder whose norms are modulated, pixel by pixel, by the latent that it decodes.
 
 SPADE: Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization" (2019), with the latent
-in the place of the segmentation map. A norm wipes out what the latent says about contrast and colour in a
-place; the modulation says it again at every resolution. Its last layers start at zero, so a network begins as
+instead of the segmentation map. A norm wipes out what the latent says about contrast and colour at a
+point; the modulation says it again at every resolution. Its last layers start at zero, so a network begins as
 the plain decoder that it extends.
 """
 
@@ -61,14 +61,16 @@ class SpadeDecoder(Decoder):
         return [self.mid.block_1, self.mid.block_2, *levels]
 
     def start(self, z: mx.array) -> mx.array:
-        """The plain decoder goes in two parts, of which the second no longer knows the latent."""
-        raise NotImplementedError("a SPADE decoder needs the latent at every resolution: call it whole")
+        """(B, h, w, z) -> (B, h, w, widest + z): the latent goes along, for the rest needs it, too."""
+        first, second, *_ = self.spade.layers
+        h = _modulated(self.mid.block_1, first, self.conv_in(z), z)
+        h = _modulated(self.mid.block_2, second, self.mid.attn_1(h), z)
+        return mx.concatenate([h, z], axis=-1)
 
-    def __call__(self, z: mx.array) -> mx.array:
-        """(B, h, w, z) raw latent -> (B, H, W, 3)."""
-        pairs = iter(self.spade.layers)
-        h = _modulated(self.mid.block_1, next(pairs), self.conv_in(z), z)
-        h = _modulated(self.mid.block_2, next(pairs), self.mid.attn_1(h), z)
+    def grow(self, h: mx.array) -> mx.array:
+        """(B, h, w, widest + z) -> (B, H, W, 3)."""
+        h, z = mx.split(h, [h.shape[-1] - self.conv_in.weight.shape[-1]], axis=-1)
+        pairs = iter(self.spade.layers[2:])
         for level in reversed(self.up):
             for block in level.block:
                 h = _modulated(block, next(pairs), h, z)

@@ -13,7 +13,7 @@ from flux.training.pretrain.config import Config, Step
 from flux.training.pretrain.losses import Objective
 from flux.training.pretrain.networks import Networks, group_of
 from flux.training.pretrain.state import Progress
-from flux.training.schedules import Constant, Plateau, ReduceOnPlateau
+from flux.training.schedules import Constant, Cosine, Plateau, ReduceOnPlateau
 from flux.training.trainer import Trainer
 
 
@@ -31,8 +31,10 @@ class Stage:
     ):
         self.step: Step = config.steps[index]
         self.batches = batches
-        self.epochs = self.step.n_epochs or self.step.transition_on.max_epochs
-        self.total = self.step.max_steps or (self.epochs or 0) * batches.epoch_length
+        self.epochs = self.step.epochs
+        epochs, updates = self.epochs or 0, self.step.max_steps or 0
+        self.total = epochs * batches.epoch_length if epochs else updates
+        self.accumulate = self.step.gradient_accumulation_steps
         self.rates: dict[str, float] = {}  # the learning rate of each group, as set last
         networks.train_only(self.step.trained)
         self._optimizers = {name: self._optimizer(name) for name in self.step.groups}
@@ -46,6 +48,8 @@ class Stage:
             ema=PartEMA(networks, self.step.ema_decay) if self.step.use_ema else None,
             average=average_gradients(ranks.group) if ranks.size > 1 else None,
             average_metrics=average_metrics(ranks) if ranks.size > 1 else None,
+            accumulate=self.accumulate,
+            clip_norm=self.step.clip_norm,
         )
 
     def _optimizer(self, group: str) -> optim.Optimizer:
@@ -55,10 +59,13 @@ class Stage:
     def _base_rate(self, group: str) -> float:
         return getattr(self.step.optimization.optimizers.get(group), "lr", None) or self.step.lr
 
+    def _unscheduled(self) -> Constant | Cosine:
+        return Constant() if self.step.lr_min is None else Cosine(min_factor=self.step.lr_min)
+
     def set_rates(self, progress: Progress) -> None:
         """Sets the learning rates of the step that comes next."""
         for group, optimizer in self._optimizers.items():
-            scheduler = self.step.optimization.schedulers.get(group, Constant())
+            scheduler = self.step.optimization.schedulers.get(group) or self._unscheduled()
             factor = scheduler.factor(self.trainer.step, self.total)
             factor *= progress.plateaus.get(group, Plateau()).factor
             self.rates[group] = optimizer.learning_rate = factor * self._base_rate(group)

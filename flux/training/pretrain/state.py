@@ -5,16 +5,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
 from flux.errors import FluxError
 from flux.training.callbacks import Window
 from flux.training.pretrain.config import Config
 from flux.training.schedules import Plateau
-from flux.training.states import State, States
+from flux.training.states import STATE, State, States
+from flux.trees import named_arrays
+from flux.weights import tensors
 
 
 @dataclass
 class Progress:
-    """What moves, besides the arrays in the trainer's own file.
+    """What moves, besides the arrays in the trainer's file.
 
     index: of the pipeline's step; `begun`: the file of arrays is of this step, not of the one before.
     global_step: optimizer steps done in all. session: how often the run was started. scale, shift: of the
@@ -68,6 +74,36 @@ class Checkpoints(States):
         return State(found.path, progress, found.damaged)
 
 
+def state_of(run: str) -> Path:
+    """The arrays of the newest state of a run, by its folder or a file in it, which need not be there."""
+    path = Path(run).expanduser()
+    folder = path if path.is_dir() else path.parent
+    found = States(folder / "checkpoints", 1).newest_whole(lambda table: table)
+    if found is None:
+        raise FluxError(f"{run}: no run with checkpoints in {folder}")
+    return found.path / STATE
+
+
+def begin_with(model: nn.Module, run: str) -> str:
+    """Gives a network what has its name and shape in a run's newest state; a line that says how much.
+
+    FluxError where that is nothing.
+    """
+    arrays = {name.removeprefix("model."): array for name, array in tensors.load([state_of(run)]).items()}
+    ours = dict(named_arrays(model.parameters()))
+    fitting = [(name, arrays[name]) for name, array in ours.items() if _fits(arrays.get(name), array)]
+    if not fitting:
+        raise FluxError(f"model_checkpoint: {run} has no networks of these sizes")
+    model.update(tree_unflatten(fitting))
+    others = sorted({name.split(".")[0] for name in ours.keys() - dict(fitting).keys()})
+    rest = f"; random in part: {', '.join(others)}" if others else ""
+    return f"began with {len(fitting)} of {len(ours)} tensors of {run}{rest}"
+
+
+def _fits(found: mx.array | None, wanted: mx.array) -> bool:
+    return found is not None and found.shape == wanted.shape
+
+
 def identity(config: Config, processes: int) -> dict[str, Any]:
     """What must be the same when a run is resumed: all that its result depends on."""
     return {
@@ -75,8 +111,8 @@ def identity(config: Config, processes: int) -> dict[str, Any]:
         "data": repr(config.data),
         "datasets": repr(config.datasets),
         "default_dataset": config.default_dataset,
+        "model_checkpoint": config.model_checkpoint,
         "seed": config.training.seed,
-        "use_fp16": config.training.use_fp16,
         "steps": [repr(step) for step in config.steps],
         "number of processes": processes,
     }

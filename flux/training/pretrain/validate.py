@@ -1,8 +1,9 @@
-"""What a config's parts must be to each other. The types and bounds of single keys are the tables' own."""
+"""What a config's parts must be to each other. tables.py checks types and bounds of single keys."""
 
 import dataclasses
 import math
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from flux.data.webdataset import shards
 from flux.errors import FluxError
 from flux.models.clip import ACTIVATIONS
 from flux.tables import Faults, nearest, read_file
+from flux.training.pretrain import fluxflow, lpips
 from flux.training.pretrain.batches import open_dataset
 from flux.training.pretrain.config import (
     Config,
@@ -26,6 +28,7 @@ from flux.training.pretrain.config import (
     read_datasets,
 )
 from flux.training.pretrain.losses import threshold_metrics
+from flux.training.pretrain.state import state_of
 from flux.training.schedules import ReduceOnPlateau
 
 CLIP_LENGTH = 77  # what CLIPTokenizer pads to
@@ -38,12 +41,15 @@ def load(path: Path, decode: bool = False) -> Config:
     decode: all pictures are looked at, too, and counted.
     """
     faults = Faults()
-    raw = read_file(path)
+    raw, notes = fluxflow.translate(read_file(path), faults)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
     config = read_config(raw, faults)
+    is_read = config is not None and not faults.lines
     if config is not None:
         check(config, faults)
     counts = _sources(read_datasets(raw), faults, decode)
-    if config is not None and decode:
+    if config is not None and is_read and decode:
         _batches(config, counts, faults)
     if config is None or faults.lines:
         raise ConfigError(path, faults.lines)
@@ -71,19 +77,35 @@ def latent_bytes(config: Config) -> int:
 
 
 def check(config: Config, faults: Faults) -> None:
-    """Adds a line to `faults` for everything that could not be built or would do nothing."""
+    """Adds a line to `faults` for everything that could not be built or would do nothing.
+
+    Where reading has found faults, only what does not follow from them is looked at.
+    """
+    wrong = tuple(faults.lines)
+
+    def is_whole(*sections: str) -> bool:
+        return not any(line.startswith(sections) for line in wrong)
+
     _names(config, faults)
     for step in config.steps:
         where = f'step "{step.name}"'
-        _mode(step, where, faults)
         _frozen(step, where, faults)
-        _length(step, where, faults)
-        _metrics(step, where, faults)
-        _optimization(step, where, faults)
-        if step.use_lpips and config.model.lpips is None:
-            faults.add(where, "use_lpips needs model.lpips, the files of VGG16 and of the learned weights")
-    _datasets(config, faults)
-    _sizes(config, faults)
+        for rule in (_mode, _length, _metrics, _optimization) if is_whole(where) else ():
+            rule(step, where, faults)
+    if any(step.use_lpips for step in config.steps):
+        _lpips(config, faults)
+    if config.model_checkpoint is not None:
+        try:
+            state_of(config.model_checkpoint)
+        except FluxError as error:
+            faults.add("model_checkpoint", str(error))
+    if is_whole("datasets", "data", "no data"):
+        _datasets(config, faults)
+    if is_whole("model", "data", "output", "step"):
+        _sizes(config, faults)
+    for name in config.output.test_image_address:
+        if not Path(name).expanduser().is_file():
+            faults.add("output.test_image_address", f"no file {name}")
     try:
         save_interval(config.output.checkpoint_save_interval)
     except ValueError as error:
@@ -98,6 +120,13 @@ def save_interval(value: int | str) -> tuple[float, float]:
     if match and float(match[1]) > 0:
         return math.inf, 60 * float(match[1])
     raise ValueError(f"{value!r} must be a number of steps or like '10 minutes'")
+
+
+def _lpips(config: Config, faults: Faults) -> None:
+    try:
+        lpips.find(config.model.lpips.vgg, config.model.lpips.linear)
+    except FluxError as error:
+        faults.add("model.lpips", str(error))
 
 
 def _names(config: Config, faults: Faults) -> None:
@@ -115,8 +144,8 @@ def _mode(step: Step, where: str, faults: Faults) -> None:
         faults.add(where, "no training mode: set train_vae, gan_training, train_spade or train_diff")
     if step.train_text_encoders and not step.train_diff:
         faults.add(where, "train_text_encoders needs train_diff: no other loss reaches the text encoders")
-    if step.use_lpips and not (step.train_vae or step.train_spade):
-        faults.add(where, "use_lpips needs train_vae or train_spade: GAN alone has no reconstruction term")
+    if step.use_lpips and not step.reconstructs:
+        faults.add(where, "use_lpips needs train_vae: a GAN alone has no reconstruction term")
 
 
 def _frozen(step: Step, where: str, faults: Faults) -> None:
@@ -144,9 +173,8 @@ def _frozen(step: Step, where: str, faults: Faults) -> None:
 
 
 def _length(step: Step, where: str, faults: Faults) -> None:
-    lengths = [step.n_epochs, step.max_steps, step.transition_on.max_epochs]
-    if sum(length is not None for length in lengths) != 1:
-        faults.add(where, "give one of n_epochs, max_steps and transition_on.max_epochs")
+    if step.epochs is None and step.max_steps is None:
+        faults.add(where, "no length: give n_epochs, max_steps or transition_on.max_epochs")
 
 
 def _metrics(step: Step, where: str, faults: Faults) -> None:
@@ -210,9 +238,10 @@ def _sources(datasets: Mapping[str, Any], faults: Faults, decode: bool) -> dict[
 
 def _batches(config: Config, counts: Mapping[str, int], faults: Faults) -> None:
     for step in config.steps if config.datasets else ():
-        count = counts.get(config.dataset_of(step), step.batch_size)
-        if count < step.batch_size:
-            faults.add(f'step "{step.name}"', f"{count} pictures are less than a batch of {step.batch_size}")
+        batch = step.batch_size * step.gradient_accumulation_steps
+        count = counts.get(config.dataset_of(step), batch)
+        if count < batch:
+            faults.add(f'step "{step.name}"', f"{count} pictures are less than a batch of {batch}")
 
 
 def _sizes(config: Config, faults: Faults) -> None:

@@ -5,19 +5,19 @@ from pathlib import Path
 
 from flux.training.callbacks import Every, Log, always
 from flux.training.console import Console
+from flux.training.pretrain.config import Step
+from flux.training.pretrain.graphs import METRICS
 from flux.training.pretrain.stage import Stage
 from flux.training.pretrain.state import Progress
-from flux.training.report import METRICS, Events
+from flux.training.report import Events
 from flux.training.trainer import Callback, Means, Trainer
 
 SHOWN = {
     "vae": "VAE",
-    "mse": "MSE",
     "kl": "KL",
-    "lpips": "LPIPS",
     "generator": "G",
     "discriminator": "D",
-    "r1": "R1",
+    "lpips": "LPIPS",
     "flow": "Flow",
 }
 
@@ -81,6 +81,18 @@ class Numbers:
         return console_line(self._title, elapsed, self._stage.position(), of, metrics, seconds)
 
 
+def heading(step: Step, number: int, count: int, updates: int) -> str:
+    """What is said before a step: its number among `count`, its description, its length."""
+    epochs = f"{step.epochs} epoch{'s' if step.epochs != 1 else ''}, " if step.epochs else ""
+    length = f"{epochs}{updates} updates"
+    transition = step.transition_on
+    if transition.metric is not None:
+        length += f", or until {transition.metric} is at most {transition.threshold:g}"
+    lines = [f"PIPELINE STEP {number}/{count}: {step.name}"]
+    lines += [f"Description: {step.description}"] if step.description else []
+    return "\n".join([*lines, f"Duration: {length}", "=" * 80])
+
+
 def console_line(
     title: str,
     elapsed: int,
@@ -94,6 +106,6 @@ def console_line(
     elapsed: seconds. position, of: epoch and batch, and how many there are.
     """
     clock = f"[{elapsed // 3600:02d}:{elapsed // 60 % 60:02d}:{elapsed % 60:02d}]"
-    places = [f"{name.title()} {position[name]}" + (f"/{of[name]}" if of[name] else "") for name in of]
+    positions = [f"{name.title()} {position[name]}" + (f"/{of[name]}" if of[name] else "") for name in of]
     values = [f"{label} {metrics[name]:.4g}" for name, label in SHOWN.items() if name in metrics]
-    return " | ".join([f"{clock} {title}", *places, *values, f"{seconds:.3g}s/batch"])
+    return " | ".join([f"{clock} {title}", *positions, *values, f"{seconds:.3g}s/batch"])
