@@ -227,6 +227,24 @@ def test_counts(text: str):
     assert len(str(error.value)) < 100
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("txt2image.py --model tiny --steps 10000000 apple", "a picture of 10000000 steps needs "),
+        ("txt2image.py --model tiny --image-size 100000 apple", "a picture of 100000x100000 needs "),
+        ("txt2image.py --model tiny --n-images 9999999 apple", "--n-images 9999999 makes 9999999 pictures; "),
+        ("caption.py --model tiny pictures --beams 101", "a search with 101 beams; 100 are the most"),
+    ],
+)
+def test_too_much_for_a_program(folder: Path, command: str, said: str):
+    before = sorted(folder.rglob("*"))
+    status, out, err = shell(folder, f"{ROOT}/{command}", "")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {said}")
+    assert err.count("\n") == 1
+    assert sorted(folder.rglob("*")) == before
+
+
 # --- One folder, two runs ---
 
 
