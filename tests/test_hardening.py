@@ -61,14 +61,20 @@ def shell(folder: Path, command: str, after: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("command", [INSPECT, DRAW, EMOJI], ids=["inspect", "draw", "emoji"])
-def test_nobody_reads_what_is_printed(folder: Path, command: str):
+@pytest.mark.parametrize("buffer", ["", "-u"])
+def test_nobody_reads_what_is_printed(folder: Path, command: str, buffer: str):
     """Neither a traceback nor Python's complaint at its end; 141 is what other programs end with."""
-    status, out, err = shell(folder, f"-u {command} 2>&1", "| (exec 0<&-; sleep 0.1)")
+    status, out, err = shell(folder, f"{buffer} {command} 2>&1", "| (exec 0<&-; sleep 0.1)")
     assert (status, out, err) == (141, "", "")
 
 
 def test_nobody_reads_an_error(folder: Path):
     status, out, err = shell(folder, "-m flux.adapters inspect none.safetensors 2>&1", "| (exec 0<&-)")
+    assert (status, out, err) == (141, "", "")
+
+
+def test_nobody_reads_what_is_printed_but_errors(folder: Path):
+    status, out, err = shell(folder, INSPECT, "| (exec 0<&-)")
     assert (status, out, err) == (141, "", "")
 
 

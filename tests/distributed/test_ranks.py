@@ -305,6 +305,23 @@ def test_a_rank_that_does_not_come(tmp_path, monkeypatch):
             assert err == f"error: rank {rank} ({platform.node()}): {why}\n"
 
 
+COMING_ONLY = """
+import mlx.core as mx, os, time
+if os.environ["MLX_RANK"] == "1":
+    mx.distributed.init()
+    time.sleep(600)
+"""
+
+
+def test_a_rank_that_comes_and_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUX_MEETING_TIMEOUT", "3")
+    with by_hand(2, ["-c", COMING_ONLY + WORKING], tmp_path) as ranks:
+        _, err = ranks[0].communicate(timeout=60)
+        assert (ranks[0].returncode, err.count("\n")) == (2, 1)
+    assert "rank 0 of 2" in err
+    assert "no word from another rank in" in err
+
+
 def test_a_bound_that_is_no_number(monkeypatch):
     for text in ("soon", "0", "-1", "nan", "inf"):
         monkeypatch.setenv("FLUX_MEETING_TIMEOUT", text)
