@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
 
 
 def shell(folder: Path, command: str, after: str) -> tuple[int, str, str]:
