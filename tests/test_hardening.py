@@ -135,7 +135,8 @@ import sys, runpy, time
 import flux, flux.{module}
 def slow(*args, **kwargs):
     open({started!r}, "w").close()
-    time.sleep(600)
+    while True:  # no long sleep: Python does not see a signal that comes just before it until it ends
+        time.sleep(0.05)
 flux.{module}.{name} = slow
 sys.argv = {argv!r}
 sys.exit(runpy.run_module({argv[0]!r})["main"]())
@@ -163,6 +164,46 @@ def test_ctrl_c(folder: Path, tmp_path: Path, command: str, module: str, name: s
     assert status == 130, err
     assert "Traceback" not in err
     assert sorted(folder.rglob("*")) == before
+
+
+IMPORTING = """
+import os, signal, sys
+sys.argv = {argv!r}
+{orig}
+import flux
+os.kill(os.getpid(), signal.SIGINT)
+import time
+while True:
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize(
+    "argv", [["txt2image.py"], ["flux-caption"], ["-m", "flux.adapters"], ["-m", "other"]]
+)
+def test_ctrl_c_while_a_program_is_imported(tmp_path: Path, argv: list[str]):
+    """It ends as programs in C do; in others that import this package it is Python's KeyboardInterrupt."""
+    orig = f"sys.orig_argv = ['python', *{argv!r}]" if argv[0] == "-m" else ""
+    source = IMPORTING.format(argv=argv[:1], orig=orig)
+    ended = subprocess.run(
+        [sys.executable, "-c", source], cwd=tmp_path, env=environment(), capture_output=True, timeout=TIMEOUT
+    )
+    assert ended.returncode == -signal.SIGINT
+    assert (ended.stderr == b"") == ("other" not in argv)
+
+
+def test_ctrl_c_is_an_exception_in_a_program(monkeypatch):
+    def program(_: object) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        return 0
+
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as flux.interrupts leaves it
+    try:
+        assert run_program(program) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_in_a_pretraining(folder: Path):

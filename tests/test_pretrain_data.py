@@ -127,6 +127,25 @@ def test_shards_with_a_fault(two_shards):
     write_shard(two_shards / "packed.tar", {"1.png": png(1)}, "w:gz")
     with pytest.raises(FluxError, match=r"packed\.tar: not an uncompressed tar file"):
         open_shards(str(two_shards / "packed.tar"), "png", "txt")
+    with pytest.raises(FluxError, match="names too many shards"):
+        shards(["x-{0..9999999999}.tar"])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (b"[" * 100_000, "nested 100000 deep"),
+        (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' comes twice"),
+        (b'{"prompt": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"prompt": ["a"]}', "has no caption 'prompt'"),
+        (b'{"prompt": "' + b"a" * 2**20 + b'"}', "1048576 are the most that is read"),
+    ],
+    ids=range(5),
+)
+def test_captions_of_shards_from_strangers(tmp_path, text, line):
+    write_shard(tmp_path / "a.tar", {"1.png": png(1), "1.json": text})
+    with pytest.raises(FluxError, match=line):
+        open_shards(str(tmp_path / "a.tar"), "png", "prompt")
 
 
 # --- Hugging Face ---

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flux import jsonfiles
 from flux.data.files import some
 from flux.data.folders import Part, Reading
 from flux.data.lists import CAPTION_KEYS, IMAGE_KEYS, Row, captions_of
@@ -25,10 +26,14 @@ def load_table(path: str, name: str | None, split: str) -> Any:
     folder = Path(path).expanduser()
     try:
         if is_saved_table(folder):
+            for file in folder.rglob("*.json"):  # which the package believes
+                jsonfiles.read(file)
             table = datasets.load_from_disk(str(folder))
             return table[split] if isinstance(table, Mapping) else table
         return datasets.load_dataset(path, name, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except FluxError:
+        raise
+    except Exception as error:  # of all kinds: the package does not look before it takes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FluxError(f"the data set {path}, split {split!r}, cannot be loaded: {reason}") from None
 
