@@ -10,10 +10,12 @@ from flux.data.folders import Part, Reading
 from flux.data.lists import CAPTION_KEYS, IMAGE_KEYS, Row, captions_of
 from flux.errors import FluxError
 
+TABLES = ("state.json", "dataset_dict.json", "dataset_info.json")  # beside the data in a saved folder
+
 
 def is_saved_table(folder: Path) -> bool:
     """Whether `Dataset.save_to_disk` wrote this folder."""
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return any((folder / name).is_file() for name in TABLES[:2])
 
 
 def load_table(path: str, name: str | None, split: str) -> Any:
@@ -26,8 +28,8 @@ def load_table(path: str, name: str | None, split: str) -> Any:
     folder = Path(path).expanduser()
     try:
         if is_saved_table(folder):
-            for file in folder.rglob("*.json"):  # which the package believes
-                jsonfiles.read(file)
+            for file in (path for name in TABLES for path in folder.rglob(name)):
+                jsonfiles.read(file)  # the package believes them
             table = datasets.load_from_disk(str(folder))
             return table[split] if isinstance(table, Mapping) else table
         return datasets.load_dataset(path, name, split=split)
