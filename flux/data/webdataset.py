@@ -15,7 +15,7 @@ import numpy as np
 
 from flux import images, jsonfiles
 from flux.data.files import some
-from flux.data.pictures import NamedBytes, over_white
+from flux.data.pictures import NamedBytes
 from flux.errors import FluxError
 
 MAX_PICTURE = 2**30  # bytes; pictures that are larger when decoded are refused by flux.images
@@ -59,7 +59,7 @@ class Samples:
     def picture(self, index: int) -> np.ndarray:
         """The upright picture (H, W, 3), uint8, over white. FluxError where it cannot be read."""
         member = self.members[index]
-        return over_white(*images.load(NamedBytes(member.read(), f"{member.shard}: {member.name}")))
+        return images.over_white(*images.load(NamedBytes(member.read(), f"{member.shard}: {member.name}")))
 
 
 def open_shards(path: str | Sequence[str], image_key: str, caption_key: str) -> Samples:
