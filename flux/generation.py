@@ -115,10 +115,12 @@ class Request:
         """`image_size`, as it can be made, and the latent's; each (height, width)."""
         best = pipeline.spec.image_size
         if self.edit is None:
-            best = variants.default_size(self.references, self.control, best)
+            controls = (self.control, *(given.picture for given in self.controlnets))
+            best = variants.default_size(self.references, next(filter(None, controls), None), best)
             h, w = pipeline.latent_size(self.image_size or best)
             return (pipeline.downscale * h, pipeline.downscale * w), (h, w)
-        image_size = self.image_size or self.edit.default_size(best)
+        height, width = self.image_size or self.edit.default_size(best)
+        image_size = (height, width)  # also where a list was given
         return image_size, pipeline.latent_size(pipeline.canvas(self.edit, image_size).picture.shape[:2])
 
 

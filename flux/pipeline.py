@@ -8,6 +8,7 @@ only one stage is in memory at a time.
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -27,6 +28,7 @@ from flux.conditioning import (
     encode_texts,
 )
 from flux.conditioning.canvas import Canvas
+from flux.conditioning.controlnets import Fit
 from flux.conditioning.encoded import NO_PICTURES
 from flux.conditioning.encoder import PictureEncoder
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
@@ -358,18 +360,19 @@ class FluxPipeline:
         """What a request's pictures bring to every step, not yet evaluated."""
         encoder = PictureEncoder(self.encode_pixels, self.downscale)
         height, width = (self.downscale * side for side in request.latent_size)
+        fit: Fit = partial(images.fit, size=(height, width))
         out = NO_PICTURES
         if request.edit is not None:
             canvas = self.canvas(request.edit, request.image_size)
+            fit = canvas.over
             out = encoder.edit(canvas, self.spec.input == registry.FILL, request.strength < 1)
         if request.control is not None:
-            out = out._replace(
-                channels=encoder.control(request.control, request.control_edges, (height, width))
-            )
+            channels = encoder.control(request.control, request.control_edges, fit)
+            out = out._replace(channels=channels)
         if request.references:
             tokens, positions = encoder.references(request.references)
             out = out._replace(tokens=tokens, positions=positions)
-        controls = self.controlnets.encode(request.controlnets, (height, width), self.encode_picture)
+        controls = self.controlnets.encode(request.controlnets, fit, self.encode_picture)
         return out._replace(controls=controls)
 
     def canvas(self, edit: Edit, image_size: tuple[int, int]) -> Canvas:

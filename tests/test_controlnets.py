@@ -293,6 +293,29 @@ def test_a_picture_that_is_not_to_be_changed_needs_no_step(tokenizers):
     assert np.array_equal(draw(pipeline, given, **options), draw(make_pipeline(tokenizers), **options))
 
 
+def test_a_control_picture_lies_over_the_whole_picture_that_is_changed(tokenizers):
+    """Where a part of it is worked on, the ControlNet is told that part: what is outside does not matter."""
+    mask = np.zeros((96, 96, 3), np.uint8)
+    mask[40:56, 40:56] = 255
+    photo = Picture.from_array(np.random.default_rng(1).integers(0, 256, (96, 96, 3), dtype=np.uint8))
+    edit = Edit(photo, mask=Picture.from_array(mask), crop_mask=8)
+    inside, outside = photo.pixels.copy(), photo.pixels.copy()
+    inside[44:52, 44:52] = 0
+    outside[:20] = 0
+    pipeline = pipeline_with(tokenizers, controlnets.make("single"))
+    expected, same, other = (
+        draw(pipeline, ControlInput(Picture.from_array(pixels)), edit=edit, image_size=(48, 48))
+        for pixels in (photo.pixels, outside, inside)
+    )
+    assert np.array_equal(expected, same)
+    assert not np.array_equal(expected, other)
+
+
+def test_of_the_control_pictures_aspect_where_no_size_is_given(tokenizers):
+    pipeline = pipeline_with(tokenizers, controlnets.make("single"))
+    assert draw(pipeline, ControlInput(PICTURE), image_size=None, steps=1).shape == (1, 64, 96, 3)  # of 60x90
+
+
 def test_files_quantized_with_the_model(tmp_path):
     model = write_checkpoint(tmp_path / "model")
     network = controlnets.make("single")

@@ -190,7 +190,6 @@ def _is_packable(layer: nn.Module) -> bool:
         ("fill", {"edit": EDIT, "references": (PICTURE,)}, "fill takes no reference"),
         ("dev", {"control": PICTURE}, "dev takes no control picture: .* or a --controlnet"),
         ("kontext", {"references": (PICTURE,), "control": PICTURE}, "kontext takes no control picture"),
-        ("canny", {"control": PICTURE, "edit": replace(EDIT, crop_mask="auto")}, "not go with --crop-mask"),
     ],
 )
 def test_what_is_missing_or_too_much(tokenizers, row, given, line):

@@ -22,6 +22,7 @@ from flux.weights.fit import check_controlnet
 from flux.weights.layouts import Part
 from flux.weights.quantize import quantize
 
+Fit = Callable[[np.ndarray], np.ndarray]
 MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "lq")  # InstantX's and Shakker-Labs', from 0
 
 
@@ -68,9 +69,9 @@ class ControlInput:
             raise FluxError(f"this ControlNet has no mode {shown(self.mode)}, but {known}")
         return number
 
-    def pixels(self, size: tuple[int, int]) -> np.ndarray:
-        """The control picture fitted to a size (height, width): (H, W, 3), uint8."""
-        fitted = images.fit(self.picture.pixels, size)
+    def pixels(self, fit: Fit) -> np.ndarray:
+        """The control picture at the size that is made: (H, W, 3), uint8."""
+        fitted = fit(self.picture.pixels)
         return edges.canny(fitted) if self.edges else fitted
 
     def acts(self, step: int, steps: int) -> bool:
@@ -134,14 +135,12 @@ class ControlNets:
             given.mode_number(network.params.modes)
 
     def encode(
-        self,
-        inputs: Sequence[ControlInput],
-        size: tuple[int, int],
-        encode_picture: Callable[[np.ndarray], mx.array],
+        self, inputs: Sequence[ControlInput], fit: Fit, encode_picture: Callable[[np.ndarray], mx.array]
     ) -> tuple[mx.array, ...]:
-        """What each takes of its control picture, fitted to a size (height, width): (1, L, control_channels).
+        """What each takes of its control picture: (1, L, control_channels).
 
-        encode_picture: the autoencoder's packed latent of pixels (H, W, 3), uint8.
+        fit: brings a picture (H, W, 3), uint8, to the size that is made. encode_picture: the autoencoder's
+        packed latent of such a picture.
         """
 
         def encode(network: ControlNet, pixels: np.ndarray) -> mx.array:
@@ -150,7 +149,7 @@ class ControlNets:
             return sampler.pack(network.hint(images.normalize(pixels[None]))).astype(mx.float32)
 
         return tuple(
-            encode(network, given.pixels(size)) for network, given in zip(self.networks, inputs, strict=True)
+            encode(network, given.pixels(fit)) for network, given in zip(self.networks, inputs, strict=True)
         )
 
     def prepare(

@@ -60,8 +60,6 @@ class Edit:
     def _check_mask(self) -> None:
         if isinstance(self.mask, str) and self.mask != ALPHA:
             raise FluxError(f"the mask is a picture or {ALPHA!r}, not {self.mask!r}")
-        if self.mask == ALPHA and self.image.alpha is None:
-            raise FluxError(f"{self.image.name or 'the picture'} has no transparent part to be its mask")
         padding = self.crop_mask
         if padding not in (None, AUTO) and not (isinstance(padding, int) and padding >= 0):
             raise FluxError(f"the crop's padding is {AUTO!r} or 0 or more pixels, not {shown(padding)}")
@@ -98,17 +96,18 @@ class Edit:
         """The mask at the picture's size, (H, W), uint8."""
         if self.mask is None:
             return None
-        if not isinstance(self.mask, Picture):
-            assert self.image.alpha is not None  # by `check`
-            mask = masks.clean(masks.WHITE - self.image.alpha)
-        else:
+        if isinstance(self.mask, Picture):
+            name = self.mask.name or "given"
             mask = masks.read(self.mask.pixels, self.mask.alpha)
-        name = self.mask.name if isinstance(self.mask, Picture) else ALPHA
-        masks.check_changes(mask, name)
-        return masks.align(mask, self.image.size, name)
+            masks.check_changes(mask, name)
+            return masks.align(mask, self.image.size, name)
+        alpha = self.image.alpha
+        if alpha is None or (alpha > masks.WHITE - masks.NOISE).all():
+            raise FluxError(f"{self.image.name or 'the picture'} has no transparent part to be its mask")
+        return masks.clean(masks.WHITE - alpha)
 
 
-@lru_cache(maxsize=4)  # of one request, which is asked several times, and of few others: they may be large
+@lru_cache(maxsize=2)  # a request asks several times, and pictures may be large
 def _canvas(edit: Edit, size: Size, step: int) -> Canvas:
     edit.check()
     if min(size) < 1:

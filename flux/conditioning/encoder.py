@@ -8,7 +8,7 @@ import numpy as np
 
 from flux import images, sampler
 from flux.conditioning import edges, masks
-from flux.conditioning.canvas import Canvas, Size
+from flux.conditioning.canvas import Canvas
 from flux.conditioning.encoded import PictureConditioning
 from flux.conditioning.pictures import Picture
 from flux.conditioning.variants import reference_positions, reference_size
@@ -38,9 +38,9 @@ class PictureEncoder:
         known = self._encode(canvas.picture)
         return PictureConditioning(known=known, mask=self._mask(canvas, known.shape[2]))
 
-    def control(self, picture: Picture, of_photo: bool, size: Size) -> mx.array:
-        """The channels (1, L, C) of a control picture, or of a photo's edges; size: (height, width) made."""
-        fitted = images.fit(picture.pixels, size)
+    def control(self, picture: Picture, of_photo: bool, fit: Callable[[np.ndarray], np.ndarray]) -> mx.array:
+        """Channels (1, L, C) of a control picture, or of a photo's edges; fit: see `ControlNets.encode`."""
+        fitted = fit(picture.pixels)
         return self._encode(edges.canny(fitted) if of_photo else fitted)
 
     def references(self, pictures: Sequence[Picture]) -> tuple[mx.array, mx.array]:

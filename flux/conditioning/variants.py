@@ -51,8 +51,6 @@ def check(
         raise FluxError(
             f"{spec.name} fills a part of a picture: --image PICTURE, and --mask PICTURE or --expand T,R,B,L"
         )
-    if control is not None and edit is not None and edit.crop_mask is not None:
-        raise FluxError("a control picture does not go with --crop-mask: it shows the whole picture")
     if spec.input == REFERENCE and not references and edit is None:
         warnings.warn(
             f"{spec.name} changes pictures, and none is given to it (--reference PICTURE): it makes pictures "
