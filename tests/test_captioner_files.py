@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from flux.captioning.captioner import Captioner, picture_params
-from flux.captioning.pictures import PictureParams
+from flux.preprocessing import PictureParams
 from flux.errors import FluxError
 from flux.weights import registry
 

@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from flux.captioning.pictures import PictureParams
+from flux.preprocessing import PictureParams
 from flux.captioning.tasks import TASKS
 from flux.captioning.tokenizer import BartTokenizer
 from flux.models.florence2 import Florence2Params, GenerationParams, LanguageParams, VisionParams
