@@ -19,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from flux import images, sampler
-from flux.conditioning import Edit, PictureConditioning
+from flux.conditioning import Edit, Picture, PictureConditioning
 from flux.conditioning.encoded import NO_PICTURES
+from flux.conditioning.redux import appended, blended, check_strength
 from flux.denoising import Conditioning, Plan
 from flux.distributed.ranks import PATIENCE, Ranks
 from flux.errors import FluxError
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 # Up to so many plans, their modulation takes less memory than the weights that it is made with.
 MAX_PLANS = 16
 
-TextKey = tuple[str, str | None, str | None]
+Pictures = tuple[tuple[Picture, float], ...]  # with a strength each
+TextKey = tuple[str, str | None, str | None, Pictures, bool]
 
 
 class Encoded(NamedTuple):
@@ -50,6 +52,8 @@ class Request:
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
     edit: a picture that is changed, of whose size the pictures are where `image_size` is None.
+    redux: pictures that FLUX.1 Redux reads beside the prompt, each with its strength, above 0 to 1; they do
+    not count for the negative prompt. redux_blend: they are mixed into one, instead of one after the other.
     """
 
     prompt: str
@@ -62,6 +66,8 @@ class Request:
     schedule: str = "model"
     clip_prompt: str | None = None
     edit: Edit | None = None
+    redux: Pictures = ()
+    redux_blend: bool = False
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -85,9 +91,11 @@ class Request:
             schedule=self.schedule,
             clip_prompt=self.clip_prompt,
             edit=self.edit,
+            redux=self.redux,
+            redux_blend=self.redux_blend,
         )
         request.check()
-        pipeline.check_memory(size, request.steps)
+        pipeline.check_memory(size, request.steps, pipeline.redux_tokens(request))
         if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
@@ -122,12 +130,13 @@ class ResolvedRequest(Request):
     @property
     def pictures(self) -> "ResolvedRequest":
         """What the pictures that are encoded depend on: the request without its prompts and seeds."""
-        return replace(self, prompt="", negative_prompt=None, clip_prompt=None, seeds=())
+        return replace(self, prompt="", negative_prompt=None, clip_prompt=None, seeds=(), redux=())
 
     @property
     def texts(self) -> TextKey:
-        """What is encoded: the prompt, with true guidance the negative prompt, and a text for CLIP alone."""
-        return self.prompt, None if self.cfg_scale == 1 else self.negative_prompt or "", self.clip_prompt
+        """What is encoded: prompt, with true guidance the negative prompt, a text for CLIP, and pictures."""
+        negative = None if self.cfg_scale == 1 else self.negative_prompt or ""
+        return self.prompt, negative, self.clip_prompt, self.redux, self.redux_blend
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request itself."""
@@ -147,6 +156,8 @@ class ResolvedRequest(Request):
         sampler.check_seeds(self.seeds)
         if self.edit is not None:
             self.edit.check()
+        for picture, strength in self.redux:
+            check_strength(picture, strength)
 
 
 # What is called after each step with the request of one picture, the step (from 0) and its latent (1, L, C).
@@ -187,10 +198,11 @@ class Stages:
 def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Encoded:
     """What the encoders say of resolved requests, evaluated; each text and picture is encoded once."""
     requests = list(requests)
+    read = pipeline.redux
+    given = dict.fromkeys(picture for request in requests for picture, _ in request.redux)
+    tokens = {} if read is None else {picture: read(picture) for picture in given}
     texts = {
-        request.texts: pipeline.encode(
-            request.prompt, request.negative_prompt, request.cfg_scale, request.clip_prompt
-        )
+        request.texts: encode_text(pipeline, request, tokens)
         for request in {request.texts: request for request in requests}.values()
     }
     pictures = {
@@ -200,6 +212,20 @@ def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Enc
     }
     mx.eval(texts, list(pictures.values()))
     return Encoded(texts, pictures)
+
+
+def encode_text(
+    pipeline: "FluxPipeline", request: ResolvedRequest, tokens: Mapping[Picture, mx.array]
+) -> Conditioning:
+    """A request's texts, with the tokens (1, N, C) of its pictures of Redux after the prompt's; lazily."""
+    conditioning = pipeline.encode(
+        request.prompt, request.negative_prompt, request.cfg_scale, request.clip_prompt
+    )
+    pictures = [(tokens[picture], strength) for picture, strength in request.redux]
+    if not pictures:
+        return conditioning
+    combine = blended if request.redux_blend else appended
+    return conditioning._replace(positive=combine(conditioning.positive, pictures))
 
 
 def denoiser(
@@ -359,7 +385,7 @@ class _Run:
         with self.ranks.waiting(len(items) * PATIENCE), self.stages("text"):
             encoded = encode(self.pipeline, self.ranks.local_items(items))
         if not self.keep_models:
-            del self.pipeline.t5, self.pipeline.clip
+            del self.pipeline.t5, self.pipeline.clip, self.pipeline.redux
             mx.clear_cache()
         return encoded
 

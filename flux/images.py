@@ -128,6 +128,14 @@ def fit(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.array(fitted)
 
 
+def over_white(picture: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
+    """A picture (H, W, 3) with its alpha (H, W), if any, laid over white."""
+    if alpha is None:
+        return picture
+    share = alpha[..., None].astype(np.float32) / 255
+    return np.rint(share * picture + (1 - share) * 255).astype(np.uint8)
+
+
 def normalize(pictures: mx.array | np.ndarray) -> mx.array:
     """uint8 -> floats in -1..1 of the same shape, float32, as the autoencoder takes them."""
     pictures = mx.array(pictures) if isinstance(pictures, np.ndarray) else pictures

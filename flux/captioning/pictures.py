@@ -5,7 +5,6 @@ from pathlib import Path
 from PIL import Image
 
 from flux import images
-from flux.data.pictures import over_white
 
 
 def load(path: str | Path) -> Image.Image:
@@ -13,4 +12,4 @@ def load(path: str | Path) -> Image.Image:
 
     Raises FluxError for a file that is absent or no picture.
     """
-    return Image.fromarray(over_white(*images.load(path)))
+    return Image.fromarray(images.over_white(*images.load(path)))

@@ -1,12 +1,13 @@
-"""FLUX.1 Redux on disk: its projector, and SigLIP's vision tower, in diffusers' folder or as single files.
+"""FLUX.1 Redux on disk: its projector, and SigLIP's vision encoder, in diffusers' folder or as single files.
 
-diffusers' folder holds image_embedder/, image_encoder/ and feature_extractor/. BFL's flux1-redux-*.safetensors
-is the projector alone, under the same names; SigLIP is then beside it or, in ComfyUI's tree, in clip_vision/.
+diffusers' folder holds image_embedder/, image_encoder/ and feature_extractor/. BFL's
+flux1-redux-dev.safetensors is the projector alone, under the same names; SigLIP is then beside it or, in
+ComfyUI's tree, in clip_vision/.
 """
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +24,7 @@ from flux.weights import layouts, shapes, tensors, values
 from flux.weights.contents import SUFFIXES, Found, look
 
 NAMES = {"redux": "FLUX.1 Redux", "siglip": "SigLIP's vision encoder"}
-NETWORKS = {"redux": ReduxImageEncoder, "siglip": SiglipVision}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"redux": ReduxImageEncoder, "siglip": SiglipVision}
 # A file holds a network if it has this tensor; CLIP's patches have no bias.
 SIGNS = {"redux": r"redux_up\.weight", "siglip": r"(?:vision_model\.)?embeddings\.patch_embedding\.bias"}
 # The folders in which diffusers and ComfyUI keep it, in the order of the search; "" is the model's itself.
@@ -36,7 +37,7 @@ EXPECTED = {
     "siglip": "image_encoder/, clip_vision/, sigclip_vision_patch14_384.safetensors",
 }
 PREFIX = {"redux": "", "siglip": "vision_model."}  # which transformers 5 leaves out
-# Beside what is loaded: the attention that pools patches into one vector, and the text half of a whole SigLIP.
+# Beside what is loaded: the attention that pools patches into a vector, and the text half of a whole SigLIP.
 UNUSED = {
     "redux": r"$^",
     "siglip": r"head\..*|embeddings\.position_ids|text_model\..*|logit_(?:scale|bias)|scaled_fp8",
@@ -47,7 +48,7 @@ SIGLIP_PICTURES = PictureParams(384, 384, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclass(frozen=True)
 class ReduxFiles:
-    """Where both networks are, and how pictures are made ready for SigLIP; None as its shape says."""
+    """Where both networks are, and what says how pictures are made ready for SigLIP, if anything does."""
 
     redux: Path
     siglip: Path
@@ -57,19 +58,6 @@ class ReduxFiles:
     def fingerprints(self) -> dict[str, str]:
         """For each network a short text that differs where its file does."""
         return {NAMES[kind]: tensors.fingerprint(getattr(self, kind)) for kind in NAMES}
-
-    def check_width(self, width: int, label: str) -> None:
-        """FluxError unless the three networks fit each other; from headers alone.
-
-        width: of the transformer's texts; label: what to call the transformer.
-        """
-        redux = tensors.read_header(self.redux).tensors
-        features = _vector(self.siglip, _named("siglip", tensors.read_header(self.siglip).tensors))
-        takes, gives = (redux[name].shape for name in ("redux_up.weight", "redux_down.weight"))
-        if takes[-1:] != (features,):
-            raise FluxError(f"{self.siglip} gives features {features} wide, {self.redux} takes {takes[-1]}")
-        if gives[:1] != (width,):
-            raise FluxError(f"{self.redux} gives tokens {gives[0]} wide, {label} takes {width}")
 
 
 def find(model: Path, siglip: Path | None = None) -> ReduxFiles:
@@ -179,12 +167,14 @@ def _load(kind: str, file: Path, config: Mapping[str, Any], dtype: mx.Dtype) -> 
 
 
 def to_ours(kind: str, found: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """A file's tensors under the network's names and in MLX's layout, without those that it does not use."""
+    """A file's tensors under the network's names, in MLX's layout, without those that it does not use.
+
+    UNUSED says which these are; names that are not known stay, for the check.
+    """
+    prefix = PREFIX[kind]
+    bare = {name.removeprefix(prefix): tensor for name, tensor in found.items()}
     return {
-        bare: found[name].transpose(0, 2, 3, 1) if found[name].ndim == 4 else found[name]
-        for bare, name in _named(kind, found).items()
+        name: tensor.transpose(0, 2, 3, 1) if tensor.ndim == 4 else tensor  # (O, I, H, W) -> (O, H, W, I)
+        for name, tensor in bare.items()
+        if not re.fullmatch(UNUSED[kind], name)
     }
-
-
-def _named(kind: str, names: Mapping[str, Any]) -> dict[str, Any]:
-    """Bare names -> ..."""

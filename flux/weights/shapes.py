@@ -239,14 +239,13 @@ def siglip_params(tensors: Tensors, known: Mapping[str, Any]) -> SiglipParams:
     )
     patch = _size(tensors, usual.patch_size, *((f"{patch_embedding}.weight", axis) for axis in (1, 2)))
     patches = _size(tensors, usual.tokens, ("embeddings.position_embedding.weight", 0))
+    heads = usual.num_attention_heads if hidden == usual.hidden_size else max(1, hidden // 64)
     is_usual = (patch, patches) == (usual.patch_size, usual.tokens)
     sizes: dict[str, Any] = {
         "hidden_size": hidden,
         "intermediate_size": _size(tensors, usual.intermediate_size, (f"{layer}.mlp.fc1.bias", 0)),
         "num_hidden_layers": _count(tensors, "encoder.layers"),
-        "num_attention_heads": usual.num_attention_heads
-        if hidden == usual.hidden_size
-        else hidden // 64 or 1,
+        "num_attention_heads": heads,
         "image_size": usual.image_size if is_usual else math.isqrt(patches) * patch,
         "patch_size": patch,
     }
