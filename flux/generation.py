@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MAX_PLANS = 16
 
 Pictures = tuple[tuple[Picture, float], ...]  # with a strength each
-TextKey = tuple[str, str | None, str | None, Pictures, bool]
+TextKey = tuple[str, str | None, str | None]
 
 
 class Encoded(NamedTuple):
@@ -42,6 +42,16 @@ class Encoded(NamedTuple):
 
     texts: dict[TextKey, Conditioning]
     pictures: Mapping["ResolvedRequest", PictureConditioning] = MappingProxyType({})  # by `.pictures`
+    redux: Mapping[Picture, mx.array] = MappingProxyType({})  # the tokens (1, N, C) of each picture
+
+    def conditioning(self, request: "ResolvedRequest") -> Conditioning:
+        """A request's texts, the prompt's with the tokens of its pictures; lazily."""
+        texts = self.texts[request.texts]
+        if not request.redux:
+            return texts
+        combine = blended if request.redux_blend else appended
+        pictures = [(self.redux[picture], strength) for picture, strength in request.redux]
+        return texts._replace(positive=combine(texts.positive, pictures))
 
 
 @dataclass(frozen=True)
@@ -134,9 +144,8 @@ class ResolvedRequest(Request):
 
     @property
     def texts(self) -> TextKey:
-        """What is encoded: prompt, with true guidance the negative prompt, a text for CLIP, and pictures."""
-        negative = None if self.cfg_scale == 1 else self.negative_prompt or ""
-        return self.prompt, negative, self.clip_prompt, self.redux, self.redux_blend
+        """What is encoded: the prompt, with true guidance the negative prompt, and a text for CLIP alone."""
+        return self.prompt, None if self.cfg_scale == 1 else self.negative_prompt or "", self.clip_prompt
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request itself."""
@@ -198,11 +207,10 @@ class Stages:
 def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Encoded:
     """What the encoders say of resolved requests, evaluated; each text and picture is encoded once."""
     requests = list(requests)
-    read = pipeline.redux
-    given = dict.fromkeys(picture for request in requests for picture, _ in request.redux)
-    tokens = {} if read is None else {picture: read(picture) for picture in given}
     texts = {
-        request.texts: encode_text(pipeline, request, tokens)
+        request.texts: pipeline.encode(
+            request.prompt, request.negative_prompt, request.cfg_scale, request.clip_prompt
+        )
         for request in {request.texts: request for request in requests}.values()
     }
     pictures = {
@@ -210,22 +218,11 @@ def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Enc
         for request in dict.fromkeys(request.pictures for request in requests)
         if request.has_pictures
     }
-    mx.eval(texts, list(pictures.values()))
-    return Encoded(texts, pictures)
-
-
-def encode_text(
-    pipeline: "FluxPipeline", request: ResolvedRequest, tokens: Mapping[Picture, mx.array]
-) -> Conditioning:
-    """A request's texts, with the tokens (1, N, C) of its pictures of Redux after the prompt's; lazily."""
-    conditioning = pipeline.encode(
-        request.prompt, request.negative_prompt, request.cfg_scale, request.clip_prompt
-    )
-    pictures = [(tokens[picture], strength) for picture, strength in request.redux]
-    if not pictures:
-        return conditioning
-    combine = blended if request.redux_blend else appended
-    return conditioning._replace(positive=combine(conditioning.positive, pictures))
+    read = pipeline.redux
+    given = dict.fromkeys(picture for request in requests for picture, _ in request.redux)
+    tokens = {} if read is None else {picture: read(picture) for picture in given}
+    mx.eval(texts, list(pictures.values()), list(tokens.values()))
+    return Encoded(texts, pictures, tokens)
 
 
 def denoiser(
@@ -246,7 +243,7 @@ def denoiser(
     @lru_cache(maxsize=max(1, len(plans)) if ahead else 1)
     def plan(request: ResolvedRequest) -> Plan:
         return pipeline.prepare(
-            conditioning=encoded.texts[request.texts],
+            conditioning=encoded.conditioning(request),
             noise=None,
             latent_size=request.latent_size,
             num_steps=request.steps,
