@@ -3,13 +3,17 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from PIL import Image
 
 from flux import FluxPipeline
 from flux.conditioning import Picture, TextConditioning
 from flux.conditioning.redux import Redux, appended, blended, opaque
+from flux.models.redux import ReduxParams
+from flux.models.siglip import SiglipParams
 from flux.preprocessing import prepare
 from flux.weights import redux as files
+from flux.weights import shapes
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -181,3 +185,39 @@ def test_preprocessing_is_transformers(mode, size, tmp_path):
     params = files.PictureParams(SIDE, SIDE, files.SIGLIP_PICTURES.mean, files.SIGLIP_PICTURES.deviation)
     found = prepare([opaque(Picture.read(path))], params)
     assert np.array_equal(np.array(found), np.array(expected).transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("prefix", ["vision_model.", ""])
+def test_names_and_shapes_at_full_size(prefix):
+    """Of so400m-patch14-384 and FLUX.1-Redux-dev, from the reference's classes without memory.
+
+    prefix: what google's, ComfyUI's and BFL's files write before SigLIP's names, and transformers 5 does not.
+    """
+    from diffusers.pipelines.flux.modeling_flux import ReduxImageEncoder
+
+    config = {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    }
+    with torch.device("meta"):
+        siglip = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**config))
+        projector = ReduxImageEncoder()
+    theirs = {
+        "siglip": {prefix + name: mx.zeros(tuple(p.shape)) for name, p in siglip.named_parameters()},
+        "redux": {name: mx.zeros(tuple(p.shape)) for name, p in projector.named_parameters()},
+    }
+    whole = {"logit_scale": mx.zeros(1), "text_model.head.weight": mx.zeros((1, 1))}
+    theirs["siglip"] |= whole  # of a whole SigLIP, which has a text encoder
+    for kind, usual in (("siglip", SiglipParams()), ("redux", ReduxParams())):
+        weights = files.to_ours(kind, theirs[kind])
+        params = shapes.params(kind, weights, config if kind == "siglip" else {})
+        assert params == usual == shapes.params(kind, weights, {})
+        ours = dict(tree_flatten(files.NETWORKS[kind](params).parameters()))
+        assert {n: w.shape for n, w in ours.items()} == {n: w.shape for n, w in weights.items()}
+    assert usual.redux_dim == SiglipParams().hidden_size
+    assert SiglipParams().tokens == 729
+    assert prefix + "head.probe" in theirs["siglip"]
