@@ -17,6 +17,7 @@ from flux import arguments, images, metadata, sampler
 from flux.arguments import check_folder, run_program
 from flux.conditioning import Edit, Picture
 from flux.conditioning.pictures import read_bytes
+from flux.conditioning.redux import check_strength
 from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest, Stages, generate
@@ -172,6 +173,8 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError("--strength is of a picture that is changed; name it with --image")
     if not args.redux and (args.redux_blend or args.redux_model or args.siglip):
         raise FluxError("--redux-blend, --redux-model and --siglip are of pictures; name one with --redux")
+    for name, strength in args.redux or ():
+        check_strength(name, strength)
     if args.fuse_adapter and not args.adapter:
         raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
     pictures = (1 if args.prompts_folder else len(args.prompts)) * args.n_images

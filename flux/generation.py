@@ -166,7 +166,7 @@ class ResolvedRequest(Request):
         if self.edit is not None:
             self.edit.check()
         for picture, strength in self.redux:
-            check_strength(picture, strength)
+            check_strength(picture.name, strength)
 
 
 # What is called after each step with the request of one picture, the step (from 0) and its latent (1, L, C).

@@ -71,11 +71,12 @@ def opaque(picture: Picture) -> Image.Image:
 Weighted = tuple[mx.array, float]  # the tokens (1, N, C) of a picture, and its strength
 
 
-def check_strength(picture: Picture, strength: float) -> None:
+def check_strength(name: str, strength: float) -> None:
     """FluxError, naming the picture, for a strength that is not above 0 and at most 1."""
     if not 0 < strength <= 1:
-        name = picture.name or "a picture"
-        raise FluxError(f"the strength of {name} for Redux must be above 0 and at most 1, not {strength}")
+        raise FluxError(
+            f"the strength of {name or 'a picture'} for Redux must be above 0 and at most 1, not {strength}"
+        )
 
 
 def appended(text: TextConditioning, pictures: Sequence[Weighted]) -> TextConditioning:
