@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from PIL import Image
+from PIL import Image, ImageOps
 
 from flux import FluxPipeline
 from flux.conditioning import Picture, TextConditioning
@@ -185,6 +185,18 @@ def test_preprocessing_is_transformers(mode, size, tmp_path):
     params = files.PictureParams(SIDE, SIDE, files.SIGLIP_PICTURES.mean, files.SIGLIP_PICTURES.deviation)
     found = prepare([opaque(Picture.read(path))], params)
     assert np.array_equal(np.array(found), np.array(expected).transpose(0, 2, 3, 1))
+
+
+def test_preprocessing_of_photos_is_transformers(shared):
+    """Of any size, as their EXIF turns them."""
+    processor = transformers.SiglipImageProcessorPil(size={"height": 384, "width": 384})
+    photos = sorted((shared / "data" / "dog6").glob("*.jp*g"))
+    assert photos
+    for path in photos:
+        image = ImageOps.exif_transpose(Image.open(path))
+        expected = processor(image, return_tensors="np", do_convert_rgb=True)["pixel_values"]
+        found = prepare([opaque(Picture.read(path))], files.SIGLIP_PICTURES)
+        assert np.array_equal(np.array(found), np.array(expected).transpose(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("prefix", ["vision_model.", ""])
