@@ -17,7 +17,7 @@ SHAPES = {
     "two layers": (32, 56, 2, 4, 48, 16),
     "a rest beyond the patches": (72, 90, 3, 1, 45, 14),
     "heads of 18": (36, 40, 1, 2, 33, 8),
-    "one layer of so400m": (1152, 4304, 1, 16, 384, 14),
+    "a layer of so400m": (1152, 4304, 1, 16, 60, 14),
 }
 
 
