@@ -1,15 +1,18 @@
 """FLUX.1 Redux: where its files are found, what is said of faulty ones, and what requests may ask for."""
 
+from dataclasses import replace
+
 import huggingface_hub
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from flux import FluxPipeline, generation
-from flux.conditioning import Picture
+from flux import FluxPipeline, generation, machine
+from flux.conditioning import Edit, Picture
 from flux.conditioning.redux import Redux
 from flux.errors import FluxError
 from flux.generation import Request
+from flux.metadata import Recipe
 from flux.weights import checkpoints, contents, repositories
 
 from . import redux_files, tiny, tiny_pipeline
@@ -262,3 +265,23 @@ def test_it_leaves_memory_with_the_text_encoders(tmp_path, folder):
     flux = FluxPipeline(str(tiny_pipeline.write_checkpoint(tmp_path)), redux=str(folder))
     flux.generate_images("a", num_steps=1, image_size=(16, 16), redux=[(PICTURE, 1)], keep_models=False)
     assert not hasattr(flux, "redux")
+
+
+def test_its_tokens_count_for_the_memory(flux, monkeypatch):
+    asked = []
+    monkeypatch.setattr(machine, "require", lambda needed, what: asked.append(needed))
+    for count, blend in ((0, False), (1, False), (2, True), (3, False)):
+        Request("a", redux=count * ((PICTURE, 1.0),), redux_blend=blend).resolved(flux)
+    none, one, blended, three = asked[::2]  # the others are of the steps
+    assert none < one == blended < three
+
+
+def test_a_picture_that_is_changed_is_encoded_once_for_all_variations(flux):
+    request = Request("a", edit=Edit(PICTURE), image_size=(32, 32))
+    both = [replace(request, redux=redux).resolved(flux).pictures for redux in ((), ((PICTURE, 1.0),))]
+    assert both[0] == both[1]
+
+
+def test_a_recipe_names_its_files():
+    recipe = Recipe((), 0, 1, 1, {"redux_model": "r", "siglip": "s"}, pictures={"cat.png": "0"})
+    assert recipe.sources() == ["r", "s", "cat.png"]
