@@ -167,8 +167,6 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError("no prompt; say what the picture should show, such as 'a red apple'")
     if not args.redux and not all(prompt.strip() for prompt in args.prompts):
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
-    if args.quantize not in (None, 4, 8):
-        raise FluxError(f"--quantize takes 4 or 8 bits, not {args.quantize}")
     if args.strength is not None and args.image is None:
         raise FluxError("--strength is of a picture that is changed; name it with --image")
     if not args.redux and (args.redux_blend or args.redux_model or args.siglip):
@@ -208,6 +206,7 @@ def to_requests(
         schedule=args.schedule,
         clip_prompt=args.clip_prompt,
         edit=to_edit(args, pictures),
+        solver=args.solver,
         redux=tuple((pictures[name], strength) for name, strength in args.redux or ()),
         redux_blend=args.redux_blend,
     ).resolved(pipeline)

@@ -21,11 +21,12 @@ from tqdm import tqdm
 from flux import images, sampler
 from flux.conditioning import Edit, Picture, PictureConditioning
 from flux.conditioning.encoded import NO_PICTURES
-from flux.conditioning.redux import appended, blended, check_strength
+from flux.conditioning.redux import appended, blended, check_strength, count_tokens
 from flux.denoising import Conditioning, Plan
 from flux.distributed.ranks import PATIENCE, Ranks
 from flux.errors import FluxError
 from flux.jsonfiles import shown
+from flux.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from flux.pipeline import FluxPipeline
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 # Up to so many plans, their modulation takes less memory than the weights that it is made with.
 MAX_PLANS = 16
 
-Pictures = tuple[tuple[Picture, float], ...]  # with a strength each
 TextKey = tuple[str, str | None, str | None]
 
 
@@ -61,7 +61,8 @@ class Request:
     image_size: (height, width) in pixels. guidance: FLUX's, an input of the network. cfg_scale: true
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
-    edit: a picture that is changed, of whose size the pictures are where `image_size` is None.
+    solver: of `flux.solvers.SOLVERS`. edit: a picture that is changed, of whose size the pictures are where
+    `image_size` is None.
     redux: pictures that FLUX.1 Redux reads beside the prompt, each with its strength, above 0 to 1; they do
     not count for the negative prompt. redux_blend: they are mixed into one, instead of one after the other.
     """
@@ -76,7 +77,8 @@ class Request:
     schedule: str = "model"
     clip_prompt: str | None = None
     edit: Edit | None = None
-    redux: Pictures = ()
+    solver: str = "euler"
+    redux: tuple[tuple[Picture, float], ...] = ()
     redux_blend: bool = False
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
@@ -101,11 +103,12 @@ class Request:
             schedule=self.schedule,
             clip_prompt=self.clip_prompt,
             edit=self.edit,
+            solver=self.solver,
             redux=self.redux,
             redux_blend=self.redux_blend,
         )
         request.check()
-        pipeline.check_memory(size, request.steps, pipeline.redux_tokens(request))
+        pipeline.check_memory(size, request.steps, count_tokens(pipeline.redux, self.redux, self.redux_blend))
         if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
@@ -162,6 +165,8 @@ class ResolvedRequest(Request):
         if self.negative_prompt and self.cfg_scale == 1:
             text = shown(self.negative_prompt)
             raise FluxError(f"the negative prompt {text} needs a cfg scale above 1 to have an effect")
+        if self.solver not in SOLVERS:
+            raise FluxError(f"the solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
         sampler.check_seeds(self.seeds)
         if self.edit is not None:
             self.edit.check()
@@ -252,6 +257,7 @@ def denoiser(
             schedule=request.schedule,
             pictures=encoded.pictures.get(request.pictures, NO_PICTURES),
             strength=request.strength,
+            solver=request.solver,
         )
 
     if ahead:
@@ -382,7 +388,8 @@ class _Run:
         with self.ranks.waiting(len(items) * PATIENCE), self.stages("text"):
             encoded = encode(self.pipeline, self.ranks.local_items(items))
         if not self.keep_models:
-            del self.pipeline.t5, self.pipeline.clip, self.pipeline.redux
+            del self.pipeline.t5, self.pipeline.clip
+            self.pipeline.redux = None
             mx.clear_cache()
         return encoded
 

@@ -45,11 +45,6 @@ class Redux:
             raise FluxError(f"{files.siglip} gives features {gives} wide, {files.redux} takes {takes}")
         return cls(files, network, encoder, pictures)
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens a picture becomes: 729."""
-        return self.siglip.params.tokens
-
     def check_fit(self, width: int, label: str) -> None:
         """FluxError unless a transformer, called `label`, takes texts as wide as these tokens."""
         if (gives := self.encoder.params.txt_in_features) != width:
@@ -77,6 +72,16 @@ def check_strength(name: str, strength: float) -> None:
         raise FluxError(
             f"the strength of {name or 'a picture'} for Redux must be above 0 and at most 1, not {strength}"
         )
+
+
+def count_tokens(redux: Redux | None, pictures: Sequence[tuple[Picture, float]], blend: bool) -> int:
+    """How many tokens a request's pictures become; FluxError where they are some and there is no Redux."""
+    if not pictures:
+        return 0
+    if redux is None:
+        name = pictures[0][0].name or "a picture"
+        raise FluxError(f"{name} needs FLUX.1 Redux: FluxPipeline(redux=...), or --redux-model")
+    return redux.siglip.params.tokens * (1 if blend else len(pictures))
 
 
 def appended(text: TextConditioning, pictures: Sequence[Weighted]) -> TextConditioning:

@@ -141,7 +141,7 @@ def test_several_pictures_stand_one_after_the_other(reference, flux):
     """Against diffusers' transformer, given such a text; its own pipeline has no such thing."""
     first, pooled = embedded(reference, A)
     second, _ = embedded(reference, B)
-    tokens = flux.redux.tokens
+    tokens = flux.redux.siglip.params.tokens
     assert tokens == PATCHES
     embeds = torch.cat([first[:, :-tokens], 0.5 * first[:, -tokens:], 0.9 * second[:, -tokens:]], dim=1)
     expected = theirs(reference[1], flux, [3], (64, 64), embeds, pooled)
