@@ -18,7 +18,8 @@ import numpy as np
 from flux import denoising, generation, images, machine, sampler
 from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.adapters.attach import fingerprint
-from flux.conditioning import Edit, Picture, PictureConditioning, TextConditioning, encode_texts
+from flux.conditioning import Edit, Picture, PictureConditioning, TextConditioning, encode_texts, masks
+from flux.conditioning.canvas import Canvas
 from flux.conditioning.encoded import NO_PICTURES
 from flux.conditioning.redux import Redux
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
@@ -360,7 +361,21 @@ class FluxPipeline:
         """What a request's pictures bring to every step, not yet evaluated."""
         if request.edit is None:
             return NO_PICTURES
-        return PictureConditioning(known=self.encode_picture(request.edit.canvas(request.image_size)))
+        canvas = self.canvas(request.edit, request.image_size)
+        known = self.encode_picture(canvas.picture)
+        return PictureConditioning(known=known, mask=self._mask(canvas, known))
+
+    def canvas(self, edit: Edit, image_size: tuple[int, int]) -> Canvas:
+        """What the model works on for a picture that is changed; image_size: see `Edit.canvas`."""
+        return edit.canvas(image_size, 2 * self.downscale)  # a token is a patch of 2x2
+
+    def _mask(self, canvas: Canvas, known: mx.array) -> mx.array | None:
+        """The canvas's mask for its latent `known` (1, L, C): the same shape, in 0..1."""
+        if canvas.mask is None:
+            return None
+        h, w = (side // self.downscale for side in canvas.mask.shape)
+        cells = mx.array(masks.reduce(canvas.mask, (h, w))).astype(mx.float32) / masks.WHITE
+        return sampler.pack(mx.broadcast_to(cells[None, ..., None], (1, h, w, known.shape[2] // 4)))
 
     def encode_picture(self, picture: np.ndarray) -> mx.array:
         """The packed latent (1, L, channels), float32, of a picture (H, W, 3), uint8: the mean, no sample."""

@@ -38,7 +38,9 @@ MANY = (
 MANY = (*MANY, "--cfg-scale", "2", "--negative-prompt", "two green birds", "--decoding-batch-size", "2")
 REDUX = ("--redux", "cat.png:0.8", "--redux-model", "redux")  # rank 0 alone has the picture
 SPLIT = ("--model", "tiny", "--steps", "2", "--force-shard", *COMMON, "--output", "split.png", PROMPT)
+EDIT = ("--image", "photo.png", "--mask", "mask.png", "--strength", "0.8")  # rank 0 alone has these
 ONE = (
+    *EDIT,
     "--model",
     "model",
     "--steps",
@@ -53,6 +55,7 @@ ONE = (
     PROMPT,
 )
 FOLDER = (
+    *EDIT,
     "--model",
     "model",
     "--steps",
@@ -112,6 +115,11 @@ def prepare(folder: Path, rank: int, model: Path) -> None:
         images.save(folder / "cat.png", np.arange(40 * 32 * 3, dtype=np.uint8).reshape(40, 32, 3))
         shutil.copy(next((model / "vae").glob("*.safetensors")), folder / "only0.safetensors")
         (folder / "prompts.txt").write_text(f"{PROMPT}\ntwo green birds\n")
+        photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+        images.save(folder / "photo.png", photo)
+        images.save(
+            folder / "mask.png", np.where(photo[:1] > 100, 255, 0).repeat(40, axis=0).astype(np.uint8)
+        )
         (folder / "prompts").mkdir()
         for name in "abc":
             (folder / f"prompts/{name}.txt").write_text(f"{PROMPT} {name}\n")
