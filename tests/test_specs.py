@@ -176,6 +176,13 @@ def test_inputs_that_cannot_be_given(model, tmp_path):
     assert str(folder) in line
 
 
+def test_a_mask_of_another_autoencoder(model, tmp_path):
+    flux = tiny.randomize(Flux(replace(tiny.FLUX, in_channels=16 + 16 + 256)), 6)
+    line = fault(write(tmp_path / "m", replace(model, flux=flux), DYNAMIC))
+    assert "takes a mask of 8x8 pixels to one of the latent" in line
+    assert "makes one of 2x2" in line
+
+
 def test_other_models_by_their_name(model, tmp_path):
     own = tiny.parameters(model.flux)
     chroma = own | {"distilled_guidance_layer.in_proj.weight": mx.zeros((4, 4))}

@@ -15,7 +15,8 @@ from flux.weights import registry
 from flux.weights.layouts import Part
 from flux.weights.registry import ModelSpec
 
-MASK_CHANNELS = 4 * 8 * 8  # Fill's: of a patch of 2x2, each 8x8 pixels
+MASK_CELL = 8  # Fill's mask: pixels to one of the latent, along each side
+MASK_CHANNELS = 4 * MASK_CELL**2  # of a patch of 2x2
 KINDS = {
     registry.TEXT: "a model that is given text alone",
     registry.FILL: "FLUX.1 Fill",
@@ -48,6 +49,11 @@ def check_fit(
         for kind, what, gives, takes in widths
         if gives != takes
     ]
+    if params.in_channels == 2 * params.out_channels + MASK_CHANNELS and ae.downscale != MASK_CELL:
+        faults.append(
+            f"{labels['transformer']} takes a mask of {MASK_CELL}x{MASK_CELL} pixels to one of the latent, "
+            f"{labels['ae']} makes one of {ae.downscale}x{ae.downscale}"
+        )
     sizes = (tokenizers[0].size, tokenizers[1].size)
     embeddings = (("clip", clip.params.vocab_size), ("t5", t5.params.vocab_size))
     faults += [

@@ -4,6 +4,7 @@ diffusers samples the autoencoder's latents of Fill's and of a control picture; 
 """
 
 import importlib
+import itertools
 import math
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ import pytest
 
 from flux import FluxPipeline
 from flux.adapters import Adapter, save
+from flux.adapters import load as read
 from flux.adapters.changes import Delta, LowRank
 from flux.adapters.lora import linears
 from flux.conditioning import Edit, Picture, variants
@@ -171,6 +173,62 @@ def test_kontext(made, monkeypatch, size, scale):
     assert psnr(other, expected) < 40
 
 
+def comfyuis_ids(sizes):
+    """ComfyUI's positions of references, by its rule on sides in pixels of the latent."""
+    h = w = 0
+    ids = []
+    for rows, columns in sizes:
+        beside = rows + h > columns + w
+        top, left = (0, w) if beside else (h, 0)
+        h, w = max(h, rows + top), max(w, columns + left)
+        grid = torch.ones(rows // 2, columns // 2, 3)
+        grid[..., 1] = top // 2 + torch.arange(rows // 2)[:, None]
+        grid[..., 2] = left // 2 + torch.arange(columns // 2)[None, :]
+        ids.append(grid.reshape(-1, 3))
+    return torch.cat(ids)
+
+
+def test_several_references(made, monkeypatch):
+    """ComfyUI's way with diffusers' networks: three pictures, one below and one beside the first."""
+    monkeypatch.setattr(variants, "KONTEXT_SIZES", SMALL)
+    reference, folder = made("Kontext")
+    flux, size = load(folder), (64, 48)
+    shapes = [(64, 80), (64, 64), (96, 48)]  # of SMALL, so that nothing is scaled
+    pictures = [photo(shape) + i for i, shape in enumerate(shapes)]
+    text, pooled, text_ids = reference.encode_prompt(PROMPT, max_sequence_length=T5_LENGTH)
+    ids = [
+        reference._prepare_latent_image_ids(1, 4, 3, "cpu", torch.float32),
+        comfyuis_ids([(h // 8, w // 8) for h, w in shapes]),
+    ]
+    times = flux.prepare(flux.encode(PROMPT), None, (8, 6), STEPS, GUIDANCE).times
+    x = torch.from_numpy(np.array(flux.noise(SEEDS[:1], (8, 6))))
+    with torch.no_grad():
+        tokens = []
+        for (h, w), picture in zip(shapes, pictures, strict=True):
+            pixels = torch.from_numpy(picture).permute(2, 0, 1)[None] / 127.5 - 1
+            latent = (reference.vae.encode(pixels).latent_dist.mode() - 0.1159) * 0.3611
+            tokens.append(reference._pack_latents(latent, 1, 16, h // 8, w // 8))
+        for t, following in itertools.pairwise(times):
+            v = reference.transformer(
+                hidden_states=torch.cat([x, *tokens], dim=1),
+                timestep=torch.tensor([t]),
+                guidance=torch.tensor([GUIDANCE]),
+                pooled_projections=pooled,
+                encoder_hidden_states=text,
+                txt_ids=text_ids,
+                img_ids=torch.cat(ids),
+                return_dict=False,
+            )[0]
+            x = x + (following - t) * v[:, : x.shape[1]]
+        latent = reference._unpack_latents(x, 64, 48, 8) / 0.3611 + 0.1159
+        picture = reference.vae.decode(latent, return_dict=False)[0]
+    expected = ((picture[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy() * 255).round().astype(np.uint8)
+    given = [Picture.from_array(picture) for picture in pictures]
+    options = {"image_size": size, "num_steps": STEPS, "guidance": GUIDANCE, "seed": SEEDS[0]}
+    assert_same(flux.generate_images(PROMPT, references=given, **options)[0], expected)
+    assert psnr(flux.generate_images(PROMPT, references=given[::-1], **options)[0], expected) < 50
+
+
 def control_lora(flux, rng) -> Adapter:
     """As BFL's: all layers, with biases, and norms that replace the model's."""
     modules = {}
@@ -188,8 +246,7 @@ def control_lora(flux, rng) -> Adapter:
     return Adapter(modules, norms)
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("size", "fused"), [(SIZES[0], False), (SIZES[1], False), (SIZES[2], True)])
 def test_control_lora(made, tmp_path, size, fused):
     """On a dev, which then takes a control picture, as diffusers' load_lora_weights makes it."""
     reference, folder = made("Kontext")  # a dev's networks, by a name that does not say so
@@ -206,3 +263,53 @@ def test_control_lora(made, tmp_path, size, fused):
     assert (flux.spec.input, flux.spec.guidance, flux.flow.params.in_channels) == ("control", 10.0, 128)
     expected = theirs(pipeline, flux, size, control_image=PIL.fromarray(photo(size)))
     assert_same(ours(flux, size, control=Picture.from_array(photo(size))), expected)
+
+
+def test_bfls_control_lora_file(tmp_path):
+    """At full size: the names as diffusers reads them, every change and every bias."""
+    utils = importlib.import_module("diffusers.loaders.lora_conversion_utils")
+    rng, hidden, rank = np.random.default_rng(4), 3072, 2
+    shapes = {
+        "img_in": (hidden, 128),
+        "txt_in": (hidden, 4096),
+        "final_layer.linear": (64, hidden),
+        "final_layer.adaLN_modulation.1": (2 * hidden, hidden),
+    }
+    for name, columns in (("time_in", 256), ("guidance_in", 256), ("vector_in", 768)):
+        shapes |= {f"{name}.in_layer": (hidden, columns), f"{name}.out_layer": (hidden, hidden)}
+    for stem in (f"double_blocks.{i}.{stream}" for i in range(19) for stream in ("img", "txt")):
+        shapes |= {f"{stem}_mod.lin": (6 * hidden, hidden), f"{stem}_attn.qkv": (3 * hidden, hidden)}
+        shapes |= {f"{stem}_attn.proj": (hidden, hidden), f"{stem}_mlp.0": (4 * hidden, hidden)}
+        shapes[f"{stem}_mlp.2"] = (hidden, 4 * hidden)
+    for stem in (f"single_blocks.{i}" for i in range(38)):
+        shapes |= {f"{stem}.modulation.lin": (3 * hidden, hidden), f"{stem}.linear1": (7 * hidden, hidden)}
+        shapes[f"{stem}.linear2"] = (hidden, 5 * hidden)
+    state = {}
+    for name, (rows, columns) in shapes.items():
+        state[f"{name}.lora_A.weight"] = rng.standard_normal((rank, columns), dtype=np.float32)
+        state[f"{name}.lora_B.weight"] = rng.standard_normal((rows, rank), dtype=np.float32)
+        state[f"{name}.lora_B.bias"] = rng.standard_normal(rows, dtype=np.float32)
+    double = [f"double_blocks.{i}.{stream}_attn" for i in range(19) for stream in ("img", "txt")]
+    for stem in (*double, *(f"single_blocks.{i}" for i in range(38))):
+        for norm in ("query", "key"):
+            state[f"{stem}.norm.{norm}_norm.scale"] = rng.standard_normal(128, dtype=np.float32)
+    mx.save_safetensors(str(tmp_path / "bfl.safetensors"), {name: mx.array(w) for name, w in state.items()})
+    adapter = read(tmp_path / "bfl.safetensors", strict=True)
+    assert adapter.format == "control LoRA (BFL)"
+    save(tmp_path / "ours.safetensors", adapter, "diffusers")
+    ours = {name: np.array(w) for name, w in mx.load(str(tmp_path / "ours.safetensors")).items()}
+    converted = utils._convert_bfl_flux_control_lora_to_diffusers(
+        {name: torch.from_numpy(w) for name, w in state.items()}
+    )
+    theirs = {name: w.numpy() for name, w in converted.items()}
+    assert ours.keys() == theirs.keys()
+    x = {name: rng.standard_normal(w.shape[1], dtype=np.float32) for name, w in theirs.items() if w.ndim == 2}
+    for name, w in theirs.items():
+        if "norm_out" in name and w.ndim == 2:
+            continue  # diffusers swaps the halves of A's rows, its ranks, as well
+        if name.endswith("lora_B.weight"):
+            down = name.replace("lora_B", "lora_A")
+            mine, wanted = (s[name] @ (s[down] @ x[down]) for s in (ours, theirs))
+            np.testing.assert_allclose(mine, wanted, rtol=1e-4, atol=1e-3)
+        elif w.ndim == 1:
+            np.testing.assert_allclose(ours[name], w, rtol=1e-6)
