@@ -18,13 +18,14 @@ from flux.arguments import check_folder, run_program
 from flux.conditioning import ControlInput, Edit, Picture
 from flux.conditioning.edit import ALPHA
 from flux.conditioning.pictures import read_bytes
+from flux.conditioning.redux import check_strength
 from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest, Stages, generate
 from flux.metadata import PARTS, Recipe
 from flux.options import build_parser
 from flux.pipeline import FluxPipeline
-from flux.weights import quantize
+from flux.weights import quantize, registry
 from flux.workflows import comfyui
 from flux.workflows.options import shown, to_options
 
@@ -95,6 +96,7 @@ def picture_names(args: argparse.Namespace) -> list[str]:
     """The picture files that the arguments name, each once."""
     mask = None if args.mask == ALPHA else args.mask
     names = [args.image, mask, *(args.reference or ()), *(args.control or ())]
+    names += [name for name, _ in args.redux or ()]
     return list(dict.fromkeys(name for name in names if name))
 
 
@@ -112,6 +114,8 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
         noise=args.noise,
         rounding=args.rounding,
         controlnets=args.controlnet or (),
+        redux=(args.redux_model or registry.REDUX) if args.redux else None,
+        siglip=args.siglip,
         **{part: getattr(args, part) for part in PARTS},
     )
     if args.quantize and ranks.is_rank_zero:
@@ -143,7 +147,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.set_defaults(**recipe)
         args = parser.parse_intermixed_args(argv)
         prompts = prompts or its_prompts
-    args.prompts = prompts
+    args.prompts = prompts or ([""] if args.redux and not args.prompts_folder else [])
     args.model = args.model or "schnell"
     args.n_images = args.n_images or 1
     args.output = args.output or ("" if args.prompts_folder else "out.png")
@@ -168,11 +172,15 @@ def check(args: argparse.Namespace) -> None:
     """Raise FluxError for what can be seen to be wrong before anything is loaded."""
     if not args.prompts:
         raise FluxError("no prompt; say what the picture should show, such as 'a red apple'")
-    if not all(prompt.strip() for prompt in args.prompts):
+    if not args.redux and not all(prompt.strip() for prompt in args.prompts):
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
     if args.image is None:
         check_no_edit(args)
     check_controlnets(args)
+    if not args.redux and (args.redux_blend or args.redux_model or args.siglip):
+        raise FluxError("--redux-blend, --redux-model and --siglip are of pictures; name one with --redux")
+    for name, strength in args.redux or ():
+        check_strength(name, strength)
     if args.fuse_adapter and not args.adapter:
         raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
     pictures = (1 if args.prompts_folder else len(args.prompts)) * args.n_images
@@ -239,6 +247,8 @@ def to_requests(
         control_edges=args.control_edges and not args.controlnet,
         controlnets=to_controls(args, pictures),
         solver=args.solver,
+        redux=tuple((pictures[name], strength) for name, strength in args.redux or ()),
+        redux_blend=args.redux_blend,
     ).resolved(pipeline)
     if args.seed is None:
         print(f"seed: {seed}", flush=True)

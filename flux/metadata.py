@@ -25,11 +25,12 @@ OPTIONS = (
     *("t5_padding", "negative_prompt", "clip_prompt", "cfg_scale", "guidance"),
     *("solver", "schedule", "shift", "steps"),
     *("image", "strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"),
-    *("reference", *CONTROLNETS, "control_edges", "pictures"),
+    *("reference", *CONTROLNETS, "control_edges"),
+    *("redux", "redux_blend", "redux_model", "siglip", "pictures"),
     *("image_size", "noise", "seed", "n_images", "n_rows", "decoding_batch_size"),
 )
-FLAGS = ("fuse_adapter", "no_t5_padding", "no_keep", "control_edges")
-REPEATED = ("adapter", *LISTS)  # one a line
+FLAGS = ("fuse_adapter", "no_t5_padding", "no_keep", "control_edges", "redux_blend")
+REPEATED = ("adapter", "redux", *LISTS)  # one a line, the first two with a strength
 DEFAULTS = {  # not written
     "rounding": "bfloat16",
     "solver": "euler",
@@ -81,7 +82,8 @@ class Recipe:
         """What is written into a file of these prompts and seeds; `read` reads it."""
         values: dict[str, Any] = dict(self.options)
         values |= {name: "\n".join(map(str, values.get(name) or ())) or None for name in LISTS}
-        values["adapter"] = "\n".join(f"{file}:{strength}" for file, strength in self.adapter) or None
+        for name, pairs in (("adapter", self.adapter), ("redux", values.get("redux") or ())):
+            values[name] = "\n".join(f"{file}:{strength}" for file, strength in pairs) or None
         values["pictures"] = "\n".join(f"{digest} {name}" for name, digest in self.pictures.items()) or None
         values["image_size"] = "x".join(map(str, self.image_size))
         values |= {"seed": self.seed, "n_images": self.n_images}
@@ -107,7 +109,7 @@ class Recipe:
 
     def sources(self) -> list[str]:
         """What the pictures are made with: names of models, of their parts, of adapters and of pictures."""
-        names: list[Any] = [self.options.get(name) for name in ("model", *PARTS)]
+        names: list[Any] = [self.options.get(name) for name in ("model", *PARTS, "redux_model", "siglip")]
         controlnets: Any = self.options.get("controlnet") or ()
         names += [*controlnets, *(file for file, _ in self.adapter), *self.pictures]
         return [str(name) for name in names if name]

@@ -31,6 +31,7 @@ from flux.conditioning.canvas import Canvas
 from flux.conditioning.controlnets import Fit
 from flux.conditioning.encoded import NO_PICTURES
 from flux.conditioning.encoder import PictureEncoder
+from flux.conditioning.redux import Redux
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
@@ -62,6 +63,8 @@ class FluxPipeline:
         noise: str = "mlx",
         rounding: str = "bfloat16",
         controlnets: Sequence[str] = (),
+        redux: str | None = None,
+        siglip: str | None = None,
         **files: str | None,
     ):
         """Find a model and load it lazily.
@@ -84,6 +87,8 @@ class FluxPipeline:
         rounding: of time and guidance in 16-bit types, one of `ROUNDINGS`.
         controlnets: files, folders or repositories of ControlNets, of which each takes a `ControlInput` of
         every request; quantized as the transformer is, and whole on each of `ranks`.
+        redux, siglip: FLUX.1 Redux's file, folder or repository, for requests with pictures of it, and its
+        encoder's where that is elsewhere; see `Redux.load`. None: no such requests.
         files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
         Raises FluxError for a model that cannot be found or loaded, and for an adapter that cannot or does
         not fit it; warns of what else of an adapter is left out.
@@ -106,6 +111,9 @@ class FluxPipeline:
         if shift is not None:
             self.spec: ModelSpec = replace(self.spec, shift=sampler.read_shift(shift))
         self._adapters = [file for file, _ in adapters]
+        if redux is not None:
+            self.redux: Redux | None = Redux.load(redux, siglip, dtype)
+            self.redux.check_fit(self.flow.params.context_in_dim, self.checkpoint.parts["transformer"].label)
 
     @classmethod
     def from_parts(cls, parts: Parts, t5_padding: bool | int = True, noise: str = "mlx") -> "FluxPipeline":
@@ -123,6 +131,7 @@ class FluxPipeline:
         self.rounding = "bfloat16"
         self._split = False
         self.controlnets = ControlNets()
+        self.redux = None
         # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
         self.downscale = 2 ** (len(self.ae.params.ch_mult) - 1)
 
@@ -142,7 +151,7 @@ class FluxPipeline:
     def check_memory(self, latent_size: tuple[int, int], steps: int = 1, more_tokens: int = 0) -> None:
         """FluxError where the largest arrays of a step, a picture or all steps exceed the memory.
 
-        more_tokens: those of other pictures.
+        more_tokens: beside the picture's and the text's.
         """
         (h, w), params = latent_size, self.flow.params
         tokens = h // 2 * (w // 2) + self.spec.t5_length + more_tokens
@@ -158,11 +167,14 @@ class FluxPipeline:
     def fingerprints(self) -> dict[str, str]:
         """A digest of each file of weights, by what it is: the same on ranks that have the same files."""
         adapters = {f"adapter {file}": fingerprint(file) for file in self._adapters}
-        return self.checkpoint.fingerprints() | adapters | self.controlnets.fingerprints()
+        pictures = {} if self.redux is None else self.redux.files.fingerprints()
+        others = adapters | self.controlnets.fingerprints() | pictures
+        return self.checkpoint.fingerprints() | others
 
     def ensure_models_are_loaded(self) -> None:
         """Read all weights now rather than when they are first needed."""
-        for part in (self.flow, self.ae, self.clip, self.t5, *self.controlnets.networks):
+        redux = () if self.redux is None else (self.redux.siglip, self.redux.encoder)
+        for part in (self.flow, self.ae, self.clip, self.t5, *self.controlnets.networks, *redux):
             self._read(part)
             mx.eval(part.parameters())
 
@@ -191,6 +203,8 @@ class FluxPipeline:
         control_edges: bool = False,
         controlnets: Sequence[ControlInput] = (),
         solver: str = "euler",
+        redux: Sequence[tuple[Picture, float]] = (),
+        redux_blend: bool = False,
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
@@ -200,7 +214,8 @@ class FluxPipeline:
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
-        schedule, clip_prompt, edit, references, control, control_edges, controlnets, solver: see `Request`.
+        schedule, clip_prompt, edit, references, control, control_edges, controlnets, solver, redux,
+        redux_blend: see `Request`.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -220,6 +235,8 @@ class FluxPipeline:
             control_edges=control_edges,
             controlnets=tuple(controlnets),
             solver=solver,
+            redux=tuple(redux),
+            redux_blend=redux_blend,
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))
