@@ -165,8 +165,6 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError("no prompt; say what the picture should show, such as 'a red apple'")
     if not all(prompt.strip() for prompt in args.prompts):
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
-    if args.quantize not in (None, 4, 8):
-        raise FluxError(f"--quantize takes 4 or 8 bits, not {args.quantize}")
     if args.image is None:
         check_no_edit(args)
     if args.fuse_adapter and not args.adapter:
@@ -210,6 +208,7 @@ def to_requests(
         schedule=args.schedule,
         clip_prompt=args.clip_prompt,
         edit=to_edit(args, pictures),
+        solver=args.solver,
     ).resolved(pipeline)
     if args.seed is None:
         print(f"seed: {seed}", flush=True)

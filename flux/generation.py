@@ -25,6 +25,7 @@ from flux.denoising import Conditioning, Plan
 from flux.distributed.ranks import PATIENCE, Ranks
 from flux.errors import FluxError
 from flux.jsonfiles import shown
+from flux.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from flux.pipeline import FluxPipeline
@@ -49,7 +50,8 @@ class Request:
     image_size: (height, width) in pixels. guidance: FLUX's, an input of the network. cfg_scale: true
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
-    edit: a picture that is changed; `image_size` is then what it is fitted to, see `Edit.canvas`.
+    solver: of `flux.solvers.SOLVERS`. edit: a picture that is changed; `image_size` is then what it is fitted
+    to, see `Edit.canvas`.
     """
 
     prompt: str
@@ -62,6 +64,7 @@ class Request:
     schedule: str = "model"
     clip_prompt: str | None = None
     edit: Edit | None = None
+    solver: str = "euler"
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -83,6 +86,7 @@ class Request:
             schedule=self.schedule,
             clip_prompt=self.clip_prompt,
             edit=self.edit,
+            solver=self.solver,
         )
         request.check()
         pipeline.check_memory(size, request.steps)
@@ -159,6 +163,8 @@ class ResolvedRequest(Request):
         if self.negative_prompt and self.cfg_scale == 1:
             text = shown(self.negative_prompt)
             raise FluxError(f"the negative prompt {text} needs a cfg scale above 1 to have an effect")
+        if self.solver not in SOLVERS:
+            raise FluxError(f"the solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
         sampler.check_seeds(self.seeds)
 
 
@@ -242,6 +248,7 @@ def denoiser(
             schedule=request.schedule,
             pictures=encoded.pictures.get(request.pictures, NO_PICTURES),
             strength=request.strength,
+            solver=request.solver,
         )
 
     if ahead:

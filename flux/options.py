@@ -4,7 +4,9 @@ from flux import images, sampler
 from flux.arguments import Parser, adapter, count, finite, padding, pixels, shift, sides, size
 from flux.metadata import PARTS
 from flux.models.transformer import ROUNDINGS
+from flux.solvers import SOLVERS
 from flux.version import __version__
+from flux.weights.quantize import KINDS
 
 SEVERAL = (
     "With mlx.launch the ranks share out the pictures; where there are fewer pictures than ranks, each has a "
@@ -116,7 +118,9 @@ def _add_model(parser: Parser) -> None:
     for part in PARTS:
         add(f"--{part}", metavar="FILE", help=f"take the {part} from FILE instead of the model's")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
-    add("--quantize", nargs="?", type=int, const=4, metavar="BITS", help="to 4 (default) or 8 bits a weight")
+    add(
+        "--quantize", nargs="?", choices=KINDS, const="4", help="the blocks and T5 to so few bits (default 4)"
+    )
     add(
         "--adapter",
         action="append",
@@ -148,6 +152,12 @@ def _add_sampling(parser: Parser) -> None:
         help="how closely to follow the prompt (not schnell)",
     )
     add("--shift", type=shift, metavar="X", help="of the times: dev, none, or a factor such as 3")
+    add(
+        "--solver",
+        choices=SOLVERS,
+        default="euler",
+        help="dpmpp2m and unipc need fewer steps than euler, heun half as many of twice the work",
+    )
     add(
         "--schedule",
         choices=sampler.SCHEDULES,
