@@ -1,5 +1,6 @@
 """A picture that is changed: what the model is given, what is refused, and the result of a tiny pipeline."""
 
+import warnings
 from dataclasses import replace
 
 import mlx.core as mx
@@ -121,6 +122,16 @@ def test_a_crop_around_the_mask_is_worked_on_at_the_models_size():
     assert canvas.picture.shape == (64, 64, 3)
     assert canvas.box == (90, 195, 40, 40)
     assert canvas.whole.shape == (300, 500, 3)
+
+
+def test_a_large_part_made_small_is_blurred_and_that_is_said():
+    large = picture(300, 500)
+    edit = Edit(large, mask=mask(10, 20, 90, 90, size=(300, 500)), crop_mask=5)
+    with pytest.warns(UserWarning, match="is 100x100 pixels and made as 64x64, .* --image-size"):
+        edit.canvas((64, 64), 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edit.canvas((96, 96), 16)
 
 
 # --- Steps ---

@@ -1,6 +1,7 @@
 """A picture that is changed: image to image, inpainting, outpainting."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,6 +15,7 @@ from flux.errors import FluxError
 from flux.jsonfiles import shown
 
 ALPHA, AUTO = "alpha", "auto"
+COARSE = 1.5  # times that a part may be larger than the model makes it before that is said
 
 
 @dataclass(frozen=True)
@@ -130,4 +132,16 @@ def _canvas(edit: Edit, size: Size, step: int) -> Canvas:
     if edit.crop_mask is None:
         return canvas.make(picture, mask, share, (0, 0, *whole), whole, step)
     padding = edit.crop_mask if isinstance(edit.crop_mask, int) else None
-    return canvas.make(picture, mask, share, masks.crop_box(mask, padding, size[0] / size[1]), size, step)
+    made = canvas.make(picture, mask, share, masks.crop_box(mask, padding, size[0] / size[1]), size, step)
+    _warn_if_coarse(made)
+    return made
+
+
+def _warn_if_coarse(made: Canvas) -> None:
+    """Warn of a part around a mask that the model makes much smaller than it is."""
+    (height, width), (h, w) = made.box[2:], made.inner
+    if height > COARSE * h:
+        text = (
+            f"the part around the mask is {height}x{width} pixels and made as {h}x{w}, so that it is blurred"
+        )
+        warnings.warn(f"{text}; --image-size makes it larger", stacklevel=2)
