@@ -138,16 +138,13 @@ def test_a_large_part_made_small_is_blurred_and_that_is_said():
 
 
 def test_a_grey_place_is_put_back_until_its_share_of_the_steps():
-    """Of 4 steps white changes in all, half in the last two, a quarter in the last, black in none."""
-    values = mx.array([1.0, 0.5, 0.25, 0.0])[None, :, None]
-    pictures = PictureConditioning(known=mx.zeros((1, 4, 1)), mask=values)
-    x, noise = mx.full((1, 4, 1), 7.0), mx.full((1, 4, 1), 1.0)
-    put_back = [
-        [pictures.put_back(x, noise, 0.5, 1 - (step + 0.5) / 4)[0, i, 0].item() == 0.5 for step in range(4)]
-        for i in range(4)
-    ]
-    # After the step before its first own one a place is put back for the last time.
-    assert put_back == [[False] * 4, [True, True, False, False], [True, True, True, False], [True] * 4]
+    """Of 4 steps white changes in all, 0.65 in three, half in two, a quarter in one, black in none."""
+    values = mx.array([1.0, 0.65, 0.5, 0.25, 0.0])[None, :, None]
+    pictures = PictureConditioning(known=mx.full((1, 5, 1), 3.0), mask=values)
+    x, noise, times = mx.full((1, 5, 1), 7.0), mx.full((1, 5, 1), 1.0), [1.0, 0.75, 0.5, 0.25, 0.0]
+    after = [pictures.put_back(x, noise, times, step)[0, :, 0].tolist() for step in range(4)]
+    # The picture is 3 and the noise 1: as noisy as x is, 1.5, 2, 2.5, 3. Put back before the first free step.
+    assert after == [[7, 1.5, 1.5, 1.5, 1.5], [7, 7, 2, 2, 2], [7, 7, 7, 2.5, 2.5], [7, 7, 7, 7, 3]]
 
 
 # --- Results ---
