@@ -18,15 +18,24 @@ PARTS = ("transformer", "ae", "clip", "t5")
 # The options that make pictures what they are, in the order in which they are written.
 OPTIONS = (
     *("model", *PARTS, "dtype", "rounding", "quantize", "adapter", "fuse_adapter", "no_t5_padding"),
-    *("t5_padding", "negative_prompt", "clip_prompt", "cfg_scale", "guidance", "solver", "schedule", "shift"),
-    *("steps", "image", "strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"),
-    *("pictures", "image_size", "noise", "seed", "n_images", "n_rows", "decoding_batch_size"),
+    *("t5_padding", "negative_prompt", "clip_prompt"),
+    *("cfg_scale", "guidance"),
+    *("solver", "schedule", "shift", "steps"),
+    *("image", "strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"),
+    "pictures",
+    *("image_size", "noise", "seed", "n_images", "n_rows", "decoding_batch_size"),
 )
 FLAGS = ("fuse_adapter", "no_t5_padding", "no_keep")
 DEFAULTS = {  # not written
-    **{"rounding": "bfloat16", "solver": "euler", "schedule": "model", "noise": "mlx"},
-    **{"fit": "crop", "grow": 0, "feather": 0},
+    "rounding": "bfloat16",
+    "solver": "euler",
+    "schedule": "model",
+    "noise": "mlx",
+    "fit": "crop",
+    "grow": 0,
+    "feather": 0,
 }
+
 SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpmpp2m": "DPM++ 2M", "unipc": "UniPC"}  # A1111's names
 
 File = tuple[Path, dict[str, str]]  # a picture's path and the text that is written into it
