@@ -116,6 +116,13 @@ def test_a_fitted_picture_and_its_mask():
     assert not canvas.mask[:, 16:].any()
 
 
+def test_a_mask_that_is_cut_off_with_the_picture_is_refused():
+    edit = Edit(picture(40, 80), mask=mask(0, 0, 40, 10, size=(40, 80)))
+    with pytest.raises(FluxError, match=r"cut with the picture \(fit pad cuts none\), is empty"):
+        edit.canvas((64, 64), 16)
+    assert replace(edit, fit="pad").canvas((64, 64), 16).mask.any()
+
+
 def test_a_crop_around_the_mask_is_worked_on_at_the_models_size():
     large = picture(300, 500)
     canvas = Edit(large, mask=mask(100, 200, 20, 30, size=(300, 500)), crop_mask=5).canvas((64, 64), 16)

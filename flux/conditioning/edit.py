@@ -126,7 +126,10 @@ def _canvas(edit: Edit, size: Size, step: int) -> Canvas:
         return canvas.make(picture, None, None, (0, 0, *size), size, step)
     mask = masks.grow(mask, edit.grow)
     if not mask.any():
-        raise FluxError(f"the mask, shrunk by {-edit.grow} pixels, is empty: nothing changes")
+        cause = (
+            f"shrunk by {-edit.grow} pixels" if edit.grow < 0 else "cut with the picture (fit pad cuts none)"
+        )
+        raise FluxError(f"the mask, {cause}, is empty: nothing changes")
     whole = (mask.shape[0], mask.shape[1])
     share = masks.feather(mask, edit.feather) if edit.keep else None
     if edit.crop_mask is None:
