@@ -27,6 +27,7 @@ LEVELS = {
     "flux.vocabularies": 1,
     "flux.sampler": 1,
     "flux.solvers": 1,
+    "flux.preprocessing": 1,
     "flux.distributed.ranks": 1,
     "flux.distributed.gradients": 1,
     "flux.conditioning": 2,
