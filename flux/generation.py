@@ -4,7 +4,6 @@ A picture depends on its request and seed only: it comes out the same alone, amo
 rank. So pictures are denoised one by one: in a batch, sums would be in another order.
 """
 
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from flux.distributed.ranks import PATIENCE, Ranks
 from flux.errors import FluxError
 from flux.jsonfiles import shown
 from flux.solvers import SOLVERS
+from flux.stages import Stages
 
 if TYPE_CHECKING:
     from flux.pipeline import FluxPipeline
@@ -218,24 +218,6 @@ def split(requests: Iterable[ResolvedRequest], size: int) -> list[ResolvedReques
         for request in requests
         for start in range(0, len(request.seeds), size)
     ]
-
-
-class Stages:
-    """Times and peak memory of the stages: `with stages("decode"): ...`."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, float, float]] = []  # name, seconds, GB
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        mx.reset_peak_memory()
-        start = time.perf_counter()
-        yield
-        self.rows.append((name, time.perf_counter() - start, mx.get_peak_memory() / 1e9))
-
-    def __str__(self) -> str:
-        rows = [f"{name:8} {seconds:9.2f} {memory:9.3f}" for name, seconds, memory in self.rows]
-        return "\n".join([f"{'stage':8} {'seconds':>9} {'peak GB':>9}", *rows])
 
 
 # --- Stages ---

@@ -18,6 +18,7 @@ LEVELS = {
     "flux.version": 0,
     "flux.machine": 0,
     "flux.outputs": 0,
+    "flux.stages": 0,
     "flux.tables": 1,
     "flux.trees": 0,
     "flux.models": 1,
