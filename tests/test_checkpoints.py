@@ -375,7 +375,7 @@ def test_a_folder_named_like_a_repository(folder, model, monkeypatch, tmp_path):
 
 
 def test_what_is_not_there(folder, tmp_path):
-    assert "neither a model (schnell, dev, krea, tiny)" in fault("no-such-model")
+    assert "neither a model (schnell, dev, krea, fill, canny, depth, kontext, tiny)" in fault("no-such-model")
     assert "no weights here" in fault(tmp_path / "bfl" / "tokenizer")
     assert "use --ae FILE" in fault(folder / "ae.safetensors")
     assert "no such file (for the autoencoder)" in fault(folder, ae=str(tmp_path / "absent"))
