@@ -288,8 +288,9 @@ def test_control_adapter_widens_on_request():
 
 @pytest.mark.parametrize("kind", ["low rank", "dense"])
 def test_a_narrower_adapter_of_img_in_changes_the_first_channels(kind):
-    """A dev's on a model that is given a picture: the noise's channels come first. Not a DoRA, whose norms are
-    those of a whole row.
+    """A dev's on a model that is given a picture: the noise's channels come first.
+
+    Not a DoRA, whose norms are those of a whole row.
     """
     model = make_model()
     channels = tiny.FLUX.in_channels
