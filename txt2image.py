@@ -159,7 +159,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def read_workflow(args: argparse.Namespace, prompts: list[str]) -> tuple[dict[str, object], list[str]]:
     """A workflow's options and prompt; shows them as a command line, and what ComfyUI does otherwise."""
     workflow = comfyui.read(args.workflow)
-    given = [name for name in (*PARTS, "adapter") if getattr(args, name)]
+    given = [name for name in (*PARTS, "adapter", "reference") if getattr(args, name)]
     options = to_options(workflow, args.model, given)
     its_prompts = arguments.find_prompts([workflow.prompt], None, None)
     for note in workflow.notes:
