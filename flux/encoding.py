@@ -34,7 +34,7 @@ class Encoded(NamedTuple):
         return texts._replace(positive=combine(texts.positive, pictures))
 
 
-def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Encoded:
+def encode(pipeline: "FluxPipeline", requests: Iterable["ResolvedRequest"]) -> Encoded:
     """What the encoders say of resolved requests, evaluated; each text and picture is encoded once."""
     requests = list(requests)
     texts = {
