@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from flux import arguments, images, metadata, sampler
 from flux.arguments import check_folder, run_program
-from flux.conditioning import Edit, Picture
+from flux.conditioning import ControlInput, Edit, Picture
 from flux.conditioning.edit import ALPHA
 from flux.conditioning.pictures import read_bytes
+from flux.conditioning.redux import check_strength
 from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest, Stages, generate
@@ -25,7 +26,7 @@ from flux.metadata import PARTS, Recipe
 from flux.models.nag import Nag
 from flux.options import build_parser
 from flux.pipeline import FluxPipeline
-from flux.weights import quantize
+from flux.weights import quantize, registry
 from flux.workflows import comfyui
 from flux.workflows.options import shown, to_options
 
@@ -95,7 +96,9 @@ def read_pictures(args: argparse.Namespace, ranks: Ranks) -> dict[str, Picture]:
 def picture_names(args: argparse.Namespace) -> list[str]:
     """The picture files that the arguments name, each once."""
     mask = None if args.mask == ALPHA else args.mask
-    return list(dict.fromkeys(name for name in (args.image, mask) if name))
+    names = [args.image, mask, *(args.reference or ()), *(args.control or ())]
+    names += [name for name, _ in args.redux or ()]
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
@@ -111,10 +114,15 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
         shift=args.shift,
         noise=args.noise,
         rounding=args.rounding,
+        controlnets=args.controlnet or (),
+        redux=(args.redux_model or registry.REDUX) if args.redux else None,
+        siglip=args.siglip,
         **{part: getattr(args, part) for part in PARTS},
     )
     if args.quantize and ranks.is_rank_zero:
-        line = quantize.report(args.quantize, transformer=pipeline.flow, T5=pipeline.t5)
+        networks = {"transformer": pipeline.flow, "T5": pipeline.t5}
+        networks |= {f"ControlNet {i + 1}": n for i, n in enumerate(pipeline.controlnets.networks)}
+        line = quantize.report(args.quantize, **networks)
         print(f"quantized: {line}", file=sys.stderr)
     return pipeline
 
@@ -133,13 +141,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         recipe, its_prompts = metadata.read(args.remake) if args.remake else read_workflow(args, prompts)
         if prompts or args.seed is not None or args.n_images:
             recipe.pop("picture", None)  # these are other pictures
-        adapters = str(recipe.pop("adapter", "")).splitlines()
-        if not args.adapter:  # not as a default: one that is given would be added to it
-            argv = [*(f"--adapter={text}" for text in adapters), *argv]
+        for name in metadata.REPEATED:
+            lines = str(recipe.pop(name, "")).splitlines()
+            if not getattr(args, name):  # not as a default: one that is given would be added to it
+                argv = [*(f"--{name.replace('_', '-')}={line}" for line in lines), *argv]
         parser.set_defaults(**recipe)
         args = parser.parse_intermixed_args(argv)
         prompts = prompts or its_prompts
-    args.prompts = prompts
+    args.prompts = prompts or ([""] if args.redux and not args.prompts_folder else [])
     args.model = args.model or "schnell"
     args.n_images = args.n_images or 1
     args.output = args.output or ("" if args.prompts_folder else "out.png")
@@ -151,7 +160,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def read_workflow(args: argparse.Namespace, prompts: list[str]) -> tuple[dict[str, object], list[str]]:
     """A workflow's options and prompt; shows them as a command line, and what ComfyUI does otherwise."""
     workflow = comfyui.read(args.workflow)
-    given = [name for name in (*PARTS, "adapter") if getattr(args, name)]
+    given = [name for name in (*PARTS, "adapter", "reference") if getattr(args, name)]
     options = to_options(workflow, args.model, given)
     its_prompts = arguments.find_prompts([workflow.prompt], None, None)
     for note in workflow.notes:
@@ -164,10 +173,15 @@ def check(args: argparse.Namespace) -> None:
     """Raise FluxError for what can be seen to be wrong before anything is loaded."""
     if not args.prompts:
         raise FluxError("no prompt; say what the picture should show, such as 'a red apple'")
-    if not all(prompt.strip() for prompt in args.prompts):
+    if not args.redux and not all(prompt.strip() for prompt in args.prompts):
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
     if args.image is None:
         check_no_edit(args)
+    check_controlnets(args)
+    if not args.redux and (args.redux_blend or args.redux_model or args.siglip):
+        raise FluxError("--redux-blend, --redux-model and --siglip are of pictures; name one with --redux")
+    for name, strength in args.redux or ():
+        check_strength(name, strength)
     if args.fuse_adapter and not args.adapter:
         raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
     pictures = (1 if args.prompts_folder else len(args.prompts)) * args.n_images
@@ -188,6 +202,26 @@ def check_no_edit(args: argparse.Namespace) -> None:
     for name in ("strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"):
         if getattr(args, name) != parser.get_default(name):
             raise FluxError(f"--{name.replace('_', '-')} needs the picture that is changed: --image")
+
+
+def check_controlnets(args: argparse.Namespace) -> None:
+    """FluxError for options of control pictures that do not go together."""
+    number, pictures = len(args.controlnet or ()), len(args.control or ())
+    for name in metadata.CONTROLNETS:
+        if getattr(args, name) and name != "control" and not number:
+            raise FluxError(f"--{name.replace('_', '-')} is of a ControlNet; name it with --controlnet")
+    if args.control_edges and not pictures:
+        raise FluxError("--control-edges is of a control picture; name it with --control")
+    if not number and pictures > 1:
+        raise FluxError("--control is given once for a model, or once for each --controlnet")
+    if number and number != pictures:
+        raise FluxError(
+            f"{number} ControlNet(s) and {pictures} control picture(s): give a --control for each, in order"
+        )
+    for name in metadata.CONTROLNETS if number else ():
+        if len(getattr(args, name) or ()) not in (0, 1, number):
+            option = f"--{name.replace('_', '-')}"
+            raise FluxError(f"{option}: give one for all ControlNets, or {number}, one for each")
 
 
 # --- Pictures ---
@@ -211,7 +245,13 @@ def to_requests(
         edit=to_edit(args, pictures),
         cfg_end=args.cfg_end,
         nag=None if args.nag is None else Nag(args.nag),
+        references=tuple(pictures[name] for name in args.reference or ()),
+        control=pictures[args.control[0]] if args.control and not args.controlnet else None,
+        control_edges=args.control_edges and not args.controlnet,
+        controlnets=to_controls(args, pictures),
         solver=args.solver,
+        redux=tuple((pictures[name], strength) for name, strength in args.redux or ()),
+        redux_blend=args.redux_blend,
     ).resolved(pipeline)
     if args.seed is None:
         print(f"seed: {seed}", flush=True)
@@ -232,6 +272,32 @@ def to_edit(args: argparse.Namespace, pictures: Mapping[str, Picture]) -> Edit |
         feather=args.feather,
         crop_mask=args.crop_mask,
         keep=not args.no_keep,
+    )
+
+
+def to_controls(args: argparse.Namespace, pictures: Mapping[str, Picture]) -> tuple[ControlInput, ...]:
+    """What each ControlNet is told."""
+    number = len(args.controlnet or ())
+    if not number:
+        return ()
+
+    def each(given: list | None, default: object) -> list:
+        values = given or [default]
+        return values if len(values) == number else values * number
+
+    given = zip(
+        args.control or (),
+        each(args.control_mode, None),
+        each(args.control_strength, 1.0),
+        each(args.control_start, 0.0),
+        each(args.control_end, 1.0),
+        strict=True,
+    )
+    return tuple(
+        ControlInput(
+            pictures[name], None if mode == "none" else mode, strength, start, end, args.control_edges
+        )
+        for name, mode, strength, start, end in given
     )
 
 

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from flux import sampler
-from flux.conditioning import PictureConditioning, TextConditioning
+from flux.conditioning import ControlNets, PictureConditioning, TextConditioning
+from flux.conditioning.controlnets import NO_CONTROLNETS, Control
 from flux.conditioning.guides import BoundGuide
 from flux.models.layers import Attend
 from flux.models.nag import Nag, NagAttention, join_vectors
-from flux.models.transformer import Flux, ModulationVectors
+from flux.models.transformer import Flux, ModulationVectors, Residuals
 from flux.solvers import SOLVERS
 
 
@@ -56,6 +57,7 @@ class Plan(NamedTuple):
     cfg_scale: float
     pictures: PictureConditioning
     solver: str  # of SOLVERS
+    controls: tuple[Control, ...] = ()  # of each ControlNet
     cfg_end: float = 1.0
     nag: Nag | None = None
     guide: BoundGuide | None = None
@@ -80,26 +82,30 @@ def prepare_branch(
     )
 
 
-def denoise(flow: Flux, plan: Plan) -> Iterator[mx.array]:
+def denoise(flow: Flux, plan: Plan, controlnets: ControlNets = NO_CONTROLNETS) -> Iterator[mx.array]:
     """Yield the packed latent (B, L, channels), float32, after each step.
 
     With true guidance a step is two passes rather than one batch of two: this takes half the memory, and the
-    prompts may differ in length.
+    prompts may differ in length. ControlNets are told the prompt alone, and what they add serves both passes,
+    as in diffusers.
     """
     noise, pictures = plan.x, plan.pictures
     if noise is None:
         raise ValueError("the plan was prepared without noise: plan._replace(x=noise)")
 
-    def pass_through(x: mx.array, told: Told) -> mx.array:
+    def pass_through(x: mx.array, told: Told, added: Residuals | None) -> mx.array:
         text = mx.broadcast_to(told.text, (len(x), *told.text.shape[1:]))
-        v = flow.denoise(with_pictures(x, pictures), text, told.positions, told.vectors, attend=told.attend)
+        v = flow.denoise(
+            with_pictures(x, pictures), text, told.positions, told.vectors, added, attend=told.attend
+        )
         return v[:, : x.shape[1]].astype(mx.float32)
 
     def of_prompts(x: mx.array, step: int) -> mx.array:
-        v = pass_through(x, prompts(flow, plan, step))
+        added = controlnets.residuals(plan.controls, flow.params, x, step)
+        v = pass_through(x, prompts(flow, plan, step), added)
         if plan.negative is None or not has_true_guidance(plan, step):
             return v
-        return sampler.guide(v, pass_through(x, plan.negative.step(step)), plan.cfg_scale)
+        return sampler.guide(v, pass_through(x, plan.negative.step(step), added), plan.cfg_scale)
 
     def velocity(x: mx.array, step: int) -> mx.array:
         v = of_prompts(x, step)
@@ -108,8 +114,7 @@ def denoise(flow: Flux, plan: Plan) -> Iterator[mx.array]:
         return plan.guide.velocity(v, x, plan.times[step], step, len(plan.times) - 1)
 
     def project(x: mx.array, step: int) -> mx.array:
-        left = 1 - (step + 0.5) / (len(plan.times) - 1)  # in the middle of the step: v is rounded to steps
-        return pictures.put_back(x, noise, plan.times[step + 1], left)
+        return pictures.put_back(x, noise, plan.times, step)
 
     return SOLVERS[plan.solver](velocity, pictures.start(noise, plan.times[0]), plan.times, project)
 

@@ -4,44 +4,37 @@ A picture depends on its request and seed only: it comes out the same alone, amo
 rank. So pictures are denoised one by one: in a batch, sums would be in another order.
 """
 
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
-from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
 from flux import images, sampler
-from flux.conditioning import Edit, Guide, PictureConditioning
+from flux.conditioning import ControlInput, Edit, Guide, Picture, variants
 from flux.conditioning.encoded import NO_PICTURES
-from flux.denoising import Conditioning, Plan
+from flux.conditioning.guides import Loss, as_guide
+from flux.conditioning.redux import check_strength, count_tokens
+from flux.denoising import Plan
 from flux.distributed.ranks import PATIENCE, Ranks
+from flux.encoding import Encoded, TextKey, encode
 from flux.errors import FluxError
 from flux.jsonfiles import shown
 from flux.models.nag import Nag
 from flux.solvers import SOLVERS
+from flux.stages import Stages
 
 if TYPE_CHECKING:
     from flux.pipeline import FluxPipeline
 
 # Up to so many plans, their modulation takes less memory than the weights that it is made with.
 MAX_PLANS = 16
-
-TextKey = tuple[str, str | None, str | None]
-
-
-class Encoded(NamedTuple):
-    """What encoders say of requests, evaluated: of texts, by `ResolvedRequest.texts`, and of pictures."""
-
-    texts: dict[TextKey, Conditioning]
-    pictures: Mapping["ResolvedRequest", PictureConditioning] = MappingProxyType({})  # by `.pictures`
 
 
 @dataclass(frozen=True)
@@ -52,10 +45,16 @@ class Request:
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
     cfg_end: the share of the steps, from the first, that have true guidance; the others take half the time.
-    nag: lead attention away from `negative_prompt`, besides or in place of true guidance.
-    guide: a loss that leads the pictures; on pixels the autoencoder works in each step.
-    solver: of `flux.solvers.SOLVERS`. edit: a picture that is changed; `image_size` is then what it is fitted
-    to, see `Edit.canvas`.
+    nag: leads attention away from `negative_prompt`, besides or in place of true guidance.
+    guide: a loss that leads the pictures; a function alone is one on latents.
+    solver: of `flux.solvers.SOLVERS`. edit: a picture that is changed; `image_size` is then what it is
+    fitted to, see `Edit.canvas`.
+    references: pictures that Kontext changes; the first one has the size that is made where there is none.
+    control: what Canny and Depth follow, a picture of edges or of depth; it is cut to the size that is made.
+    control_edges: it is a photo, whose edges are meant.
+    controlnets: one for each of the pipeline's, in their order.
+    redux: pictures that FLUX.1 Redux reads beside the prompt, each with its strength, above 0 to 1; they do
+    not count for the negative prompt. redux_blend: they are mixed into one, instead of one after the other.
     """
 
     prompt: str
@@ -70,8 +69,14 @@ class Request:
     edit: Edit | None = None
     cfg_end: float = 1.0
     nag: Nag | None = None
-    guide: Guide | None = None
+    guide: Guide | Loss | None = None
+    references: tuple[Picture, ...] = ()
+    control: Picture | None = None
+    control_edges: bool = False
+    controlnets: tuple[ControlInput, ...] = ()
     solver: str = "euler"
+    redux: tuple[tuple[Picture, float], ...] = ()
+    redux_blend: bool = False
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -80,6 +85,7 @@ class Request:
         settings that make no picture.
         """
         spec = pipeline.spec
+        variants.check(spec, self.edit, self.references, self.control, self.control_edges)
         image_size, size = self._sizes(pipeline)
         request = ResolvedRequest(
             prompt=self.prompt,
@@ -95,12 +101,22 @@ class Request:
             edit=self.edit,
             cfg_end=self.cfg_end,
             nag=self.nag,
-            guide=self.guide,
+            guide=as_guide(self.guide),
+            references=self.references,
+            control=self.control,
+            control_edges=self.control_edges,
+            controlnets=self.controlnets,
             solver=self.solver,
+            redux=self.redux,
+            redux_blend=self.redux_blend,
         )
         request.check()
-        pipeline.check_memory(size, request.steps)
-        if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
+        pipeline.controlnets.check(request.controlnets)
+        tokens = variants.count_tokens(request.references, pipeline.downscale)
+        tokens += count_tokens(pipeline.redux, self.redux, self.redux_blend)
+        pipeline.check_memory(size, request.steps, tokens)
+        networks = (pipeline.flow, *pipeline.controlnets.networks)
+        if request.guidance != spec.guidance and not any(n.params.guidance_embed for n in networks):
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
         return request
@@ -109,6 +125,8 @@ class Request:
         """`image_size`, as it can be made, and the latent's; each (height, width)."""
         best = pipeline.spec.image_size
         if self.edit is None:
+            controls = (self.control, *(given.picture for given in self.controlnets))
+            best = variants.default_size(self.references, next(filter(None, controls), None), best)
             h, w = pipeline.latent_size(self.image_size or best)
             return (pipeline.downscale * h, pipeline.downscale * w), (h, w)
         height, width = self.image_size or self.edit.default_size(best)
@@ -125,6 +143,7 @@ class ResolvedRequest(Request):
     guidance: float
     cfg_scale: float
     latent_size: tuple[int, int]
+    guide: Guide | None
 
     @property
     def made_steps(self) -> int:
@@ -146,12 +165,12 @@ class ResolvedRequest(Request):
     @property
     def has_pictures(self) -> bool:
         """Whether a picture says something to the transformer or the sampler."""
-        return self.edit is not None
+        return any((self.edit, self.references, self.control, self.controlnets))
 
     @property
     def pictures(self) -> "ResolvedRequest":
         """What the pictures that are encoded depend on: the request without its prompts and seeds."""
-        return replace(self, prompt="", negative_prompt=None, clip_prompt=None, seeds=())
+        return replace(self, prompt="", negative_prompt=None, clip_prompt=None, seeds=(), redux=())
 
     @property
     def texts(self) -> TextKey:
@@ -183,6 +202,8 @@ class ResolvedRequest(Request):
         if self.solver not in SOLVERS:
             raise FluxError(f"the solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
         sampler.check_seeds(self.seeds)
+        for picture, strength in self.redux:
+            check_strength(picture.name, strength)
 
 
 # What is called after each step with the request of one picture, the step (from 0) and its latent (1, L, C).
@@ -199,43 +220,7 @@ def split(requests: Iterable[ResolvedRequest], size: int) -> list[ResolvedReques
     ]
 
 
-class Stages:
-    """Times and peak memory of the stages: `with stages("decode"): ...`."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, float, float]] = []  # name, seconds, GB
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        mx.reset_peak_memory()
-        start = time.perf_counter()
-        yield
-        self.rows.append((name, time.perf_counter() - start, mx.get_peak_memory() / 1e9))
-
-    def __str__(self) -> str:
-        rows = [f"{name:8} {seconds:9.2f} {memory:9.3f}" for name, seconds, memory in self.rows]
-        return "\n".join([f"{'stage':8} {'seconds':>9} {'peak GB':>9}", *rows])
-
-
 # --- Stages ---
-
-
-def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Encoded:
-    """What the encoders say of resolved requests, evaluated; each text and picture is encoded once."""
-    requests = list(requests)
-    texts = {
-        request.texts: pipeline.encode(
-            request.prompt, request.negative_prompt, request.cfg_scale, request.clip_prompt, request.nag
-        )
-        for request in {request.texts: request for request in requests}.values()
-    }
-    pictures = {
-        request: pipeline.encode_pictures(request)
-        for request in dict.fromkeys(request.pictures for request in requests)
-        if request.has_pictures
-    }
-    mx.eval(texts, list(pictures.values()))
-    return Encoded(texts, pictures)
 
 
 def denoiser(
@@ -256,7 +241,7 @@ def denoiser(
     @lru_cache(maxsize=max(1, len(plans)) if ahead else 1)
     def plan(request: ResolvedRequest) -> Plan:
         return pipeline.prepare(
-            conditioning=encoded.texts[request.texts],
+            conditioning=encoded.conditioning(request),
             noise=None,
             latent_size=request.latent_size,
             num_steps=request.steps,
@@ -265,12 +250,14 @@ def denoiser(
             schedule=request.schedule,
             pictures=encoded.pictures.get(request.pictures, NO_PICTURES),
             strength=request.strength,
+            controlnets=request.controlnets,
             solver=request.solver,
         )
 
     if ahead:
         mx.eval([plan(request) for request in plans])
-        pipeline.flow.drop_modulation()
+        for network in (pipeline.flow, *pipeline.controlnets.networks):
+            network.drop_modulation()
 
     def denoise(request: ResolvedRequest) -> mx.array:
         noise = pipeline.noise(request.seeds, request.latent_size)
@@ -371,7 +358,7 @@ class _Run:
         with self.stages("denoise"), self._denoiser(singles, encoded) as denoise:
             latents = iter(list(ranks.map(denoise, singles)))
         if not self.keep_models:
-            del self.pipeline.flow
+            del self.pipeline.flow, self.pipeline.controlnets
             mx.clear_cache()
         if ranks.model_parallel and not ranks.is_rank_zero:
             return
@@ -404,6 +391,7 @@ class _Run:
             encoded = encode(self.pipeline, self.ranks.local_items(items))
         if not self.keep_models:
             del self.pipeline.t5, self.pipeline.clip
+            self.pipeline.redux = None
             mx.clear_cache()
         return encoded
 

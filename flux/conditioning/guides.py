@@ -63,6 +63,11 @@ class Guide:
         return BoundGuide(self, *((unpack, sampler.pack) if self.on == "latent" else (decode, encode)))
 
 
+def as_guide(given: Guide | Loss | None) -> Guide | None:
+    """A guide as it is; a function is its loss, on latents."""
+    return given if given is None or isinstance(given, Guide) else Guide(given)
+
+
 class BoundGuide(NamedTuple):
     """A guide with what shows its loss a packed latent, and what makes a packed latent of it again."""
 

@@ -4,8 +4,9 @@
 
 colour: held-out prompts, and a loss that asks for a mean colour a quarter of the way to orange from that
 which comes out by itself.
-likeness: prompts of a subject alone, and a loss that asks for the colours of another picture in blocks of 16x16
-pixels. negative: prompts of a subject alone; the background that comes out by itself is the negative prompt.
+likeness: prompts of a subject alone, and a loss that asks for the colours of another picture, in blocks of
+16x16 pixels. negative: prompts of a subject alone; the background that comes out by itself is the negative
+prompt.
 A subject is that of the nearest rendering on the picture's background, whatever tint is added to the whole.
 Intervals are Wilson's, and normal ones of means, 95 %.
 """
