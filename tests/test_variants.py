@@ -130,6 +130,17 @@ def test_our_folder_keeps_the_input(tmp_path):
         checkpoints.find(str(tmp_path / "kontext/model"))
 
 
+def test_another_transformer_than_our_folders(folders, tmp_path):
+    """The folder's defaults are not those of a transformer of another kind."""
+    folder = write_checkpoint(tmp_path)
+    fill = next((folders["fill"] / "transformer").glob("*.safetensors"))
+    kontext = tmp_path / "my-kontext.safetensors"
+    kontext.symlink_to(next((folders["dev"] / "transformer").glob("*.safetensors")))
+    for file, row in ((fill, "fill"), (kontext, "kontext")):
+        assert FluxPipeline(str(folder), transformer=str(file)).spec == registry.get(row)
+    assert checkpoints.find(str(folder)).spec.steps == 2
+
+
 def test_another_transformer_than_the_rows(folders, tmp_path):
     """Asked for by name: dev gives way to what the file is, and any other is refused."""
 

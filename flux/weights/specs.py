@@ -116,6 +116,12 @@ def _defaults(path: Path, spec: ModelSpec) -> ModelSpec:
     if not path.is_file():
         return spec
     values = jsonfiles.read(path)
+    said = values.get("input", spec.input)
+    if said not in registry.INPUTS:
+        wanted = ", ".join(registry.INPUTS)
+        raise FluxError(f"{path}: input should be one of {wanted}, not {jsonfiles.shown(said)}")
+    if spec.input not in (registry.TEXT, said):
+        return spec  # they are of the folder's own transformer, which another one stands for here
     try:
         shift = sampler.read_shift(values.pop("shift", spec.shift))
     except FluxError as error:
@@ -123,6 +129,4 @@ def _defaults(path: Path, spec: ModelSpec) -> ModelSpec:
     found = replace(spec, shift=shift, **jsonfiles.fields(ModelSpec, values, str(path)))
     jsonfiles.count(found.steps, f"{path}: steps", most=MAX_STEPS)
     jsonfiles.count(found.t5_length, f"{path}: t5_length", most=MAX_TOKENS)
-    if found.input not in registry.INPUTS:
-        raise FluxError(f"{path}: input should be one of {', '.join(registry.INPUTS)}, not {found.input!r}")
     return found
