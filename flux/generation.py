@@ -5,24 +5,24 @@ rank. So pictures are denoised one by one: in a batch, sums would be in another 
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
-from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
 from flux import images, sampler
-from flux.conditioning import ControlInput, Edit, Picture, PictureConditioning, variants
+from flux.conditioning import ControlInput, Edit, Picture, variants
 from flux.conditioning.encoded import NO_PICTURES
-from flux.conditioning.redux import appended, blended, check_strength, count_tokens
-from flux.denoising import Conditioning, Plan
+from flux.conditioning.redux import check_strength, count_tokens
+from flux.denoising import Plan
 from flux.distributed.ranks import PATIENCE, Ranks
+from flux.encoding import Encoded, TextKey, encode
 from flux.errors import FluxError
 from flux.jsonfiles import shown
 from flux.solvers import SOLVERS
@@ -33,25 +33,6 @@ if TYPE_CHECKING:
 
 # Up to so many plans, their modulation takes less memory than the weights that it is made with.
 MAX_PLANS = 16
-
-TextKey = tuple[str, str | None, str | None]
-
-
-class Encoded(NamedTuple):
-    """What encoders say of requests, evaluated: of texts, by `ResolvedRequest.texts`, and of pictures."""
-
-    texts: dict[TextKey, Conditioning]
-    pictures: Mapping["ResolvedRequest", PictureConditioning] = MappingProxyType({})  # by `.pictures`
-    redux: Mapping[Picture, mx.array] = MappingProxyType({})  # the tokens (1, N, C) of each picture
-
-    def conditioning(self, request: "ResolvedRequest") -> Conditioning:
-        """A request's texts, the prompt's with the tokens of its pictures; lazily."""
-        texts = self.texts[request.texts]
-        if not request.redux:
-            return texts
-        combine = blended if request.redux_blend else appended
-        pictures = [(self.redux[picture], strength) for picture, strength in request.redux]
-        return texts._replace(positive=combine(texts.positive, pictures))
 
 
 @dataclass(frozen=True)
@@ -221,27 +202,6 @@ def split(requests: Iterable[ResolvedRequest], size: int) -> list[ResolvedReques
 
 
 # --- Stages ---
-
-
-def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Encoded:
-    """What the encoders say of resolved requests, evaluated; each text and picture is encoded once."""
-    requests = list(requests)
-    texts = {
-        request.texts: pipeline.encode(
-            request.prompt, request.negative_prompt, request.cfg_scale, request.clip_prompt
-        )
-        for request in {request.texts: request for request in requests}.values()
-    }
-    pictures = {
-        request: pipeline.encode_pictures(request)
-        for request in dict.fromkeys(request.pictures for request in requests)
-        if request.has_pictures
-    }
-    read = pipeline.redux
-    given = dict.fromkeys(picture for request in requests for picture, _ in request.redux)
-    tokens = {} if read is None else {picture: read(picture) for picture in given}
-    mx.eval(texts, list(pictures.values()), list(tokens.values()))
-    return Encoded(texts, pictures, tokens)
 
 
 def denoiser(

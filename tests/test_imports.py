@@ -43,6 +43,7 @@ LEVELS = {
     "flux.data": 3,
     "flux.denoising": 3,
     "flux.loading": 3,
+    "flux.encoding": 4,
     "flux.generation": 4,
     "flux.pipeline": 4,
     "flux.training": 5,

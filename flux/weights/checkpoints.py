@@ -248,26 +248,12 @@ def find_adapter(name: str) -> Path:
     Of a repository that holds several adapters one must be named. FluxError where nothing can be had; what is
     no path and no repository's name comes back as it is, and whoever reads it says what is wrong.
     """
-    return _file_or_folder(name, repositories.adapter_patterns)
+    return find_files(name, partial(repositories.adapter_patterns, name))
 
 
 def find_controlnet(name: str) -> Part:
-    """The file of a ControlNet: by its path, its folder, or as `owner/name` or `owner/name:file` of the Hub.
-
-    `load_part` reads it lazily. FluxError, in a line that says what to do, where none is found.
-    """
-    return controlnets.part_of(_file_or_folder(name, repositories.controlnet_patterns))
-
-
-def _file_or_folder(name: str, patterns: Callable[[str, list[str]], list[str]]) -> Path:
-    """A path as it is; of a repository what `patterns(repo, files)` says, downloaded into the Hub's cache."""
-    path = Path(name).expanduser()
-    if path.exists() or not re.fullmatch(REPOSITORY, name):
-        return local_file(name)
-    files = _list_files(name)
-    if files is None:
-        return _snapshot(name, ["*.safetensors"], offline=True)
-    return _snapshot(name, patterns(name, list(files)), offline=False)
+    """The file of a ControlNet, as by `find_files`; `load_part` reads it. FluxError where none is found."""
+    return controlnets.part_of(find_files(name, partial(repositories.controlnet_patterns, name)))
 
 
 def find_files(name: str, choose: Callable[[list[str]], list[str]]) -> Path:
@@ -280,7 +266,7 @@ def find_files(name: str, choose: Callable[[list[str]], list[str]]) -> Path:
         return local_file(name)
     files = _list_files(name)
     if files is None:
-        return _snapshot(name, choose([]), offline=True)
+        return _snapshot(name, ["*"], offline=True)  # what there is
     patterns = choose(list(files))
     _check_disk(name, files, patterns)
     return _snapshot(name, patterns, offline=False)
