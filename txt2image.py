@@ -23,6 +23,7 @@ from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest, Stages, generate
 from flux.metadata import PARTS, Recipe
+from flux.models.nag import Nag
 from flux.options import build_parser
 from flux.pipeline import FluxPipeline
 from flux.weights import quantize, registry
@@ -246,6 +247,8 @@ def to_requests(
         control=pictures[args.control[0]] if args.control and not args.controlnet else None,
         control_edges=args.control_edges and not args.controlnet,
         controlnets=to_controls(args, pictures),
+        cfg_end=args.cfg_end,
+        nag=None if args.nag is None else Nag(args.nag),
         solver=args.solver,
         redux=tuple((pictures[name], strength) for name, strength in args.redux or ()),
         redux_blend=args.redux_blend,
