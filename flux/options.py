@@ -119,7 +119,7 @@ def _add_references(parser: Parser) -> None:
         "--reference",
         action="append",
         metavar="PICTURE",
-        help="what the prompt changes; repeated for several; of the first one's aspect is what is made",
+        help="what the prompt changes, or several; the result has the first one's aspect",
     )
 
 
