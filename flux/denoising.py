@@ -95,9 +95,8 @@ def denoise(flow: Flux, plan: Plan, controlnets: ControlNets = NO_CONTROLNETS) -
 
     def pass_through(x: mx.array, told: Told, added: Residuals | None) -> mx.array:
         text = mx.broadcast_to(told.text, (len(x), *told.text.shape[1:]))
-        v = flow.denoise(
-            with_pictures(x, pictures), text, told.positions, told.vectors, added, attend=told.attend
-        )
+        x_and_pictures = with_pictures(x, pictures)
+        v = flow.denoise(x_and_pictures, text, told.positions, told.vectors, added, told.attend)
         return v[:, : x.shape[1]].astype(mx.float32)
 
     def of_prompts(x: mx.array, step: int) -> mx.array:

@@ -62,7 +62,7 @@ def _add_edit(parser: Parser) -> None:
         "--strength",
         type=finite,
         metavar="X",
-        help="how much changes: from 0, the picture itself, to 1 (default), as from noise alone",
+        help="how much changes: from 0, the picture itself, to 1, as from noise; default: 0.6, with a mask 1",
     )
     add(
         "--mask",
@@ -119,7 +119,7 @@ def _add_references(parser: Parser) -> None:
         "--reference",
         action="append",
         metavar="PICTURE",
-        help="what the prompt changes; repeated for several; of the first one's aspect is what is made",
+        help="what the prompt changes, or several; the result has the first one's aspect",
     )
 
 

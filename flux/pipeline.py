@@ -8,7 +8,6 @@ only one stage is in memory at a time.
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +27,17 @@ from flux.conditioning import (
     encode_texts,
 )
 from flux.conditioning.canvas import Canvas
-from flux.conditioning.controlnets import Fit
 from flux.conditioning.encoded import NO_PICTURES
-from flux.conditioning.encoder import PictureEncoder
 from flux.conditioning.redux import Redux
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
-from flux.generation import OnStep, Request, ResolvedRequest
+from flux.generation import OnStep
 from flux.loading import Parts, load
 from flux.models.nag import Nag
 from flux.models.transformer import ROUNDINGS
-from flux.weights import checkpoints, registry
+from flux.requests import Request
+from flux.weights import checkpoints
 from flux.weights.quantize import read_kind
 from flux.weights.registry import ModelSpec
 
@@ -365,25 +363,6 @@ class FluxPipeline:
     def denoise(self, plan: Plan) -> Iterator[mx.array]:
         """Yield the packed latent (B, L, channels), float32, after each step."""
         return denoising.denoise(self.flow, plan, self.controlnets)
-
-    def encode_pictures(self, request: ResolvedRequest) -> PictureConditioning:
-        """What a request's pictures bring to every step, not yet evaluated."""
-        encoder = PictureEncoder(self.encode_pixels, self.downscale)
-        height, width = (self.downscale * side for side in request.latent_size)
-        fit: Fit = partial(images.fit, size=(height, width))
-        out = NO_PICTURES
-        if request.edit is not None:
-            canvas = self.canvas(request.edit, request.image_size)
-            fit = canvas.over
-            out = encoder.edit(canvas, self.spec.input == registry.FILL, request.strength < 1)
-        if request.control is not None:
-            channels = encoder.control(request.control, request.control_edges, fit)
-            out = out._replace(channels=channels)
-        if request.references:
-            tokens, positions = encoder.references(request.references)
-            out = out._replace(tokens=tokens, positions=positions)
-        controls = self.controlnets.encode(request.controlnets, fit, self.encode_picture)
-        return out._replace(controls=controls)
 
     def canvas(self, edit: Edit, image_size: tuple[int, int]) -> Canvas:
         """What the model works on for a picture that is changed; image_size: see `Edit.canvas`."""
