@@ -25,7 +25,7 @@ def test_the_picture_remembers_it_and_is_made_again(call, model, tmp_path, optio
 
 BAD = [
     (("--nag", 5), "NAG needs a negative prompt: say what to lead away from"),
-    (("--nag", 1, *NEGATIVE), "the NAG scale must be above 1 (no effect), not 1.0"),
+    (("--nag", 1, *NEGATIVE), "the NAG scale must be above 1 (no effect) and finite, not 1.0"),
     (NEGATIVE, "the negative prompt 'two green birds' needs a cfg scale above 1 or NAG to have an effect"),
     (("--cfg-end", 0.5), "the cfg end 0.5 needs a cfg scale above 1 to have an effect"),
     (("--cfg-scale", 2, "--cfg-end", 0), "the cfg end must be above 0 and at most 1, not 0.0"),
