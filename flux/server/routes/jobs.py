@@ -1,0 +1,193 @@
+"""Jobs: the queue, what each does, and what trainings have made."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import FileResponse, StreamingResponse
+from pydantic import ValidationError
+
+from flux.server import results
+from flux.server.folders import existing, inside
+from flux.server.jobs import Job
+from flux.server.problems import absent, wrong
+from flux.server.routes.training import as_request, submit_captions, submit_training
+from flux.server.schemas import (
+    AdapterView,
+    CaptionRequest,
+    FileView,
+    JobDetail,
+    JobRequest,
+    JobView,
+    TrainRequest,
+)
+from flux.server.state import Server, State
+
+router = APIRouter(tags=["jobs"])
+LINES = 100  # of a log
+LOOK, HEARTBEAT = 0.3, 15.0  # seconds
+KINDS = {results.PLOT: "plot", results.EVENTS: "numbers", "options.json": "options"}
+
+
+@router.get("/jobs")
+def all_jobs(
+    server: State,
+    state: Literal["queued", "running", "done", "failed", "cancelled"] | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> list[JobView]:
+    """The newest jobs, the newest first."""
+    return [JobView(**server.view(job)) for job in server.jobs.all(state, limit)]
+
+
+@router.post("/jobs", status_code=201)
+def new_job(body: JobRequest, server: State) -> JobDetail:
+    """Put a job into the queue without waiting for it."""
+    request = dict(body.request) | ({"id": body.id} if body.id else {})
+    try:
+        if body.kind == "train":
+            job, _ = submit_training(server, as_request(TrainRequest.model_validate(request)))
+        else:
+            job = submit_captions(server, CaptionRequest.model_validate(request))
+    except ValidationError as error:
+        raise wrong(sentence_of(error.errors())) from None
+    return detail(server, job)
+
+
+@router.get("/jobs/{id}")
+def one_job(id: str, server: State) -> JobDetail:
+    """A job, with the last lines that its program printed."""
+    return detail(server, server.jobs.get(id))
+
+
+@router.post("/jobs/{id}/cancel")
+def cancel(id: str, server: State) -> JobView:
+    """Cancel a job: its processes are killed at once. Its states stay, for a resume."""
+    job = server.jobs.cancel(id)
+    server.keep_worker()
+    return JobView(**server.view(job))
+
+
+@router.post("/jobs/{id}/resume")
+def resume(id: str, server: State) -> JobView:
+    """Put a failed or cancelled job into the queue again; a training goes on from its last state."""
+    job = server.jobs.resume(id)
+    server.keep_worker()
+    return JobView(**server.view(job))
+
+
+@router.get(
+    "/jobs/{id}/events",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def events(
+    id: str, server: State, request: Request, last_event_id: Annotated[str | None, Header()] = None
+) -> StreamingResponse:
+    """What happens in a job, as server-sent events: `state`, `step` with its numbers, `preview` with a URL.
+
+    A `step`'s id is where to go on from: send it as Last-Event-ID.
+    """
+    job = await asyncio.to_thread(server.jobs.get, id)
+    start = (
+        int(last_event_id) if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 19 else 0
+    )
+    stream = follow(server, job, start, request)
+    return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+
+async def follow(server: Server, job: Job, start: int, request: Request) -> AsyncIterator[str]:
+    """The events of a job until it has ended."""
+    folder, shown, said, quiet = server.folders.output(job.name), set[str](), "", 0.0
+    while True:
+        job = await asyncio.to_thread(server.jobs.get, job.id)
+        is_over = not job.is_active
+        new: list[str] = []
+        if job.state != said:
+            said = job.state
+            new.append(event("state", server.view(job)))
+        if job.kind == "train" and job.state != "queued":
+            lines, start = await asyncio.to_thread(
+                results.updates, folder / results.EVENTS, start, job.started
+            )
+            new += [
+                event("step", line, start) for line in lines if line.get("event") in ("update", "validation")
+            ]
+            drawn = [path.name for path in results.samples(folder, job.started) if path.name not in shown]
+            new += [event("preview", {"url": f"/outputs/{job.name}/progress/{name}"}) for name in drawn]
+            shown.update(drawn)
+        for text in new or ([": still here\n\n"] if quiet >= HEARTBEAT else []):
+            quiet = 0.0
+            yield text
+        if is_over:
+            return
+        await asyncio.sleep(LOOK)
+        quiet += LOOK
+
+
+def event(name: str, data: Any, id: int | None = None) -> str:
+    """A server-sent event."""
+    number = "" if id is None else f"id: {id}\n"
+    return f"event: {name}\n{number}data: {json.dumps(data)}\n\n"
+
+
+def detail(server: Server, job: Job) -> JobDetail:
+    """A job with its request and log."""
+    return JobDetail(**server.view(job), request=job.request, logs=server.logs(job, LINES))
+
+
+def sentence_of(errors: list[Any]) -> str:
+    """What is wrong with a request, in one line."""
+    lines = []
+    for each in errors[:5]:
+        where = ".".join(str(part) for part in each["loc"] if part not in ("body", "query", "path"))
+        lines.append(f"{where}: {each['msg']}" if where else each["msg"])
+    text = "; ".join(lines) + ("; and more" if len(errors) > 5 else "")
+    return text.encode("ascii", "backslashreplace").decode()[:1000]
+
+
+# --- What trainings have made ---
+
+
+@router.get("/adapters")
+def adapters(server: State) -> list[AdapterView]:
+    """All adapters, the newest first: their names are what a request for pictures takes."""
+    folders = [path for path in server.folders.outputs.iterdir() if path.is_dir() and path.name[0] != "."]
+    found = [file for folder in folders for file in results.adapters(folder)]
+    found.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+    return [adapter_view(file.parent.name, file.name, file.stat()) for file in found]
+
+
+def adapter_view(run: str, file: str, status: Any) -> AdapterView:
+    """An adapter as clients see it."""
+    stem = file.removesuffix(".safetensors")
+    name = run if stem == run else f"{run}/{stem}"
+    return AdapterView(name=name, bytes=status.st_size, changed=status.st_mtime, url=f"/outputs/{run}/{file}")
+
+
+@router.get("/outputs/{name}")
+def output(name: str, server: State) -> list[FileView]:
+    """The files of a run: adapters, sample pictures, the plot of its loss, its numbers and options."""
+    folder = existing(server.folders.output(name), f"run {name}")
+    found = []
+    for path in results.shown(folder):
+        inner, status = path.relative_to(folder).as_posix(), path.stat()
+        kind: Any = KINDS.get(inner, "sample" if inner.startswith(results.SAMPLES) else "adapter")
+        found.append(
+            FileView(
+                name=inner, kind=kind, bytes=status.st_size, changed=status.st_mtime,
+                url=f"/outputs/{name}/{inner}",
+            )
+        )  # fmt: skip
+    return found
+
+
+@router.get("/outputs/{name}/{file:path}", response_class=FileResponse)
+def output_file(name: str, file: str, server: State) -> FileResponse:
+    """Download a file of a run."""
+    folder = existing(server.folders.output(name), f"run {name}")
+    path = inside(folder, file)
+    if path not in results.shown(folder):
+        raise absent(f"there is no file {file[:100]!a} of the run {name}")
+    return FileResponse(path, filename=path.name)

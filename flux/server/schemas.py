@@ -1,0 +1,294 @@
+"""What requests and answers look like: made from the programs' own tables wherever these have one."""
+
+import dataclasses
+import typing
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from flux.data.schema import Group, Subset
+from flux.server.commands import DETAIL
+from flux.server.downloads import MOST_URLS
+from flux.server.folders import NAME
+from flux.tables import Bounds
+from flux.training.finetune import Options
+
+Name = Annotated[str, Field(pattern=NAME, description="of the dataset and of what is made from it")]
+Id = Annotated[
+    str | None,
+    Field(pattern=NAME, description="yours: the same request with it is answered, not done again"),
+]
+TEXT = 10_000  # signs of a prompt
+
+
+def with_example(**example: Any) -> ConfigDict:
+    """The configuration of a request that may have other keys, too, with an example."""
+    return ConfigDict(extra="allow", json_schema_extra={"examples": [example]})
+
+
+def field_of(field: dataclasses.Field, hint: Any) -> tuple[Any, Any]:
+    """A field of a table of options as pydantic takes it: never required, with its bounds."""
+    bounds: Bounds = field.metadata.get("bounds", Bounds())
+    if bounds.choices:
+        return Literal[bounds.choices] | None, None  # type: ignore[valid-type]
+    limits = {"ge": bounds.least, "gt": bounds.above, "le": bounds.most, "lt": bounds.below}
+    limits["multiple_of"] = bounds.multiple
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
+    kind = kinds[0] if len(kinds) == 1 and kinds[0] in (int, float, str, bool) else Any
+    return (Annotated[kind, Field(**given)] if given and kind is not Any else kind) | None, None
+
+
+def fields_of(*classes: type, without: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+    """The fields of tables of options, by name."""
+    found = {}
+    for cls in classes:
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            if field.name not in without:
+                found[field.name] = field_of(field, hints[field.name])
+    return found
+
+
+# --- Datasets ---
+
+
+class DownloadRequest(BaseModel):
+    """Pictures to put into a dataset."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"urls": ["https://example.com/image1.png"], "output_name": "my_dataset"}]
+        }
+    )
+    urls: list[Annotated[str, Field(min_length=1, max_length=4000)]] = Field(
+        min_length=1, max_length=MOST_URLS
+    )
+    output_name: Name
+
+
+class DownloadAnswer(BaseModel):
+    """files: of each URL the picture's path, or "Error: " and the reason."""
+
+    message: str
+    files: dict[str, str]
+
+
+class CaptionRequest(BaseModel):
+    """A dataset to caption."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"output_name": "my_dataset", "trigger_word": "sks dog"}]}
+    )
+    output_name: Name
+    trigger_word: str = Field("", max_length=200)
+    prompt: str = Field(DETAIL, min_length=1, max_length=TEXT, pattern=r"\S")
+    overwrite: bool = Field(True, description="false keeps the captions that there are")
+    id: Id = None
+
+
+class CaptionAnswer(BaseModel):
+    """captions: by the pictures' names."""
+
+    message: str
+    captions: dict[str, str]
+
+
+class Waiting(BaseModel):
+    """The job goes on: look at /jobs/ID."""
+
+    message: str
+    job_id: str
+
+
+class DatasetConfigBase(BaseModel):
+    """A data.toml: any of its keys."""
+
+    model_config = with_example(
+        output_name="my_dataset", trigger_word="sks dog", num_repeats=5, resolution=512
+    )
+    output_name: Name
+    trigger_word: str = Field("", max_length=200)
+
+
+side = Annotated[int, Field(ge=16, le=16384, multiple_of=16)]
+DatasetConfig = create_model(
+    "DatasetConfig",
+    __base__=DatasetConfigBase,
+    **fields_of(Group, Subset, without=("resolution", "class_tokens"))
+    | {
+        "num_repeats": (Annotated[int, Field(ge=1, le=100_000)], 10),
+        "resolution": (side | Annotated[list[side], Field(min_length=2, max_length=2)], 1024),
+        "batch_size": (Annotated[int, Field(ge=1, le=65536)], 1),
+        "shuffle_caption": (bool, False),
+        "caption_extension": (Annotated[str, Field(min_length=1, max_length=20)], ".txt"),
+        "keep_tokens": (Annotated[int, Field(ge=0)], 1),
+    },
+)
+
+
+class ConfigAnswer(BaseModel):
+    """path: of the data.toml."""
+
+    message: str
+    path: str
+
+
+class DatasetView(BaseModel):
+    """A dataset: how many pictures, how many of them have captions, and whether it has a data.toml."""
+
+    name: str
+    pictures: int
+    captioned: int
+    has_config: bool
+
+
+class PictureView(BaseModel):
+    """A picture of a dataset: caption is null where it has none."""
+
+    name: str
+    caption: str | None
+    url: str
+
+
+class DatasetPictures(BaseModel):
+    """The pictures of a dataset."""
+
+    name: str
+    pictures: list[PictureView]
+
+
+class CaptionText(BaseModel):
+    """A picture's caption."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"caption": "sks dog, on a red sofa"}]})
+    caption: str = Field(min_length=1, max_length=TEXT, pattern=r"\S")
+
+
+# --- Training ---
+
+
+class AdapterRequest(BaseModel):
+    """name: of a run, of a file of a run (my_model/my_model-0001), or of a file in models/."""
+
+    name: str = Field(min_length=1, max_length=300)
+    strength: float = Field(1.0, ge=-10, le=10)
+
+
+class TrainRequestBase(BaseModel):
+    """A training: what dreambooth.py takes, under its names or those of other trainers."""
+
+    model_config = with_example(
+        output_name="my_model", max_train_epochs=5, learning_rate=8e-4, pretrained_model="flux1-dev.sft",
+        clip_l="clip_l.safetensors", t5xxl="t5xxl_fp16.safetensors", ae="ae.sft", network_dim=4,
+        save_every_n_epochs=1, enable_bucket=True, full_bf16=False,
+    )  # fmt: skip
+    output_name: Name
+    dataset: Annotated[str | None, Field(pattern=NAME, description="if it is not that of output_name")] = None
+    id: Id = None
+    max_train_epochs: int | None = Field(None, ge=1, le=10**6)
+    network_dim: int | None = Field(None, ge=1, le=2**14)
+    save_every_n_epochs: int | None = Field(None, ge=1)
+    pretrained_model: str | None = Field(None, description="relative to models/, or a model's name")
+    clip_l: str | None = Field(None, description="relative to models/, as t5xxl and ae")
+    t5xxl: str | None = None
+    ae: str | None = None
+    enable_bucket: bool | None = None
+    full_bf16: bool | None = None
+    adapters: list[AdapterRequest | str] | None = Field(None, description="to begin with")
+    progress_prompts: list[str] | str | None = Field(None, description="drawn now and then")
+    resolution: int | str | None = Field(None, description="a side, or HEIGHTxWIDTH")
+
+
+ELSEWHERE = ("data", "data_options", "files", "output_dir", "cache_dir", "name", "mask_dir")
+DOCUMENTED = tuple(TrainRequestBase.model_fields)
+TrainRequest = create_model(
+    "TrainRequest",
+    __base__=TrainRequestBase,
+    **fields_of(Options, Group, Subset, without=(*ELSEWHERE, *DOCUMENTED)),
+)
+
+
+class TrainAnswer(BaseModel):
+    """run_id: of the job. notes: what of the request is not used, and why."""
+
+    message: str
+    run_id: str
+    notes: list[str] = []
+
+
+class Status(BaseModel):
+    """progress: 0 to 1. loss: of the last update. logs: the last 10 lines."""
+
+    run_id: str
+    state: str
+    progress: float
+    loss: float | None
+    message: str
+    logs: list[str]
+
+
+# --- Jobs ---
+
+
+class JobRequest(BaseModel):
+    """Long work: `request` is what /train or /caption-images takes."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"kind": "caption", "id": "monday", "request": {"output_name": "my_dataset"}}]
+        }
+    )
+    kind: Literal["train", "caption"]
+    id: Id = None
+    request: dict[str, Any]
+
+
+class JobView(BaseModel):
+    """A job. Times are seconds since 1970; progress is 0 to 1; the numbers are those of the last update."""
+
+    id: str
+    kind: str
+    name: str
+    state: Literal["queued", "running", "done", "failed", "cancelled"]
+    message: str
+    created: float
+    started: float | None
+    ended: float | None
+    progress: float
+    iteration: int | None
+    iterations: int | None
+    loss: float | None
+
+
+class JobDetail(JobView):
+    """A job with its request and the last lines that its program printed."""
+
+    request: dict[str, Any]
+    logs: list[str]
+
+
+class FileView(BaseModel):
+    """A file of a run."""
+
+    name: str
+    kind: Literal["adapter", "sample", "plot", "numbers", "options"]
+    bytes: int
+    changed: float
+    url: str
+
+
+class AdapterView(BaseModel):
+    """An adapter: `name` is what a request for pictures names it by."""
+
+    name: str
+    bytes: int
+    changed: float
+    url: str
+
+
+class Error(BaseModel):
+    """One sentence, also in the form that OpenAI's clients read."""
+
+    detail: str
+    error: dict[str, Any]

@@ -1,0 +1,94 @@
+"""What the routes share: settings, the queue, and the worker that is kept going."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from subprocess import Popen
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+
+from flux.server import results, worker
+from flux.server.jobs import DONE, QUEUED, Job, Jobs, New, same_request
+from flux.server.settings import Settings
+
+LOOK = 0.5  # seconds from one look at the worker to the next
+
+
+class Server:
+    """One for each app."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.folders = settings.folders
+        self.folders.make()
+        self.jobs = Jobs(self.folders.logs)
+        self._worker: Popen | None = None
+
+    # --- Jobs ---
+
+    def submit(self, id: str, like: New, make: Callable[[], New]) -> Job:
+        """Put a job into the queue, unless its id is there already with the same request.
+
+        like: what tells whether that is the same request. make: the job, which checks everything.
+        """
+        found = self.jobs.find(id)
+        job = same_request(found, like) if found else self.jobs.add(make(), self.settings.max_queued)
+        self.keep_worker()
+        return job
+
+    def keep_worker(self) -> None:
+        """Start a worker where there is work and none is there that this process has started."""
+        if self.jobs.active() and (self._worker is None or self._worker.poll() is not None):
+            self._worker = worker.spawn(self.folders)
+
+    def numbers(self, job: Job) -> dict[str, Any]:
+        """The numbers of a training's last update; {} before it."""
+        if not job.is_active or job.kind != "train" or job.started is None or job.state == QUEUED:
+            return job.result
+        return results.last_update(self.folders.output(job.name), job.started)
+
+    def view(self, job: Job) -> dict[str, Any]:
+        """A job as clients see it."""
+        numbers = self.numbers(job)
+        iteration, iterations = numbers.get("iteration"), numbers.get("iterations")
+        shown = ("id", "kind", "name", "state", "message", "created", "started", "ended")
+        done = 1.0 if job.state == DONE else iteration / iterations if iteration and iterations else 0.0
+        values = {name: getattr(job, name) for name in shown}
+        return values | {
+            "progress": done,
+            "iteration": iteration,
+            "iterations": iterations,
+            "loss": numbers.get("loss"),
+        }
+
+    def logs(self, job: Job, count: int) -> list[str]:
+        """The last lines that a job's program printed."""
+        return results.tail(self.folders.log(job.id))[-count:]
+
+    # --- Beside the requests ---
+
+    async def watch(self) -> None:
+        """Keep a worker going for as long as there is work."""
+        while True:
+            await asyncio.to_thread(self.keep_worker)
+            await asyncio.sleep(LOOK)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """The block in which requests are answered. Jobs go on after it."""
+        task = asyncio.create_task(self.watch())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+def of_request(request: Request) -> Server:
+    """The server that a request came to."""
+    return request.app.state.server
+
+
+State = Annotated[Server, Depends(of_request)]
