@@ -139,4 +139,4 @@ def write_dataset(process: Process, name: str, count: int = 3) -> None:
     process.ok("/create-dataset-config", output_name=name, trigger_word="sks thing", resolution=64, num_repeats=1)
 
 
-TINY = {"pretrained_model": "tiny", "network_dim": 2, "state_every": 1}
+TINY = {"pretrained_model": "tiny", "network_dim": 2}

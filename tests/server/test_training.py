@@ -5,7 +5,6 @@ import json
 import pytest
 from PIL import Image
 
-from flux import adapters
 from flux.tables import parse_toml
 
 from .serving import TINY, picture_server, png, write_dataset
@@ -32,18 +31,18 @@ def test_from_urls_to_an_adapter(server):
     assert (folder / "image1.txt").read_text() == answer["captions"]["image1.jpg"] + "\n"
 
     answer = server.ok(
-        "/create-dataset-config", output_name="my_dataset", trigger_word="sks dog", resolution=64, flip_aug=True
+        "/create-dataset-config", output_name="my_dataset", trigger_word="sks dog", resolution=64, flip_aug=True, num_repeats=2
     )
     toml = server.root / "datasets" / "my_dataset.toml"
     assert answer == {"message": "Dataset config created", "path": str(toml)}
     general = parse_toml(toml.read_text())["general"]
-    wanted = {"num_repeats": 10, "resolution": 64, "batch_size": 1, "shuffle_caption": False, "flip_aug": True}
+    wanted = {"num_repeats": 2, "resolution": 64, "batch_size": 1, "shuffle_caption": False, "flip_aug": True}
     wanted |= {"caption_extension": ".txt", "keep_tokens": 1, "class_tokens": "sks dog"}
     assert general == wanted
 
     answer = server.ok(
         "/train", output_name="my_dataset", max_train_epochs=2, learning_rate=8e-4, save_every_n_epochs=1,
-        enable_bucket=True, full_bf16=False, progress_prompts=["sks dog"], progress_every=10, **TINY,
+        enable_bucket=True, full_bf16=False, progress_prompts=["sks dog"], progress_every=4, **TINY,
     )  # fmt: skip
     assert answer["message"] == "Training started"
     run = answer["run_id"]
@@ -56,7 +55,7 @@ def test_from_urls_to_an_adapter(server):
                 states += [data["state"]] if "state" in data else []
     assert states[-1] == "done"
     assert states in (["queued", "running", "done"], ["running", "done"])
-    assert {10, 20, 40} <= steps
+    assert {1, 4, 8} <= steps
 
     status = server.http.get(f"/status/{run}").json()
     assert (status["state"], status["progress"], status["run_id"]) == ("done", 1.0, run)
@@ -66,10 +65,9 @@ def test_from_urls_to_an_adapter(server):
     output = server.root / "outputs" / "my_dataset"
     names = sorted(path.name for path in output.glob("*.safetensors"))
     assert names == ["my_dataset-0001.safetensors", "my_dataset-0002.safetensors", "my_dataset.safetensors"]
-    assert adapters.read(output / "my_dataset.safetensors")
 
     files = {file["name"]: file for file in server.http.get("/outputs/my_dataset").json()}
-    assert {"loss.png", "events.jsonl", "progress/step00000040.png", *names} <= set(files)
+    assert {"loss.png", "events.jsonl", "progress/step00000008.png", *names} <= set(files)
     for file in files.values():
         assert len(server.http.get(file["url"]).raise_for_status().content) == file["bytes"]
     made = {adapter["name"] for adapter in server.http.get("/adapters").json()}
