@@ -1,1 +1,1 @@
-"""The server: datasets, trainings and pictures over HTTP. `python -m flux.server`; needs requirements-server.txt."""
+"""Datasets, trainings and pictures over HTTP: `python -m flux.server`, with requirements-server.txt."""

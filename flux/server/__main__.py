@@ -33,8 +33,8 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("models").add_argument
     add("--model", default="schnell", help="for pictures (default schnell)")
     add("--captioner", default="base", help="where there is no models/florence2 (default base)")
-    add("--keep-alive", type=finite, default=300.0, metavar="SECONDS", help="that an idle model stays loaded, "
-        "-1: for ever (default 300)")  # fmt: skip
+    add("--keep-alive", type=finite, default=300.0, metavar="SECONDS", help="that an idle model stays "
+        "loaded, -1: for ever (default 300)")  # fmt: skip
     add("--version", action="version", version=flux.__version__)
     return parser
 

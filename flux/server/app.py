@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 
 from flux.errors import FluxError
 from flux.server.problems import Problem
-from flux.server.routes import about, datasets, jobs, training
+from flux.server.routes import about, datasets, jobs, pictures, training
 from flux.server.routes.jobs import sentence_of
 from flux.server.schemas import Error
 from flux.server.security import Guard, answer
@@ -35,7 +35,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="FLUX.1 in MLX", version=__version__, lifespan=lifespan, responses=RESPONSES)
     app.state.server = server
-    for module in (training, jobs, datasets, about):
+    for module in (training, pictures, jobs, datasets, about):
         app.include_router(module.router)
     app.add_exception_handler(FluxError, refused)
     app.add_exception_handler(RequestValidationError, not_valid)

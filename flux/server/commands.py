@@ -63,7 +63,7 @@ def train(folders: Folders, request: Mapping[str, Any], id: str) -> tuple[New, l
 
 def _plain(folders: Folders, request: Mapping[str, Any]) -> dict[str, Any]:
     """The options that name no file, by the names that they came with."""
-    options = {}
+    options: dict[str, Any] = {}
     for key, value in request.items():
         ours = OURS.get(key, key).replace("-", "_")
         if ours in SET_HERE:

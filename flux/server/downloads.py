@@ -66,12 +66,12 @@ class CheckedTransport(httpx.AsyncHTTPTransport):
 
 
 def is_public(address: str) -> bool:
-    """Whether an address is of the public Internet, also inside of one of IPv6 that stands for one of IPv4."""
+    """Whether an address is of the public Internet, also where one of IPv6 stands for one of IPv4."""
     parsed = ipaddress.ip_address(address)
     if isinstance(parsed, ipaddress.IPv6Address):
         inner = parsed.ipv4_mapped or parsed.sixtofour or (parsed.teredo and parsed.teredo[1])
         if parsed in ipaddress.ip_network("64:ff9b::/96"):  # NAT64
-            inner = ipaddress.ip_address(parsed.packed[-4:])
+            inner = ipaddress.IPv4Address(parsed.packed[-4:])
         if inner:
             return is_public(str(inner))
     return parsed.is_global and not parsed.is_multicast

@@ -62,14 +62,14 @@ def checked(name: str) -> str:
     """The name, which is one for a file or folder. Problem otherwise."""
     if not re.fullmatch(NAME, name) or name.endswith(".toml"):
         raise wrong(
-            f"{name[:40]!a} is not a name: up to 100 letters, digits, spaces, '.', '_' and '-', beginning with a "
-            f"letter or a digit, and not ending with .toml"
+            f"{name[:40]!a} is not a name: up to 100 letters, digits, spaces, '.', '_' and '-', beginning "
+            f"with a letter or a digit, and not ending with .toml"
         )
     return name
 
 
 def inside(folder: Path, relative: str) -> Path:
-    """The path of a file under a folder, there or not. Problem where it would be elsewhere, also by a link."""
+    """The path of a file under a folder, there or not. Problem where it leads elsewhere, also by a link."""
     parts = relative.replace("\\", "/").split("/")
     if not relative.isprintable() or Path(relative).is_absolute() or any(p in ("", ".", "..") for p in parts):
         raise wrong(f"{relative[:80]!a} is not a path under {folder.name}/")

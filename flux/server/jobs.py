@@ -35,7 +35,8 @@ class Job:
 
     options: for the program's file of options, if there are any. message: what went wrong, or what there is
     to say. attempt: one more with each resume. cancel: whether that is asked for. kills: how often in a row
-    the program was killed from outside, without a new `mark`: the state that it would go on from. result: the last numbers of a job that has ended.
+    the program was killed from outside, without a new `mark`: the state that it would go on from. result: the
+    last numbers of a job that has ended.
     """
 
     number: int
@@ -174,10 +175,8 @@ class Jobs:
             other = f"select id from jobs where kind=? and name=? and state in {ACTIVE}"
             if row := db.execute(other, (job.kind, job.name)).fetchone():
                 raise conflict(f"the job {row['id']} does this for {job.name} already")
-            db.execute(
-                "update jobs set state=?, cancel=0, kills=0, message='', ended=null, attempt=attempt+1 where id=?",
-                (QUEUED, id),
-            )
+            anew = "state=?, cancel=0, kills=0, message='', ended=null, attempt=attempt+1"
+            db.execute(f"update jobs set {anew} where id=?", (QUEUED, id))
             return _known(db, id)
 
     # --- What the worker does ---

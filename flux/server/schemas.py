@@ -19,6 +19,7 @@ Id = Annotated[
     Field(pattern=NAME, description="yours: the same request with it is answered, not done again"),
 ]
 TEXT = 10_000  # signs of a prompt
+SIZE = r"^(auto|[1-9][0-9]{1,4}x[1-9][0-9]{1,4})$"
 
 
 def with_example(**example: Any) -> ConfigDict:
@@ -31,7 +32,7 @@ def field_of(field: dataclasses.Field, hint: Any) -> tuple[Any, Any]:
     bounds: Bounds = field.metadata.get("bounds", Bounds())
     if bounds.choices:
         return Literal[bounds.choices] | None, None  # type: ignore[valid-type]
-    limits = {"ge": bounds.least, "gt": bounds.above, "le": bounds.most, "lt": bounds.below}
+    limits: dict[str, Any] = {"ge": bounds.least, "gt": bounds.above, "le": bounds.most, "lt": bounds.below}
     limits["multiple_of"] = bounds.multiple
     given = {name: limit for name, limit in limits.items() if limit is not None}
     kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
@@ -39,9 +40,9 @@ def field_of(field: dataclasses.Field, hint: Any) -> tuple[Any, Any]:
     return (Annotated[kind, Field(**given)] if given and kind is not Any else kind) | None, None
 
 
-def fields_of(*classes: type, without: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+def fields_of(*classes: type, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """The fields of tables of options, by name."""
-    found = {}
+    found: dict[str, Any] = {}
     for cls in classes:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -292,3 +293,68 @@ class Error(BaseModel):
 
     detail: str
     error: dict[str, Any]
+
+
+# --- Pictures ---
+
+
+class PictureRequest(BaseModel):
+    """A request of OpenAI's images API; from `seed` on the fields are this server's.
+
+    `quality`, `style`, `moderation` and `user` are taken and have no effect.
+    """
+
+    model_config = with_example(prompt="a red apple", size="512x512", n=1, seed=1, steps=20)
+    prompt: str = Field(min_length=1, max_length=TEXT, pattern=r"\S")
+    model: str | None = Field(None, max_length=300, description="of /v1/models; OpenAI's names: the server's")
+    n: int = Field(1, ge=1, le=10)
+    size: str | None = Field(None, pattern=SIZE, description="WIDTHxHEIGHT, or auto")
+    response_format: Literal["b64_json"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int | None = Field(None, ge=0, le=100, description="of jpeg and webp")
+    background: Literal["opaque", "auto", "transparent"] | None = None
+    stream: bool = False
+    partial_images: int | None = Field(None, ge=0, le=3)
+    seed: int | None = Field(None, ge=0, le=2**63, description="of the first picture; the next have the next")
+    steps: int | None = Field(None, ge=1, le=500)
+    guidance: float | None = Field(None, ge=0, le=100)
+    negative_prompt: str | None = Field(None, max_length=TEXT)
+    cfg_scale: float | None = Field(None, ge=1, le=100)
+    adapters: list[AdapterRequest] = Field([], max_length=16)
+    keep_alive: float | None = Field(
+        None, ge=-1, le=10**7, description="seconds that the model stays; -1: ever"
+    )
+
+
+class Made(BaseModel):
+    """A picture: the base64 of its file."""
+
+    b64_json: str
+    seed: int
+
+
+class PicturesAnswer(BaseModel):
+    """OpenAI's answer, with the seeds that make the same pictures again."""
+
+    created: int
+    data: list[Made]
+    seeds: list[int]
+    model: str
+    size: str
+    output_format: str
+
+
+class ModelView(BaseModel):
+    """A model as OpenAI's API shows it."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "flux-mlx"
+
+
+class ModelList(BaseModel):
+    """The models that there are."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelView]

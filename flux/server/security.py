@@ -68,7 +68,7 @@ class Guard:
         return None
 
     def _is_known(self, host: str) -> bool:
-        """Whether a Host header may be this server's: an address, which no other site's name is, or a known name."""
+        """Whether a Host header may be this server's: an address, never another site's, or a known name."""
         try:
             name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
         except ValueError:

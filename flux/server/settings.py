@@ -45,7 +45,7 @@ class Settings:
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """The variables of a .env file: NAME=VALUE lines; # begins a comment, quotes around a value are taken off."""
+    """The variables of a .env file: NAME=VALUE lines; # begins a comment, quotes are taken off."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         name, equals, value = line.strip().removeprefix("export ").partition("=")

@@ -1,18 +1,23 @@
 """What the routes share: settings, the queue, and the worker that is kept going."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from subprocess import Popen
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 
+from flux import machine
 from flux.server import results, worker
-from flux.server.jobs import DONE, QUEUED, Job, Jobs, New, same_request
+from flux.server.jobs import DONE, QUEUED, RUNNING, Job, Jobs, New, same_request
+from flux.server.pictures import Painter
 from flux.server.settings import Settings
 
 LOOK = 0.5  # seconds from one look at the worker to the next
+USABLE = 0.9  # of the memory: the rest is for the system
+MEMORY = re.compile(r"memory: about ([\d.]+) GB")  # what a training says that it will need
 
 
 class Server:
@@ -23,6 +28,7 @@ class Server:
         self.folders = settings.folders
         self.folders.make()
         self.jobs = Jobs(self.folders.logs)
+        self.painter = Painter(settings)
         self._worker: Popen | None = None
 
     # --- Jobs ---
@@ -66,24 +72,48 @@ class Server:
         """The last lines that a job's program printed."""
         return results.tail(self.folders.log(job.id))[-count:]
 
+    # --- Memory ---
+
+    def _room(self) -> int | None:
+        running = [job for job in self.jobs.active() if job.state == RUNNING and job.kind == "train"]
+        if not running:
+            return None
+        taken = sum(self._taken(job) for job in running)
+        return int(USABLE * machine.memory()) - taken
+
+    def _taken(self, job: Job) -> int:
+        """Bytes of a training: its peak so far, or what it said that it would need."""
+        said = [found[1] for line in self.logs(job, 1000) if (found := MEMORY.match(line))]
+        expected = int(float(said[-1]) * 1e9) if said else 0
+        return max(expected, self.numbers(job).get("peak_memory", 0))
+
+    async def room(self) -> int | None:
+        """Bytes that a running training leaves for pictures; None where none runs."""
+        return await asyncio.to_thread(self._room)
+
     # --- Beside the requests ---
 
     async def watch(self) -> None:
-        """Keep a worker going for as long as there is work."""
+        """Keep a worker going for as long as there is work, and make room for it."""
         while True:
             await asyncio.to_thread(self.keep_worker)
+            if self.painter.is_loaded and not self.painter.is_at_work:
+                room = await self.room()
+                if room is not None and room < self.painter.size:
+                    self.painter.leave()
             await asyncio.sleep(LOOK)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """The block in which requests are answered. Jobs go on after it."""
-        task = asyncio.create_task(self.watch())
+        tasks = [asyncio.create_task(work) for work in (self.watch(), self.painter.run())]
         try:
             yield
         finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.painter.leave()
 
 
 def of_request(request: Request) -> Server:

@@ -1,7 +1,7 @@
 """The worker: one process that takes jobs from the queue and runs their programs, one at a time.
 
-`python -m flux.server.worker ROOT` ends by itself when there is nothing to do. It may be killed at any moment:
-a program goes on without it, and whoever comes next finds it by the lock that the program holds.
+`python -m flux.server.worker ROOT` ends by itself when there is nothing to do. It may be killed at any
+moment: a program goes on without it, and whoever comes next finds it by the lock that the program holds.
 """
 
 import fcntl

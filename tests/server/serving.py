@@ -136,7 +136,9 @@ def write_dataset(process: Process, name: str, count: int = 3) -> None:
     for number in range(count):
         (folder / f"image{number}.png").write_bytes(png(seed=number))
         (folder / f"image{number}.txt").write_text(f"sks thing, number {number}\n")
-    process.ok("/create-dataset-config", output_name=name, trigger_word="sks thing", resolution=64, num_repeats=1)
+    process.ok(
+        "/create-dataset-config", output_name=name, trigger_word="sks thing", resolution=64, num_repeats=1
+    )
 
 
 TINY = {"pretrained_model": "tiny", "network_dim": 2}

@@ -75,10 +75,11 @@ def test_cancel_and_resume_to_the_bit(server, straight):
     assert server.post("/train", output_name="cancelled", **LONG).status_code == 409
     assert server.ok(f"/jobs/{third}/cancel")["state"] == "cancelled"
     wait_for_iteration(server, first, 3)
+    options = server.root / f"logs/{first}.options.json"
+    assert processes_of(options)
     server.ok(f"/jobs/{first}/cancel")
     server.wait(first, "cancelled", seconds=2)
-    programs = [pid for pid in processes_of(server.root / "outputs/cancelled")]
-    assert not programs  # its memory is free
+    assert not processes_of(options)  # its memory is free
     assert server.post(f"/jobs/{first}/cancel").status_code == 409
     server.wait(second, "done")
     assert server.post(f"/jobs/{second}/resume").status_code == 409

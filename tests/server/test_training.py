@@ -11,7 +11,11 @@ from .serving import TINY, picture_server, png, write_dataset
 
 
 def test_from_urls_to_an_adapter(server):
-    pictures = {"/a/image1.png": png(seed=1), "/b/image2.png": png((70, 64), 2, "RGBA"), "/text.png": b"no picture"}
+    pictures = {
+        "/a/image1.png": png(seed=1),
+        "/b/image2.png": png((70, 64), 2, "RGBA"),
+        "/text.png": b"no picture",
+    }
     with picture_server(pictures) as address:
         urls = [f"{address}{path}" for path in (*pictures, "/absent.png")]
         answer = server.ok("/download-images", urls=urls, output_name="my_dataset")
@@ -31,7 +35,12 @@ def test_from_urls_to_an_adapter(server):
     assert (folder / "image1.txt").read_text() == answer["captions"]["image1.jpg"] + "\n"
 
     answer = server.ok(
-        "/create-dataset-config", output_name="my_dataset", trigger_word="sks dog", resolution=64, flip_aug=True, num_repeats=2
+        "/create-dataset-config",
+        output_name="my_dataset",
+        trigger_word="sks dog",
+        resolution=64,
+        flip_aug=True,
+        num_repeats=2,
     )
     toml = server.root / "datasets" / "my_dataset.toml"
     assert answer == {"message": "Dataset config created", "path": str(toml)}
@@ -77,39 +86,40 @@ def test_from_urls_to_an_adapter(server):
 def test_captions_are_read_and_corrected(server):
     write_dataset(server, "corrected")
     found = server.http.get("/datasets/corrected").json()
-    assert [picture["caption"] for picture in found["pictures"]][0] == "sks thing, number 0"
+    assert found["pictures"][0]["caption"] == "sks thing, number 0"
     assert server.http.get(found["pictures"][0]["url"]).content == png(seed=0)
-    answer = server.http.put("/datasets/corrected/captions/image0.png", json={"caption": " sks thing,\n on grass "})
+    answer = server.http.put(
+        "/datasets/corrected/captions/image0.png", json={"caption": " sks thing,\n on grass "}
+    )
     assert answer.json() == {"caption": "sks thing, on grass"}
     assert (server.root / "datasets/corrected/image0.txt").read_text() == "sks thing, on grass\n"
-    (server.root / "datasets/corrected/train.jsonl").write_text('{"image": "image1.png", "prompt": "as listed"}\n')
+    (server.root / "datasets/corrected/train.jsonl").write_text(
+        '{"image": "image1.png", "prompt": "as listed"}\n'
+    )
     server.http.put("/datasets/corrected/captions/image1.png", json={"caption": "better"}).raise_for_status()
     assert json.loads((server.root / "datasets/corrected/train.jsonl").read_text())["prompt"] == "better"
-    assert {"name": "corrected", "pictures": 3, "captioned": 3, "has_config": True} in server.http.get("/datasets").json()
+    assert {"name": "corrected", "pictures": 3, "captioned": 3, "has_config": True} in server.http.get(
+        "/datasets"
+    ).json()
 
 
 @pytest.mark.parametrize(
     ("path", "body", "status", "words"),
     [
         ("/train", {"output_name": "nothing"}, 404, "no dataset config nothing"),
-        ("/train", {"output_name": "refused", "network_dimm": 4}, 422, "did you mean 'network_dim'"),
-        ("/train", {"output_name": "refused", "learning_rate": -1}, 422, "learning_rate"),
-        ("/train", {"output_name": "refused", "output_dir": "/tmp/x"}, 422, "output_dir is set by the server"),
-        ("/train", {"output_name": "refused", "mask_dir": "/etc"}, 422, "mask_dir is set by the server"),
-        ("/train", {"output_name": "refused", "pretrained_model": "../../etc/passwd"}, 422, "not a path under models/"),
-        ("/train", {"output_name": "refused", "pretrained_model": "absent.sft"}, 404, "no model 'absent.sft'"),
-        ("/train", {"output_name": "refused", "ae": "/etc/passwd"}, 422, "not a path under models/"),
-        ("/train", {"output_name": "refused", "adapters": ["../x"]}, 422, "not a path under outputs/"),
-        ("/train", {"output_name": "refused", "iterations": 3, "epochs": 1}, 422, "not both"),
-        ("/create-dataset-config", {"output_name": "refused", "resolution": 65}, 422, "resolution"),
-        ("/create-dataset-config", {"output_name": "refused", "num_repeat": 2}, 422, "did you mean 'num_repeats'"),
-        ("/create-dataset-config", {"output_name": "refused", "mask_dir": "../../x"}, 422, "not a path under"),
-        (
-            "/create-dataset-config",
-            {"output_name": "refused", "conditioning_data_dir": "/etc"},
-            422,
-            "not a path under",
-        ),
+        ("/train", {"network_dimm": 4}, 422, "did you mean 'network_dim'"),
+        ("/train", {"learning_rate": -1}, 422, "learning_rate"),
+        ("/train", {"output_dir": "/tmp/x"}, 422, "output_dir is set by the server"),
+        ("/train", {"mask_dir": "/etc"}, 422, "mask_dir is set by the server"),
+        ("/train", {"pretrained_model": "../../etc/passwd"}, 422, "not a path under models/"),
+        ("/train", {"pretrained_model": "absent.sft"}, 404, "no model 'absent.sft'"),
+        ("/train", {"ae": "/etc/passwd"}, 422, "not a path under models/"),
+        ("/train", {"adapters": ["../x"]}, 422, "not a path under outputs/"),
+        ("/train", {"iterations": 3, "epochs": 1}, 422, "not both"),
+        ("/create-dataset-config", {"resolution": 65}, 422, "resolution"),
+        ("/create-dataset-config", {"num_repeat": 2}, 422, "did you mean 'num_repeats'"),
+        ("/create-dataset-config", {"mask_dir": "../../x"}, 422, "not a path under"),
+        ("/create-dataset-config", {"conditioning_data_dir": "/etc"}, 422, "not a path under"),
         ("/create-dataset-config", {"output_name": "absent"}, 404, "no dataset absent"),
         ("/caption-images", {"output_name": "absent"}, 404, "no dataset absent"),
         ("/download-images", {"output_name": "../up", "urls": ["http://a/b"]}, 422, "output_name"),
@@ -119,7 +129,7 @@ def test_captions_are_read_and_corrected(server):
 def test_refusals(server, path, body, status, words):
     if not (server.root / "datasets/refused").is_dir():
         write_dataset(server, "refused")
-    answer = server.post(path, **body)
+    answer = server.post(path, **{"output_name": "refused", **body})
     assert answer.status_code == status, answer.text
     assert words in answer.json()["detail"]
     assert answer.json()["error"]["message"] == answer.json()["detail"]

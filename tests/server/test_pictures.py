@@ -1,0 +1,143 @@
+"""OpenAI's images API, used by OpenAI's own client over HTTP."""
+
+import base64
+import io
+import time
+
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from flux import images
+from flux.pipeline import FluxPipeline
+from flux.server.generator import Generator, Job
+
+from .serving import TINY, processes_of, write_dataset
+
+FAST = {"steps": 4, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def client(server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.http.base_url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def alone() -> np.ndarray:
+    """The picture of the script, (2, H, W, 3)."""
+    return FluxPipeline("tiny").generate_images("a red apple", n_images=2, seed=7, num_steps=4)
+
+
+def picture(content: str) -> np.ndarray:
+    return images.load(io.BytesIO(base64.b64decode(content)))[0]
+
+
+def test_a_picture_is_that_of_the_script(server, client, alone):
+    answer = client.images.generate(
+        prompt="a red apple", model="gpt-image-2", n=2, size="64x64", extra_body=FAST
+    )
+    assert [picture(each.b64_json).tolist() for each in answer.data] == alone.tolist()
+    assert (answer.seeds, answer.size, answer.model) == ([7, 8], "64x64", "tiny")
+    text = Image.open(io.BytesIO(base64.b64decode(answer.data[1].b64_json))).text
+    assert (text["prompt"], text["seeds"], text["model"]) == ("a red apple", "8", "tiny")
+    assert client.models.retrieve("tiny").id == "tiny"
+    assert "dev" in [model.id for model in client.models.list()]
+
+
+def test_partial_pictures(client, alone):
+    stream = client.images.generate(
+        prompt="a red apple", size="64x64", stream=True, partial_images=2, extra_body=FAST
+    )
+    events = list(stream)
+    assert [event.type.split(".")[1] for event in events] == ["partial_image", "partial_image", "completed"]
+    assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    made = [picture(event.b64_json).astype(int) for event in events]
+    assert made[-1].tolist() == alone[0].tolist()
+    first, second = (np.abs(each - made[-1]).mean() for each in made[:2])
+    assert 0 < second < first < 128  # each is nearer to the picture
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp"])
+def test_formats(client, format):
+    answer = client.images.generate(
+        prompt="a red apple", size="48x64", output_format=format, output_compression=50, extra_body=FAST
+    )
+    image = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
+    assert (image.format, image.size) == (format.upper(), (48, 64))
+
+
+def test_adapters(server, client, alone):
+    write_dataset(server, "taught", 1)
+    run = server.ok("/train", output_name="taught", iterations=2, learning_rate=0.1, **TINY)["run_id"]
+    server.wait(run, "done")
+
+    def made(strength: float) -> list:
+        adapters = [{"name": "taught", "strength": strength}]
+        answer = client.images.generate(
+            prompt="a red apple", size="64x64", extra_body=FAST | {"adapters": adapters}
+        )
+        return picture(answer.data[0].b64_json).tolist()
+
+    assert made(0.0) == alone[0].tolist()
+    assert made(1.0) != alone[0].tolist()
+    with pytest.raises(openai.NotFoundError, match="there is no adapter 'absent'"):
+        client.images.generate(prompt="x", extra_body={"adapters": [{"name": "absent"}]})
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"prompt": ""}, 422, "prompt"),
+        ({"prompt": "x", "size": "64"}, 422, "size"),
+        ({"prompt": "x", "size": "99999x99999"}, 422, "GB"),
+        ({"prompt": "x", "n": 11}, 422, "n: "),
+        ({"prompt": "x", "model": "absent"}, 404, "no model 'absent'"),
+        ({"prompt": "x", "model": "../secret"}, 422, "not a path under models/"),
+        ({"prompt": "x", "background": "transparent"}, 422, "transparency"),
+        ({"prompt": "x", "negative_prompt": "y", "cfg_scale": 1}, 422, "cfg scale"),
+        ({"prompt": "x", "response_format": "url"}, 422, "response_format"),
+    ],
+)
+def test_refusals(server, body, status, words):
+    answer = server.post("/v1/images/generations", **body)
+    assert answer.status_code == status, answer.text
+    assert words in answer.json()["error"]["message"]
+    streamed = server.post("/v1/images/generations", **body, stream=True)
+    assert streamed.status_code == status, streamed.text
+
+
+def generators(server) -> list[int]:
+    return [
+        pid for pid in processes_of(server.root) if b"generator" in open(f"/proc/{pid}/cmdline", "rb").read()
+    ]
+
+
+def test_a_model_stays_and_leaves(server):
+    server.ok("/v1/images/generations", prompt="x", steps=1)
+    before = generators(server)
+    server.ok("/v1/images/generations", prompt="y", steps=1)
+    assert generators(server) == before
+    assert len(before) == 1
+    server.ok("/v1/images/generations", prompt="x", steps=1, keep_alive=0)
+    end = time.monotonic() + 5
+    while generators(server):
+        assert time.monotonic() < end
+
+
+def test_who_goes_away_stops_the_picture(server):
+    body = {"prompt": "x", "steps": 500, "size": "192x192", "stream": True}
+    with server.http.stream("POST", "/v1/images/generations", json=body):
+        pass  # it has begun
+    start = time.monotonic()
+    server.ok("/v1/images/generations", prompt="x", steps=1)
+    assert time.monotonic() - start < 10
+
+
+def test_a_model_that_does_not_fit_is_refused():
+    said = []
+    generator = Generator(lambda id, event, **values: said.append(event), lambda id: False)
+    job = {"id": 1, "prompt": "x", "seeds": [1], "model": "tiny", "model_file": "tiny"}
+    with pytest.raises(MemoryError, match=r"the model tiny needs 0\.0\d GB, and a training leaves 0\.00 GB"):
+        generator.make(Job(**job, adapters=[], adapter_files=[], room=1000))
+    assert not said
