@@ -7,6 +7,8 @@ from pathlib import Path
 from flux.server.problems import absent, wrong
 
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9 ._-]{0,98}[A-Za-z0-9_-])?$"  # of datasets, runs and jobs
+# Of files in models/ and outputs/, and of repositories: no part begins with a dot.
+PATH = r"^[A-Za-z0-9_][A-Za-z0-9 ._:@+-]*(/[A-Za-z0-9_][A-Za-z0-9 ._:@+-]*)*$"
 PARTS = ("datasets", "outputs", "models", "logs")
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from flux.data.schema import Group, Subset
 from flux.server.commands import DETAIL
 from flux.server.downloads import MOST_URLS
-from flux.server.folders import NAME
+from flux.server.folders import NAME, PATH
 from flux.tables import Bounds
 from flux.training.finetune import Options
 
@@ -172,7 +172,7 @@ class CaptionText(BaseModel):
 class AdapterRequest(BaseModel):
     """name: of a run, of a file of a run (my_model/my_model-0001), or of a file in models/."""
 
-    name: str = Field(min_length=1, max_length=300)
+    name: str = Field(max_length=300, pattern=PATH)
     strength: float = Field(1.0, ge=-10, le=10)
 
 
@@ -306,7 +306,9 @@ class PictureRequest(BaseModel):
 
     model_config = with_example(prompt="a red apple", size="512x512", n=1, seed=1, steps=20)
     prompt: str = Field(min_length=1, max_length=TEXT, pattern=r"\S")
-    model: str | None = Field(None, max_length=300, description="of /v1/models; OpenAI's names: the server's")
+    model: str | None = Field(
+        None, max_length=300, pattern=PATH, description="of /v1/models; OpenAI's names: the server's"
+    )
     n: int = Field(1, ge=1, le=10)
     size: str | None = Field(None, pattern=SIZE, description="WIDTHxHEIGHT, or auto")
     response_format: Literal["b64_json"] | None = None

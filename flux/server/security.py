@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.exceptions import HTTPException
+
 from flux.server.settings import Settings
 
 Message = MutableMapping[str, Any]
@@ -20,10 +22,6 @@ HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-resource-policy", b"same-origin"),
 )
-
-
-class TooLarge(Exception):
-    """More of a body has come than the server takes."""
 
 
 class Guard:
@@ -90,29 +88,23 @@ class Guard:
         return f"the request is larger than {self._settings.max_body // 2**20} MB"
 
     async def _bounded(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Hand the request on, and end it where its body turns out too long."""
-        received, has_begun = 0, False
+        """Hand the request on; where its body turns out too long, reading it is refused."""
+        received = 0
 
         async def counted() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._settings.max_body:
-                raise TooLarge
+                raise HTTPException(413, self._limit())
             return message
 
         async def noted(message: Message) -> None:
-            nonlocal has_begun
-            has_begun = True
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *HEADERS]
             await send(message)
 
-        try:
-            await self._app(scope, counted, noted)
-        except TooLarge:
-            if not has_begun:
-                await refuse(send, 413, self._limit())
+        await self._app(scope, counted, noted)
 
 
 async def refuse(send: Send, status: int, sentence: str) -> None:

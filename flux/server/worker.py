@@ -210,6 +210,7 @@ class Worker:
             files = results.shown(folder)
         else:
             files = [path for path in self._folders.dataset(job.name).iterdir() if path.is_file()]
+            files += [path for path in [self._folders.config(job.name)] if path.is_file()]
         if self._storage is None:
             return ""
         try:
