@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -14,11 +14,14 @@ import mlx.core as mx
 from tqdm import tqdm
 
 from flux import arguments, images, metadata, sampler
-from flux.arguments import build_parser, check_folder, run_program
+from flux.arguments import check_folder, run_program
+from flux.conditioning import Edit, Picture
+from flux.conditioning.pictures import read_bytes
 from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest, Stages, generate
 from flux.metadata import PARTS, Recipe
+from flux.options import build_parser
 from flux.pipeline import FluxPipeline
 from flux.weights import quantize
 from flux.workflows import comfyui
@@ -38,11 +41,12 @@ def run(ranks: Ranks) -> int:
     args = argparse.Namespace(**ranks.broadcast_result(lambda: vars(parse(sys.argv[1:]))))
     few = len(args.prompts) * args.n_images < ranks.size
     ranks.model_parallel = ranks.size > 1 and (args.force_shard or few)
+    inputs = read_pictures(args, ranks)
     stages = Stages()
     with ranks.waiting(None):
         with stages("load"):
             pipeline = ranks.on_all_ranks(lambda: load(args, ranks), DOWNLOAD)
-            requests = ranks.on_all_ranks(lambda: to_requests(args, pipeline))
+            requests = ranks.on_all_ranks(lambda: to_requests(args, inputs, pipeline))
             if ranks.size > 1:
                 ranks.agree(ranks.on_all_ranks(pipeline.fingerprints))
             if args.preload_models:
@@ -56,7 +60,7 @@ def run(ranks: Ranks) -> int:
             progress=True,
             stages=stages,
         )
-        recipe = to_recipe(args, requests[0], pipeline.flow.dtype)
+        recipe = to_recipe(args, requests[0], inputs, pipeline.flow.dtype)
         if args.prompts_folder:
             make_folder(args, recipe, requests, draw, ranks)
         else:
@@ -69,6 +73,25 @@ def run(ranks: Ranks) -> int:
             print(stages, file=sys.stderr)
         ranks.barrier()  # until rank 0 has written everything
     return 0
+
+
+def read_pictures(args: argparse.Namespace, ranks: Ranks) -> dict[str, Picture]:
+    """The pictures that the arguments name, by these names; rank 0 alone needs the files.
+
+    FluxError for one that is gone, or another than the picture that --remake names was made from.
+    """
+    pictures = {}
+    for name in picture_names(args):
+        data = ranks.broadcast_bytes(partial(read_bytes, name))
+        pictures[name] = ranks.on_all_ranks(partial(Picture.from_bytes, name, data))
+        if args.pictures.get(name, pictures[name].sha256) != pictures[name].sha256:
+            raise FluxError(f"{name} is another picture than the one that {args.remake} was made from")
+    return pictures
+
+
+def picture_names(args: argparse.Namespace) -> list[str]:
+    """The picture files that the arguments name, each once."""
+    return list(dict.fromkeys(name for name in [args.image] if name))
 
 
 def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
@@ -141,6 +164,8 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
     if args.quantize not in (None, 4, 8):
         raise FluxError(f"--quantize takes 4 or 8 bits, not {args.quantize}")
+    if args.strength is not None and args.image is None:
+        raise FluxError("--strength is of a picture that is changed; name it with --image")
     if args.fuse_adapter and not args.adapter:
         raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
     pictures = (1 if args.prompts_folder else len(args.prompts)) * args.n_images
@@ -158,7 +183,9 @@ def check(args: argparse.Namespace) -> None:
 # --- Pictures ---
 
 
-def to_requests(args: argparse.Namespace, pipeline: FluxPipeline) -> list[ResolvedRequest]:
+def to_requests(
+    args: argparse.Namespace, pictures: Mapping[str, Picture], pipeline: FluxPipeline
+) -> list[ResolvedRequest]:
     """A request for each prompt. Prints the seed where none is given."""
     seed = args.random_seed if args.seed is None else args.seed
     request = Request(
@@ -171,13 +198,23 @@ def to_requests(args: argparse.Namespace, pipeline: FluxPipeline) -> list[Resolv
         cfg_scale=args.cfg_scale,
         schedule=args.schedule,
         clip_prompt=args.clip_prompt,
+        edit=to_edit(args, pictures),
     ).resolved(pipeline)
     if args.seed is None:
         print(f"seed: {seed}", flush=True)
     return [replace(request, prompt=prompt) for prompt in args.prompts]
 
 
-def to_recipe(args: argparse.Namespace, request: ResolvedRequest, dtype: mx.Dtype) -> Recipe:
+def to_edit(args: argparse.Namespace, pictures: Mapping[str, Picture]) -> Edit | None:
+    """The picture that is changed, if any."""
+    if args.image is None:
+        return None
+    return Edit(pictures[args.image], **({} if args.strength is None else {"strength": args.strength}))
+
+
+def to_recipe(
+    args: argparse.Namespace, request: ResolvedRequest, pictures: Mapping[str, Picture], dtype: mx.Dtype
+) -> Recipe:
     """What is written into the files: the arguments, with what a request has instead of their defaults."""
     options = {name: getattr(args, name) for name in metadata.OPTIONS}
     options |= {name: getattr(request, name) for name in ("steps", "guidance", "cfg_scale")}
@@ -190,6 +227,7 @@ def to_recipe(args: argparse.Namespace, request: ResolvedRequest, dtype: mx.Dtyp
         adapter=args.adapter or (),
         image_size=request.image_size,
         picture=args.picture,
+        pictures={name: picture.sha256 for name, picture in pictures.items()},
     )
 
 

@@ -6,29 +6,40 @@ rank. So pictures are denoised one by one: in a batch, sums would be in another 
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
 from flux import images, sampler
+from flux.conditioning import Edit, PictureConditioning
+from flux.conditioning.encoded import NO_PICTURES
+from flux.denoising import Conditioning, Plan
 from flux.distributed.ranks import PATIENCE, Ranks
 from flux.errors import FluxError
 from flux.jsonfiles import shown
 
 if TYPE_CHECKING:
-    from flux.pipeline import Conditioning, FluxPipeline, Plan
+    from flux.pipeline import FluxPipeline
 
 # Up to so many plans, their modulation takes less memory than the weights that it is made with.
 MAX_PLANS = 16
 
-Texts = dict[tuple[str, str | None, str | None], "Conditioning"]  # by `ResolvedRequest.texts`
+TextKey = tuple[str, str | None, str | None]
+
+
+class Encoded(NamedTuple):
+    """What encoders say of requests, evaluated: of texts, by `ResolvedRequest.texts`, and of pictures."""
+
+    texts: dict[TextKey, Conditioning]
+    pictures: Mapping["ResolvedRequest", PictureConditioning] = MappingProxyType({})  # by `.pictures`
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class Request:
     image_size: (height, width) in pixels. guidance: FLUX's, an input of the network. cfg_scale: true
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
+    edit: a picture that is changed, of whose size the pictures are where `image_size` is None.
     """
 
     prompt: str
@@ -49,6 +61,7 @@ class Request:
     cfg_scale: float | None = None
     schedule: str = "model"
     clip_prompt: str | None = None
+    edit: Edit | None = None
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -57,7 +70,9 @@ class Request:
         settings that make no picture.
         """
         spec = pipeline.spec
-        size = pipeline.latent_size(self.image_size or spec.image_size)
+        size = pipeline.latent_size(
+            self.image_size or (self.edit and self.edit.image.size) or spec.image_size
+        )
         request = ResolvedRequest(
             prompt=self.prompt,
             seeds=self.seeds,
@@ -69,6 +84,7 @@ class Request:
             latent_size=size,
             schedule=self.schedule,
             clip_prompt=self.clip_prompt,
+            edit=self.edit,
         )
         request.check()
         pipeline.check_memory(size, request.steps)
@@ -89,7 +105,27 @@ class ResolvedRequest(Request):
     latent_size: tuple[int, int]
 
     @property
-    def texts(self) -> tuple[str, str | None, str | None]:
+    def made_steps(self) -> int:
+        """The steps that are made of `steps`: fewer where a picture is the start."""
+        return len(sampler.from_strength([0.0] * (self.steps + 1), self.strength)) - 1
+
+    @property
+    def strength(self) -> float:
+        """The share of the steps that are made."""
+        return 1.0 if self.edit is None else self.edit.strength
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether a picture says something to the transformer or the sampler."""
+        return self.edit is not None
+
+    @property
+    def pictures(self) -> "ResolvedRequest":
+        """What the pictures that are encoded depend on: the request without its prompts and seeds."""
+        return replace(self, prompt="", negative_prompt=None, clip_prompt=None, seeds=())
+
+    @property
+    def texts(self) -> TextKey:
         """What is encoded: the prompt, with true guidance the negative prompt, and a text for CLIP alone."""
         return self.prompt, None if self.cfg_scale == 1 else self.negative_prompt or "", self.clip_prompt
 
@@ -109,6 +145,8 @@ class ResolvedRequest(Request):
             text = shown(self.negative_prompt)
             raise FluxError(f"the negative prompt {text} needs a cfg scale above 1 to have an effect")
         sampler.check_seeds(self.seeds)
+        if self.edit is not None:
+            self.edit.check()
 
 
 # What is called after each step with the request of one picture, the step (from 0) and its latent (1, L, C).
@@ -146,22 +184,28 @@ class Stages:
 # --- Stages ---
 
 
-def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Texts:
-    """The conditioning, evaluated, of resolved requests' texts; each is encoded once."""
+def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Encoded:
+    """What the encoders say of resolved requests, evaluated; each text and picture is encoded once."""
+    requests = list(requests)
     texts = {
         request.texts: pipeline.encode(
             request.prompt, request.negative_prompt, request.cfg_scale, request.clip_prompt
         )
         for request in {request.texts: request for request in requests}.values()
     }
-    mx.eval(texts)
-    return texts
+    pictures = {
+        request: pipeline.encode_pictures(request)
+        for request in dict.fromkeys(request.pictures for request in requests)
+        if request.has_pictures
+    }
+    mx.eval(texts, list(pictures.values()))
+    return Encoded(texts, pictures)
 
 
 def denoiser(
     pipeline: "FluxPipeline",
     requests: Sequence[ResolvedRequest],
-    texts: Texts,
+    encoded: Encoded,
     on_step: OnStep | None = None,
     keep_modulation: bool = True,
 ) -> Denoise:
@@ -174,15 +218,17 @@ def denoiser(
     ahead = not keep_modulation and len(plans) <= MAX_PLANS
 
     @lru_cache(maxsize=max(1, len(plans)) if ahead else 1)
-    def plan(request: ResolvedRequest) -> "Plan":
+    def plan(request: ResolvedRequest) -> Plan:
         return pipeline.prepare(
-            conditioning=texts[request.texts],
+            conditioning=encoded.texts[request.texts],
             noise=None,
             latent_size=request.latent_size,
             num_steps=request.steps,
             guidance=request.guidance,
             cfg_scale=request.cfg_scale,
             schedule=request.schedule,
+            pictures=encoded.pictures.get(request.pictures, NO_PICTURES),
+            strength=request.strength,
         )
 
     if ahead:
@@ -192,6 +238,7 @@ def denoiser(
     def denoise(request: ResolvedRequest) -> mx.array:
         noise = pipeline.noise(request.seeds, request.latent_size)
         whole = plan(replace(request, seeds=()))._replace(x=noise)
+        x = whole.pictures.start(noise, whole.times[0])  # finished, where a picture is not to be changed
         for step, x in enumerate(pipeline.denoise(whole)):
             mx.eval(x)
             check_finite(x, f"step {step + 1} of the transformer")
@@ -203,10 +250,13 @@ def denoiser(
 
 
 def denoise(
-    pipeline: "FluxPipeline", requests: Sequence[ResolvedRequest], texts: Texts, on_step: OnStep | None = None
+    pipeline: "FluxPipeline",
+    requests: Sequence[ResolvedRequest],
+    encoded: Encoded,
+    on_step: OnStep | None = None,
 ) -> list[mx.array]:
     """The finished latents (1, L, channels) of resolved requests, by request and seed."""
-    return list(map(denoiser(pipeline, requests, texts, on_step), split(requests, 1)))
+    return list(map(denoiser(pipeline, requests, encoded, on_step), split(requests, 1)))
 
 
 def decode(pipeline: "FluxPipeline", request: ResolvedRequest, latents: Sequence[mx.array]) -> np.ndarray:
@@ -273,8 +323,8 @@ class _Run:
     def by_stages(self, batches: list[ResolvedRequest]) -> Iterator[np.ndarray]:
         """Denoise all, one by one; then decode all, batch by batch."""
         ranks, singles = self.ranks, split(batches, 1)
-        texts = self._encode(singles)
-        with self.stages("denoise"), self._denoiser(singles, texts) as denoise:
+        encoded = self._encode(singles)
+        with self.stages("denoise"), self._denoiser(singles, encoded) as denoise:
             latents = iter(list(ranks.map(denoise, singles)))
         if not self.keep_models:
             del self.pipeline.flow
@@ -292,8 +342,8 @@ class _Run:
     def streamed(self, batches: list[ResolvedRequest]) -> Iterator[np.ndarray]:
         """Denoise and decode batch by batch."""
         ranks = self.ranks
-        texts = self._encode(batches)
-        with self.stages("pictures"), self._denoiser(batches, texts) as denoise:
+        encoded = self._encode(batches)
+        with self.stages("pictures"), self._denoiser(batches, encoded) as denoise:
 
             def work(batch: ResolvedRequest) -> mx.array:
                 latents = [denoise(single) for single in split([batch], 1)]
@@ -304,22 +354,22 @@ class _Run:
                 if ranks.is_rank_zero:
                     yield from np.array(pictures)
 
-    def _encode(self, items: list[ResolvedRequest]) -> Texts:
-        """The conditioning of the items that this rank works on."""
+    def _encode(self, items: list[ResolvedRequest]) -> Encoded:
+        """What the encoders say of the items that this rank works on."""
         with self.ranks.waiting(len(items) * PATIENCE), self.stages("text"):
-            texts = encode(self.pipeline, self.ranks.local_items(items))
+            encoded = encode(self.pipeline, self.ranks.local_items(items))
         if not self.keep_models:
             del self.pipeline.t5, self.pipeline.clip
             mx.clear_cache()
-        return texts
+        return encoded
 
     @contextmanager
     def _denoiser(
-        self, items: list[ResolvedRequest], texts: Texts
+        self, items: list[ResolvedRequest], encoded: Encoded
     ) -> Iterator[Callable[[ResolvedRequest], mx.array]]:
         """`denoiser`, while a bar shows the steps of the items that this rank works on."""
         local = self.ranks.local_items(items)
-        total = sum(item.steps * len(item.seeds) for item in local)
+        total = sum(item.made_steps * len(item.seeds) for item in local)
         shown = self.progress and self.ranks.is_rank_zero
         with tqdm(total=total, unit="step", disable=None if shown else True) as bar:
 
@@ -328,7 +378,7 @@ class _Run:
                 if self.on_step is not None:
                     self.on_step(request, step, x)
 
-            yield denoiser(self.pipeline, local, texts, on_step, self.keep_models)
+            yield denoiser(self.pipeline, local, encoded, on_step, self.keep_models)
 
     def _decode(self, work: tuple[ResolvedRequest, list[mx.array]]) -> mx.array:
         """The pictures (B, H, W, 3), uint8, of a batch and its latents."""

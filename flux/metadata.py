@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ PARTS = ("transformer", "ae", "clip", "t5")
 OPTIONS = (
     *("model", *PARTS, "dtype", "rounding", "quantize", "adapter", "fuse_adapter", "no_t5_padding"),
     *("t5_padding", "negative_prompt", "clip_prompt", "cfg_scale", "guidance", "schedule", "shift", "steps"),
+    *("image", "strength", "pictures"),
     *("image_size", "noise", "seed", "n_images", "n_rows", "decoding_batch_size"),
 )
 FLAGS = ("fuse_adapter", "no_t5_padding")
@@ -33,6 +34,7 @@ class Recipe:
 
     options: the others of OPTIONS; None and False are not written. image_size: (height, width); adapter:
     (file, strength) of each. picture: of the pictures of one prompt the only one that is kept.
+    pictures: the SHA-256 of each picture that they are made from, by the file's name.
     """
 
     prompts: tuple[str, ...]
@@ -43,6 +45,7 @@ class Recipe:
     adapter: Sequence[tuple[str, float]] = ()
     image_size: tuple[int, int] = (512, 512)
     picture: int | None = None
+    pictures: Mapping[str, str] = field(default_factory=dict)
 
     def files(self, output: str | Path, raw: bool) -> list[File]:
         """The files that the pictures become: a grid or, with `raw`, one for each picture.
@@ -62,6 +65,7 @@ class Recipe:
         """What is written into a file of these prompts and seeds; `read` reads it."""
         values = dict(self.options)
         values["adapter"] = "\n".join(f"{file}:{strength}" for file, strength in self.adapter) or None
+        values["pictures"] = "\n".join(f"{digest} {name}" for name, digest in self.pictures.items()) or None
         values["image_size"] = "x".join(map(str, self.image_size))
         values |= {"seed": self.seed, "n_images": self.n_images}
         values["n_rows"] = min(self.n_rows, len(prompts) * self.n_images)
@@ -84,7 +88,7 @@ class Recipe:
     def sources(self) -> list[str]:
         """What the pictures are made with: the names of the model, of its parts and of the adapters."""
         names = [self.options.get(name) for name in ("model", *PARTS)]
-        return [*(str(name) for name in names if name), *(file for file, _ in self.adapter)]
+        return [*(str(name) for name in names if name), *(file for file, _ in self.adapter), *self.pictures]
 
     def save(
         self, output: str | Path, raw: bool, pictures: Sequence[np.ndarray], bare: bool = False
@@ -133,8 +137,8 @@ def parameters(text: Mapping[str, str]) -> str:
 def read(path: str | Path) -> tuple[dict[str, object], list[str]]:
     """A picture's options, as text by the names of OPTIONS, FLAGS as bool, and its prompts.
 
-    With "picture", a number, where it is one of a prompt's pictures. FluxError for a picture that this
-    program has not made.
+    With "picture", a number, where it is one of a prompt's pictures, and "pictures", the SHA-256 of each
+    that it is made from, by the file's name. FluxError for a picture that this program has not made.
     """
     text = images.read_metadata(path)
     if not text.get("version", "").startswith(PROGRAM):
@@ -143,6 +147,8 @@ def read(path: str | Path) -> tuple[dict[str, object], list[str]]:
         )
     options: dict[str, object] = {name: text[name] for name in OPTIONS if name in text}
     options |= {name: name in text for name in FLAGS}
+    made_from = [line.split(" ", 1) for line in text.get("pictures", "").splitlines()]
+    options["pictures"] = {name: digest for digest, name in made_from}
     if "picture" in text:
         options["picture"] = int(text["picture"])
     return options, text["prompt"].split("\n")

@@ -8,7 +8,6 @@ only one stage is in memory at a time.
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,18 +15,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flux import generation, images, machine, sampler
+from flux import denoising, generation, images, machine, sampler
 from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.adapters.attach import fingerprint
-from flux.conditioning import TextConditioning, encode_texts
+from flux.conditioning import Edit, PictureConditioning, TextConditioning, encode_texts
+from flux.conditioning.encoded import NO_PICTURES
+from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard
 from flux.errors import FluxError
-from flux.generation import OnStep, Request
+from flux.generation import OnStep, Request, ResolvedRequest
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
-from flux.models.transformer import ROUNDINGS, Flux, ModulationVectors
+from flux.models.transformer import ROUNDINGS, Flux
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import checkpoints
 from flux.weights.fit import check_fit
@@ -45,31 +46,6 @@ class Parts(NamedTuple):
     t5: T5Encoder
     clip_tokenizer: CLIPTokenizer
     t5_tokenizer: T5Tokenizer
-
-
-class Conditioning(NamedTuple):
-    """The prompt's conditioning, and with true guidance the negative prompt's; each of one text."""
-
-    positive: TextConditioning
-    negative: TextConditioning | None
-
-
-class Branch(NamedTuple):
-    """What one text brings to every step and does not depend on the latent; of a batch of 1."""
-
-    text: mx.array  # (1, Lt, hidden)
-    positions: mx.array  # rotary tables
-    modulation: list[ModulationVectors]  # one a step
-
-
-class Plan(NamedTuple):
-    """All that `denoise` needs; `mx.eval` takes it."""
-
-    x: mx.array | None  # (B, L, channels), the noise
-    times: list[float]
-    positive: Branch
-    negative: Branch | None
-    cfg_scale: float
 
 
 class FluxPipeline:
@@ -203,6 +179,7 @@ class FluxPipeline:
         keep_models: bool = True,
         schedule: str = "model",
         clip_prompt: str | None = None,
+        edit: Edit | None = None,
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
@@ -212,7 +189,7 @@ class FluxPipeline:
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
-        schedule, clip_prompt: see `Request`.
+        schedule, clip_prompt, edit: see `Request`.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -226,6 +203,7 @@ class FluxPipeline:
             cfg_scale=cfg_scale,
             schedule=schedule,
             clip_prompt=clip_prompt,
+            edit=edit,
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))
@@ -325,28 +303,26 @@ class FluxPipeline:
         guidance: float,
         cfg_scale: float = 1.0,
         schedule: str = "model",
+        pictures: PictureConditioning = NO_PICTURES,
+        strength: float = 1.0,
     ) -> Plan:
         """Compute, lazily, what is the same in all steps and for all seeds; noise (B, L, channels) is packed.
 
-        Without noise `denoise` takes a plan with another's: `plan._replace(x=noise)`. After the plan's
-        evaluation `flow.drop_modulation()` gives memory back, and `denoise` still works.
+        strength: of a picture that is changed, see `Edit`. Without noise `denoise` takes a plan with
+        another's: `plan._replace(x=noise)`. After the plan's evaluation `flow.drop_modulation()` gives
+        memory back, and `denoise` still works.
         """
         self._read(self.flow)
         height, width = latent_size
         times = sampler.timesteps(num_steps, height // 2 * (width // 2), self.spec.shift, schedule)
-        branch = partial(self._branch, latent_size=latent_size, times=times, guidance=guidance)
-        negative = conditioning.negative and branch(conditioning.negative)
-        return Plan(noise, times, branch(conditioning.positive), negative, cfg_scale)
+        times = sampler.from_strength(times, strength)
 
-    def _branch(
-        self, text: TextConditioning, latent_size: tuple[int, int], times: list[float], guidance: float
-    ) -> Branch:
-        text_positions = sampler.text_positions(text.t5.shape[1])
-        return Branch(
-            self.flow.embed_text(text.t5),
-            self.flow.positions(text_positions, sampler.image_positions(latent_size)),
-            self.flow.modulation(self._seen(times[:-1]), text.clip, mx.array([guidance])),
-        )
+        def branch(text: TextConditioning) -> Branch:
+            seen = self._seen(times[:-1])
+            return prepare_branch(self.flow, text, pictures, latent_size, seen, guidance)
+
+        negative = conditioning.negative and branch(conditioning.negative)
+        return Plan(noise, times, branch(conditioning.positive), negative, cfg_scale, pictures)
 
     def _seen(self, times: list[float]) -> mx.array:
         """Times as the transformer is told them. diffusers' pipeline rounds their thousandfold first."""
@@ -354,26 +330,20 @@ class FluxPipeline:
         return (seen * 1000).astype(self.flow.dtype) / 1000 if self.rounding == "diffusers" else seen
 
     def denoise(self, plan: Plan) -> Iterator[mx.array]:
-        """Yield the packed latent (B, L, channels), float32, after each step.
+        """Yield the packed latent (B, L, channels), float32, after each step."""
+        return denoising.denoise(self.flow, plan)
 
-        With a negative prompt every step is two passes rather than one batch of two: this takes half the
-        memory, and the prompts may differ in length.
-        """
+    def encode_pictures(self, request: ResolvedRequest) -> PictureConditioning:
+        """What a request's pictures bring to every step, not yet evaluated."""
+        if request.edit is None:
+            return NO_PICTURES
+        return PictureConditioning(known=self.encode_picture(request.edit.canvas(request.image_size)))
 
-        def branch_velocity(branch: Branch, x: mx.array, step: int) -> mx.array:
-            text = mx.broadcast_to(branch.text, (len(x), *branch.text.shape[1:]))
-            v = self.flow.denoise(x, text, branch.positions, branch.modulation[step])
-            return v.astype(mx.float32)
-
-        def velocity(x: mx.array, step: int) -> mx.array:
-            v = branch_velocity(plan.positive, x, step)
-            if plan.negative is None:
-                return v
-            return sampler.guide(v, branch_velocity(plan.negative, x, step), plan.cfg_scale)
-
-        if plan.x is None:
-            raise ValueError("the plan was prepared without noise: plan._replace(x=noise)")
-        return sampler.euler(velocity, plan.x, plan.times)
+    def encode_picture(self, picture: np.ndarray) -> mx.array:
+        """The packed latent (1, L, channels), float32, of a picture (H, W, 3), uint8: the mean, no sample."""
+        self._read(self.ae)
+        x = images.normalize(picture[None]).astype(self.ae.encoder.conv_in.weight.dtype)
+        return sampler.pack(self.ae.encode(x, memory=machine.autoencoder_memory())).astype(mx.float32)
 
     def decode(self, x: mx.array, latent_size: tuple[int, int] = (64, 64)) -> mx.array:
         """Packed latents (B, L, channels) -> pictures (B, H, W, 3) in 0..1, float32.

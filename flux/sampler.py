@@ -120,6 +120,15 @@ def comfyui_times(schedule: str, num_steps: int, factor: float | None) -> list[f
     return [*times.tolist(), 0.0]
 
 
+def from_strength(times: list[float], strength: float) -> list[float]:
+    """The last times, the share `strength` (0..1) of the steps, for a picture as the start; as in diffusers.
+
+    At least the last time, 0, is left: strength 0 makes no step.
+    """
+    steps = len(times) - 1
+    return times[int(max(steps - min(steps * strength, steps), 0)) :]
+
+
 def random_seed() -> int:
     """A seed from the operating system, short enough to be typed again."""
     return secrets.randbits(32)
@@ -206,14 +215,18 @@ def guide(positive: mx.array, negative: mx.array, scale: float) -> mx.array:
 
 
 def euler(
-    predict: Callable[[mx.array, int], mx.array], x: mx.array, times: Sequence[float]
+    predict: Callable[[mx.array, int], mx.array],
+    x: mx.array,
+    times: Sequence[float],
+    project: Callable[[mx.array, int], mx.array] = lambda x, i: x,
 ) -> Iterator[mx.array]:
     """Yield x (float32) after each of the `len(times) - 1` Euler steps; the last one is the finished latent.
 
-    `predict(x, i)` is the model's dx/dt at x and times[i], in any type and of x's shape. Being an iterator,
+    `predict(x, i)` is the model's dx/dt at x and times[i], in any type and of x's shape. `project(x, i)` is
+    what x, at times[i + 1], becomes after step i, such as x with a known part put back. Being an iterator,
     it leaves evaluation, progress bars and previews to the caller's loop.
     """
     x = x.astype(mx.float32)
     for i, (t, t_next) in enumerate(pairwise(times)):
-        x = x + (t_next - t) * predict(x, i).astype(mx.float32)
+        x = project(x + (t_next - t) * predict(x, i).astype(mx.float32), i)
         yield x

@@ -72,7 +72,7 @@ def test_texts_are_encoded_once_unless_an_adapter_changes_the_encoders(model, mo
     texts = encode(pipeline, [FLOW_ONLY, BOTH], PARTS, requests, [0.0, 0.5, 1.0])
     assert encoded == PROMPTS * 3  # the model alone, and two strengths of the adapter with CLIP
     assert texts[0, 0.5] is texts[0, 1.0] is texts[BASE]
-    half, full = (texts[1, strength][requests[0].texts].positive.clip for strength in (0.5, 1.0))
+    half, full = (texts[1, strength].texts[requests[0].texts].positive.clip for strength in (0.5, 1.0))
     assert not mx.array_equal(half, full)
     assert not any(isinstance(module, AdaptedLinear) for module in pipeline.clip.modules())
 

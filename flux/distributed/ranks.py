@@ -168,6 +168,12 @@ class Ranks:
         """Do the work on rank 0 alone; its result on every rank, as JSON carries it."""
         return self.gather(self.rank_zero_only(work))[0]
 
+    def broadcast_bytes(self, work: Callable[[], bytes]) -> bytes:
+        """Do the work on rank 0 alone; its bytes on every rank."""
+        data = self.rank_zero_only(work)
+        content = mx.array(np.frombuffer(data or b"", np.uint8))
+        return bytes(np.array(self._exchange(None, content, PATIENCE)[0][1]))
+
     def agree(self, facts: Mapping[str, str], patience: float = PATIENCE) -> None:
         """FluxError on every rank, with what differs, unless the facts are the same everywhere."""
         theirs = self.gather((platform.node(), dict(facts)), patience)

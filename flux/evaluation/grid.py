@@ -22,7 +22,7 @@ from flux import generation, sheets
 from flux.adapters import Adapter, Adapters, fitting_parts, load, read_facts
 from flux.adapters.folders import FOLDER_FILES
 from flux.errors import FluxError
-from flux.generation import Request, ResolvedRequest, Texts
+from flux.generation import Encoded, Request, ResolvedRequest
 from flux.pipeline import FluxPipeline
 
 STRENGTHS = (0.0, 0.4, 0.8, 1.0, 1.2)
@@ -171,15 +171,15 @@ def draw(
     """
     settings = sampling.resolved(pipeline)
     requests = [replace(settings, prompt=prompt) for prompt in prompts]
-    texts = encode(pipeline, adapters, parts, requests, strengths)
+    encoded = encode(pipeline, adapters, parts, requests, strengths)
     del pipeline.clip, pipeline.t5
     mx.clear_cache()
 
     latents: dict[Cell, list[mx.array]] = {}
-    total = len(texts) * len(prompts) * len(settings.seeds) * settings.steps
+    total = len(encoded) * len(prompts) * len(settings.seeds) * settings.steps
     with tqdm(total=total, unit="step", disable=None) as bar:
-        for cell in _put_on({"flux": pipeline.flow}, adapters, parts, list(texts)):
-            latents[cell] = generation.denoise(pipeline, requests, texts[cell], lambda *_: bar.update())
+        for cell in _put_on({"flux": pipeline.flow}, adapters, parts, list(encoded)):
+            latents[cell] = generation.denoise(pipeline, requests, encoded[cell], lambda *_: bar.update())
     del pipeline.flow
     mx.clear_cache()
     return {c: [generation.decode(pipeline, settings, [x])[0] for x in xs] for c, xs in latents.items()}
@@ -191,16 +191,16 @@ def encode(
     parts: Sequence[Sequence[str]],
     requests: Sequence[ResolvedRequest],
     strengths: Sequence[float],
-) -> dict[Cell, Texts]:
+) -> dict[Cell, Encoded]:
     """The requests' texts in every cell, evaluated; only adapters of the text encoders change them."""
     encoders = {"clip": pipeline.clip, "t5": pipeline.t5}
     cells = list(dict.fromkeys(_cell(i, s) for i in range(len(adapters)) for s in strengths))
     changing = [(i, s) for i, s in cells if i is not None and set(parts[i]) & set(TEXT_ENCODERS)]
-    cell_texts = {
+    changed = {
         cell: generation.encode(pipeline, requests)
         for cell in _put_on(encoders, adapters, parts, [BASE, *changing])
     }
-    return {cell: cell_texts.get(cell, cell_texts[BASE]) for cell in cells}
+    return {cell: changed.get(cell, changed[BASE]) for cell in cells}
 
 
 def _put_on(

@@ -7,7 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from flux import generation, images
-from flux.generation import Request
+from flux.generation import Encoded, Request
 from flux.training.finetune.features import Features
 from flux.training.finetune.model import Base, Network
 from flux.training.flow_matching import FlowLoss
@@ -61,7 +61,7 @@ class Pictures:
             )
             for request in self._requests
         }
-        latents = generation.denoise(pipeline, self._requests, texts)
+        latents = generation.denoise(pipeline, self._requests, Encoded(texts))
         network.train()
         if path is None:
             return

@@ -1,4 +1,4 @@
-"""What the transformer is told besides the noise. So far: texts."""
+"""Texts: what T5 and CLIP say of a prompt."""
 
 import warnings
 from collections.abc import Sequence

@@ -1,0 +1,32 @@
+"""What pictures bring to every step."""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+
+class PictureConditioning(NamedTuple):
+    """What pictures tell the transformer and the sampler; of a batch of 1, so that it serves any batch.
+
+    A tuple of arrays, so that `mx.eval` takes it. L is the number of the latent's tokens.
+    channels (1, L, C'): beside the noise's channels. tokens (1, Lr, C): after the noise's tokens, at
+    positions (1, Lr, 3). known (1, L, C): the latent of the picture that is changed. mask (1, L, C) or
+    (1, L, 1): 1 where it changes, 0 where it is put back after each step; None: it changes everywhere.
+    """
+
+    channels: mx.array | None = None
+    tokens: mx.array | None = None
+    positions: mx.array | None = None
+    known: mx.array | None = None
+    mask: mx.array | None = None
+
+    def start(self, noise: mx.array, t: float) -> mx.array:
+        """What sampling starts with at time t: noise (B, L, C), or with a picture the picture under it."""
+        return noise if self.known is None else (1 - t) * self.known + t * noise
+
+    def put_back(self, x: mx.array, noise: mx.array, t: float) -> mx.array:
+        """x (B, L, C) with the picture, as noisy as it is at time t, where the mask is 0."""
+        return x if self.mask is None else self.mask * x + (1 - self.mask) * self.start(noise, t)
+
+
+NO_PICTURES = PictureConditioning()

@@ -1,0 +1,141 @@
+"""The command line of the program that makes pictures, a function for each group."""
+
+from flux import sampler
+from flux.arguments import Parser, adapter, count, finite, shift, size
+from flux.metadata import PARTS
+from flux.models.transformer import ROUNDINGS
+from flux.version import __version__
+
+SEVERAL = (
+    "With mlx.launch the ranks share out the pictures; where there are fewer pictures than ranks, each has a "
+    "part of the model instead, of its attention heads. All need the model under the same path; rank 0 alone "
+    "reads prompts and writes."
+)
+
+
+def build_parser() -> Parser:
+    """The command line of the program that makes pictures."""
+    parser = Parser(description="Make pictures of what a prompt says, with a FLUX.1 model.", epilog=SEVERAL)
+    # Only a recipe says these: of a prompt's pictures the one to keep, and what --remake's pictures were.
+    parser.set_defaults(picture=None, pictures={})
+
+    _add_prompts(parser)
+    _add_edit(parser)
+    _add_model(parser)
+    _add_sampling(parser)
+    _add_output(parser)
+    return parser
+
+
+def _add_prompts(parser: Parser) -> None:
+    add = parser.add_argument_group("what to show").add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="what the pictures show; several are made in turn")
+    add("--prompts-file", metavar="FILE", help="read prompts from FILE, one a line; - is standard input")
+    add(
+        "--prompts",
+        dest="prompts_folder",
+        metavar="DIR",
+        help="make DIR/NAME.txt's text the picture NAME.png in --output's folder, for every .txt; "
+        "go on with what a stopped run has left",
+    )
+    add("--negative-prompt", metavar="TEXT", help="what to lead away from; needs a cfg scale above 1")
+    add("--clip-prompt", metavar="TEXT", help="what CLIP reads, if not the prompt; T5 reads the prompt")
+    add("--remake", metavar="PICTURE", help="make a picture of this program again; other options change it")
+    add(
+        "--workflow",
+        metavar="FILE",
+        help="make what a ComfyUI workflow makes, from a .json or a picture, with files of --model's folder, "
+        "ComfyUI's or its models/; other options change it",
+    )
+
+
+def _add_edit(parser: Parser) -> None:
+    add = parser.add_argument_group("a picture that is changed").add_argument
+    add("--image", metavar="PICTURE", help="the picture to start from")
+    add(
+        "--strength",
+        type=finite,
+        metavar="X",
+        help="how much changes: from 0, the picture itself, to 1 (default), as from noise alone",
+    )
+
+
+def _add_model(parser: Parser) -> None:
+    add = parser.add_argument_group("the model").add_argument
+    add(
+        "--model",
+        help="schnell (default), dev, krea, tiny, a folder or file, owner/name[:FILE]",
+    )
+    for part in PARTS:
+        add(f"--{part}", metavar="FILE", help=f"take the {part} from FILE instead of the model's")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
+    add("--quantize", nargs="?", type=int, const=4, metavar="BITS", help="to 4 (default) or 8 bits a weight")
+    add(
+        "--adapter",
+        action="append",
+        type=adapter,
+        metavar="FILE[:X]",
+        help="a LoRA, X (1) times as strong",
+    )
+    add("--fuse-adapter", action="store_true", help="adapters into the weights, not beside them: faster")
+    add("--no-t5-padding", action="store_true", help="do not pad prompts to the model's length: faster")
+    add("--t5-padding", type=count, metavar="N", help="pad prompts to N tokens (ComfyUI: 256)")
+    add("--rounding", choices=ROUNDINGS, default="bfloat16", help="of time and guidance in 16-bit types")
+    add("--force-shard", action="store_true", help="split the model over mlx.launch's ranks in any case")
+    add("--preload-models", action="store_true", help="load everything at once and keep it: more memory")
+
+
+def _add_sampling(parser: Parser) -> None:
+    add = parser.add_argument_group("sampling (where not given, the model's)").add_argument
+    add(
+        "--image-size",
+        type=size,
+        metavar="HxW",
+        help="in pixels, multiples of 16; one number is a square",
+    )
+    add("--steps", type=count, metavar="N", help="denoising steps")
+    add(
+        "--guidance",
+        type=finite,
+        metavar="X",
+        help="how closely to follow the prompt (not schnell)",
+    )
+    add("--shift", type=shift, metavar="X", help="of the times: dev, none, or a factor such as 3")
+    add(
+        "--schedule",
+        choices=sampler.SCHEDULES,
+        default="model",
+        help="of the times: ComfyUI's have its names",
+    )
+    add(
+        "--cfg-scale",
+        type=finite,
+        metavar="X",
+        help="true guidance, with twice the work if above 1",
+    )
+    add("--seed", type=int, metavar="N", help="a prompt's picture i is made from N + i; default: random")
+    add(
+        "--noise",
+        choices=sampler.NOISES,
+        default="mlx",
+        help="whose random numbers a seed stands for: torch as in ComfyUI, and in diffusers with float32; "
+        "diffusers: torch's in --dtype",
+    )
+
+
+def _add_output(parser: Parser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add("--n-images", type=count, metavar="N", help="pictures for each prompt (default 1)")
+    add("--n-rows", type=count, metavar="N", help="rows of the grid (default: one for each prompt)")
+    add("--output", metavar="FILE", help=".png (default out.png), .jpg or .webp; with --prompts a folder")
+    add("--save-raw", action="store_true", help="no grid: each picture in a file, out.0.png, out.1.png ...")
+    add("--no-metadata", action="store_true", help="do not write into pictures how they were made")
+    add(
+        "--decoding-batch-size",
+        type=count,
+        default=1,
+        metavar="N",
+        help="pictures to decode at once (1)",
+    )
+    add("--verbose", action="store_true", help="print the time and the peak memory of every stage")
+    add("--version", action="version", version=__version__)
