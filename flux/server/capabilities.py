@@ -1,6 +1,5 @@
 """What the server can do, from the programs' own option tables: nothing is listed here a second time."""
 
-import argparse
 import dataclasses
 from functools import cache
 from importlib import import_module
@@ -8,7 +7,9 @@ from typing import Any
 
 from flux import images
 from flux.adapters.writers import WRITERS
+from flux.arguments import Parser
 from flux.data.schema import Group, Subset
+from flux.options import build_parser as txt2image_parser
 from flux.tables import Bounds
 from flux.training.finetune.arguments import build_parser as dreambooth_parser
 from flux.training.finetune.foreign_options import NAMES
@@ -19,8 +20,6 @@ from flux.weights import registry
 @cache
 def capabilities() -> dict[str, Any]:
     """The programs' options, the keys of a data.toml, models, formats."""
-    from flux.arguments import build_parser as txt2image_parser
-
     parsers = {
         "txt2image": txt2image_parser(),
         "dreambooth": dreambooth_parser(),
@@ -38,7 +37,7 @@ def capabilities() -> dict[str, Any]:
     }
 
 
-def _options(parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
+def _options(parser: Parser) -> list[dict[str, Any]]:
     """The options of a program as its --help has them."""
     return [
         {
@@ -50,7 +49,6 @@ def _options(parser: argparse.ArgumentParser) -> list[dict[str, Any]]:
         }
         for group in parser._action_groups
         for action in group._group_actions
-        if action.help != argparse.SUPPRESS
     ]
 
 

@@ -43,6 +43,7 @@ class CheckedTransport(httpx.AsyncHTTPTransport):
         self._private = private
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Answer a request, also one that a redirect leads to. FluxError where it may not go."""
         url = request.url
         if url.scheme not in ("http", "https"):
             raise FluxError(f"only http and https are followed, not {url.scheme}")
