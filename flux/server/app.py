@@ -3,14 +3,17 @@
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
 
 from flux.errors import FluxError
+from flux.outputs import InUse
 from flux.server.problems import Problem
 from flux.server.routes import about, datasets, jobs, pictures, training
 from flux.server.routes.jobs import sentence_of
@@ -20,7 +23,9 @@ from flux.server.settings import Settings
 from flux.server.state import Server
 from flux.version import __version__
 
+PAGE = Path(__file__).with_name("page")
 STATUSES = (400, 401, 404, 409, 413, 422, 429)
+NO_DOCS: dict[str, Any] = {"docs_url": None, "redoc_url": None}  # their pages load scripts from elsewhere
 RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": Error} for status in STATUSES}
 
 
@@ -33,10 +38,13 @@ def create_app(settings: Settings) -> FastAPI:
         async with server.running():
             yield
 
-    app = FastAPI(title="FLUX.1 in MLX", version=__version__, lifespan=lifespan, responses=RESPONSES)
+    app = FastAPI(
+        title="FLUX.1 in MLX", version=__version__, lifespan=lifespan, responses=RESPONSES, **NO_DOCS
+    )
     app.state.server = server
     for module in (training, pictures, jobs, datasets, about):
         app.include_router(module.router)
+    app.mount("/page", StaticFiles(directory=PAGE))
     app.add_exception_handler(FluxError, refused)
     app.add_exception_handler(RequestValidationError, not_valid)
     app.add_exception_handler(HTTPException, not_routed)
@@ -52,7 +60,7 @@ def respond(status: int, sentence: str, headers: Any = None) -> JSONResponse:
 
 async def refused(request: Request, error: Exception) -> JSONResponse:
     """A FluxError: bad input."""
-    status = error.status if isinstance(error, Problem) else 422
+    status = error.status if isinstance(error, Problem) else 409 if isinstance(error, InUse) else 422
     text = " ".join(str(error).split()).encode("ascii", "backslashreplace").decode()
     return respond(status, text, {"Retry-After": "10"} if status == 429 else None)
 

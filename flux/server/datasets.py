@@ -10,7 +10,7 @@ from flux.captioning import files, records
 from flux.captioning.files import Picture
 from flux.data import schema, sd_scripts
 from flux.errors import FluxError
-from flux.outputs import replacing
+from flux.outputs import locked, replacing
 from flux.server.folders import Folders, existing, inside
 from flux.server.problems import wrong
 from flux.tables import Faults
@@ -58,7 +58,7 @@ def correct(folders: Folders, name: str, file: str, caption: str) -> str:
     if not text or len(text.encode()) > CAPTION_BYTES:
         raise wrong(f"a caption has 1 to {CAPTION_BYTES} bytes of text")
     path = picture_file(folders, name, file)
-    with _CORRECTING:
+    with _CORRECTING, locked(folders.dataset(name)):
         found = [picture for picture in pictures(folders, name) if picture.path == path]
         format = next((kind for kind in ("jsonl", "csv") if records.read(found, kind)), "txt")
         records.write(dict.fromkeys(found, text), format, overwrite=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 from PIL import Image, UnidentifiedImageError
 
-from flux import images, jsonfiles
+from flux import images, jsonfiles, outputs
 from flux.data.pictures import NamedBytes, over_white
 from flux.errors import FluxError
 from flux.server.settings import MB
@@ -82,9 +82,14 @@ async def download(urls: Sequence[str], folder: Path, private: bool) -> dict[str
     """The path of each URL's picture, or "Error: " and why there is none.
 
     A URL that was downloaded into the folder before gets the same file. private: whether private addresses
-    are allowed.
+    are allowed. FluxError where somebody else writes into the folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with outputs.locked(folder):
+        return await _into(urls, folder, private)
+
+
+async def _into(urls: Sequence[str], folder: Path, private: bool) -> dict[str, str]:
+    """As `download`, into a folder that nobody else writes into."""
     files = _names(list(dict.fromkeys(urls)), folder)
     timeout = httpx.Timeout(TIMEOUT)
     running = asyncio.Semaphore(AT_ONCE)
@@ -103,9 +108,9 @@ async def download(urls: Sequence[str], folder: Path, private: bool) -> dict[str
                 return await _one(client, url, files[url], end)
 
         done = dict(zip(files, await asyncio.gather(*map(one, files)), strict=True))
-    _keep_sources(
-        folder, {Path(path).name: url for url, path in done.items() if not path.startswith("Error: ")}
-    )
+    new = {Path(path).name: url for url, path in done.items() if not path.startswith("Error: ")}
+    if new:
+        _keep_sources(folder, new)
     return done
 
 

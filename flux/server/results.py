@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,23 @@ def newest_state(folder: Path) -> Path | None:
 
 def adapters(folder: Path) -> list[Path]:
     """The adapters of a run, the oldest first."""
-    return sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
+    found = with_status(folder.glob("*.safetensors"))
+    return sorted(found, key=lambda path: found[path].st_mtime)
+
+
+def with_status(paths: Iterable[Path]) -> dict[Path, os.stat_result]:
+    """Files with their sizes and times; without those that are gone by now, as a run renames some."""
+    found = {}
+    for path in paths:
+        with suppress(OSError):
+            found[path] = path.stat()
+    return found
 
 
 def samples(folder: Path, since: float | None = None) -> list[Path]:
     """The pictures that show the progress of a run, in their order; those since a time."""
     found = sorted((folder / SAMPLES).glob("step*.png"))
-    return [path for path in found if path.stat().st_mtime >= (since or 0.0)]
+    return [path for path, status in with_status(found).items() if status.st_mtime >= (since or 0.0)]
 
 
 def shown(folder: Path) -> list[Path]:

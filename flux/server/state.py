@@ -29,6 +29,7 @@ class Server:
         self.folders.make()
         self.jobs = Jobs(self.folders.logs)
         self.painter = Painter(settings)
+        self.downloading = 0  # requests
         self._worker: Popen | None = None
 
     # --- Jobs ---

@@ -1,8 +1,10 @@
 """The server itself: whether it is well, and what it can do."""
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
+from fastapi.responses import FileResponse
 
 from flux.server.capabilities import capabilities
 from flux.server.jobs import RUNNING
@@ -10,6 +12,12 @@ from flux.server.state import State
 from flux.version import __version__
 
 router = APIRouter(tags=["about"])
+
+
+@router.get("/", response_class=FileResponse, include_in_schema=False)
+def page() -> FileResponse:
+    """The page for people."""
+    return FileResponse(Path(__file__).parents[1] / "page" / "index.html")
 
 
 @router.get("/health")

@@ -154,9 +154,9 @@ def sentence_of(errors: list[Any]) -> str:
 def adapters(server: State) -> list[AdapterView]:
     """All adapters, the newest first: their names are what a request for pictures takes."""
     folders = [path for path in server.folders.outputs.iterdir() if path.is_dir() and path.name[0] != "."]
-    found = [file for folder in folders for file in results.adapters(folder)]
-    found.sort(key=lambda file: file.stat().st_mtime, reverse=True)
-    return [adapter_view(file.parent.name, file.name, file.stat()) for file in found]
+    found = results.with_status(file for folder in folders for file in results.adapters(folder))
+    newest = sorted(found, key=lambda file: found[file].st_mtime, reverse=True)
+    return [adapter_view(file.parent.name, file.name, found[file]) for file in newest]
 
 
 def adapter_view(run: str, file: str, status: Any) -> AdapterView:
@@ -171,8 +171,8 @@ def output(name: str, server: State) -> list[FileView]:
     """The files of a run: adapters, sample pictures, the plot of its loss, its numbers and options."""
     folder = existing(server.folders.output(name), f"run {name}")
     found = []
-    for path in results.shown(folder):
-        inner, status = path.relative_to(folder).as_posix(), path.stat()
+    for path, status in results.with_status(results.shown(folder)).items():
+        inner = path.relative_to(folder).as_posix()
         kind: Any = KINDS.get(inner, "sample" if inner.startswith(results.SAMPLES) else "adapter")
         found.append(
             FileView(

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from flux.server import commands, datasets, downloads
 from flux.server.jobs import DONE, Job, New, new_id
-from flux.server.problems import Problem
+from flux.server.problems import Problem, too_many
 from flux.server.schemas import (
     CaptionAnswer,
     CaptionRequest,
@@ -27,13 +27,20 @@ from flux.server.state import Server, State
 router = APIRouter(tags=["datasets and training"])
 PATIENCE = 900.0  # seconds that a request waits for captions
 LINES = 10  # of a log
+MOST_DOWNLOADS = 4  # requests at once
 
 
 @router.post("/download-images")
 async def download_images(body: DownloadRequest, server: State) -> DownloadAnswer:
     """Download pictures into a dataset, as JPEG."""
     folder = server.folders.dataset(body.output_name)
-    done = await downloads.download(body.urls, folder, server.settings.private_urls)
+    if server.downloading >= MOST_DOWNLOADS:
+        raise too_many(f"{MOST_DOWNLOADS} downloads are running, which is the most: try again later")
+    server.downloading += 1
+    try:
+        done = await downloads.download(body.urls, folder, server.settings.private_urls)
+    finally:
+        server.downloading -= 1
     return DownloadAnswer(message="Download complete", files=done)
 
 
