@@ -25,6 +25,7 @@ LEVELS = {
     "flux.tokenizers": 1,
     "flux.vocabularies": 1,
     "flux.sampler": 1,
+    "flux.solvers": 1,
     "flux.distributed.ranks": 1,
     "flux.distributed.gradients": 1,
     "flux.conditioning": 2,

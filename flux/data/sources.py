@@ -80,7 +80,7 @@ class Files:
         """The picture (H, W, 3), uint8, over white. FluxError where it cannot be read."""
         found = self.paths[index]
         file = pictures.NamedBytes(found, self.names[index]) if isinstance(found, bytes) else found
-        return pictures.over_white(*images.load(file))
+        return images.over_white(*images.load(file))
 
 
 def open_folder(
@@ -159,7 +159,7 @@ class Rows:
         name = f"{self.path}[{index}]"
         content = value.get("bytes")
         file = pictures.NamedBytes(content, name) if content else Path(value.get("path") or name)
-        return pictures.over_white(*images.load(file))
+        return images.over_white(*images.load(file))
 
 
 def open_hugging_face(path: str, name: str | None, split: str, image_key: str, caption_key: str) -> Rows:
