@@ -67,7 +67,7 @@ def run() -> int:
         import uvicorn
 
         from flux.server.app import create_app
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise FluxError(f"{PACKAGES} ({error.name} is missing)") from None
     if found.host not in LOOPBACK and not found.token:
         print("warning: everyone who reaches this address may use the server: --token", file=sys.stderr)

@@ -14,9 +14,8 @@ from starlette.staticfiles import StaticFiles
 
 from flux.errors import FluxError
 from flux.outputs import InUse
-from flux.server.problems import Problem
+from flux.server.problems import Problem, sentence_of
 from flux.server.routes import about, datasets, jobs, pictures, training
-from flux.server.routes.jobs import sentence_of
 from flux.server.schemas import Error
 from flux.server.security import Guard, answer
 from flux.server.settings import Settings

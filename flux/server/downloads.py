@@ -16,7 +16,7 @@ import httpx
 from PIL import Image, UnidentifiedImageError
 
 from flux import images, jsonfiles, outputs
-from flux.data.pictures import NamedBytes, over_white
+from flux.data.pictures import NamedBytes
 from flux.errors import FluxError
 from flux.server.settings import MB
 
@@ -149,7 +149,7 @@ def _save(content: bytes, url: str, file: Path) -> None:
     """Decodes a picture and writes it as JPEG, what was transparent over white."""
     named = NamedBytes(content, "the answer")
     check_pixels(named)
-    images.save(file, over_white(*images.load(named)))
+    images.save(file, images.over_white(*images.load(named)))
 
 
 def check_pixels(file: NamedBytes) -> None:

@@ -26,12 +26,16 @@ import numpy as np
 from PIL import Image
 
 from flux import generation, images, metadata, sampler
+from flux.conditioning.edit import ALPHA, Edit
+from flux.conditioning.pictures import Picture
 from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest
 from flux.metadata import Recipe
 from flux.pipeline import FluxPipeline
 from flux.trees import named_arrays
 
+OPAQUE = 255
+UNMASKED_STRENGTH = 0.75  # where a request says none: from noise alone nothing of the picture would be left
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
 Say = Callable[..., None]
 
@@ -45,7 +49,8 @@ class Job:
     """A request, as the server sends it. model, adapters: for people; the files are what is read.
 
     size: (height, width). room: bytes that the model may take, None for as many as it likes.
-    compression: 0 to 100, of JPEG and WebP.
+    compression: 0 to 100, of JPEG and WebP. image, mask: [name, base64] of a file that is changed, and of one
+    that is transparent where it changes or, without transparency, white.
     """
 
     id: int
@@ -64,6 +69,9 @@ class Job:
     partial_images: int = 0
     compression: int | None = None
     room: int | None = None
+    image: list[str] | None = None
+    mask: list[str] | None = None
+    strength: float | None = None
 
 
 class Generator:
@@ -87,6 +95,7 @@ class Generator:
             job.steps,
             job.guidance,
             job.cfg_scale,
+            edit=edit_of(job),
         ).resolved(pipeline)
         self._say(job.id, "started", size=request.image_size, bytes=bytes_of(pipeline))
         preview = Preview(pipeline, request, job.partial_images)
@@ -144,8 +153,9 @@ class Preview:
         self._pipeline = pipeline
         tokens = height // 2 * (width // 2)
         shift = pipeline.spec.shift
-        self._times = sampler.timesteps(request.steps, tokens, shift, request.schedule)
-        last = request.steps - 1  # after it comes the picture itself
+        times = sampler.timesteps(request.steps, tokens, shift, request.schedule)
+        self._times = sampler.from_strength(times, request.strength)
+        last = len(self._times) - 2  # after it comes the picture itself
         self._steps = {last * (i + 1) // (count + 1) for i in range(count)} if last else set[int]()
         self._before: mx.array | None = None
 
@@ -154,7 +164,10 @@ class Preview:
 
         Along the straight way from noise to picture: x - t * (x' - x) / (t' - t).
         """
-        before = self._pipeline.noise(request.seeds, request.latent_size) if step == 0 else self._before
+        before = self._before
+        if step == 0:  # a picture that is changed may begin with another latent: it has no preview then
+            is_noise = request.strength == 1
+            before = self._pipeline.noise(request.seeds, request.latent_size) if is_noise else None
         self._before = x
         if step not in self._steps or before is None:
             return None
@@ -163,13 +176,46 @@ class Preview:
         return generation.decode(self._pipeline, request, [picture])[0]
 
 
+def edit_of(job: Job) -> Edit | None:
+    """What a request changes. Without a mask the picture's own transparency is one."""
+    if job.image is None:
+        return None
+    image = read_picture(job.image)
+    mask: Picture | str | None = None
+    if job.mask is not None:
+        mask = read_mask(read_picture(job.mask))
+    elif image.alpha is not None and image.alpha.min() < OPAQUE:
+        mask = ALPHA
+    strength = (UNMASKED_STRENGTH if mask is None else 1.0) if job.strength is None else job.strength
+    return Edit(image, strength, mask)
+
+
+def read_picture(file: list[str]) -> Picture:
+    """The picture of [name, base64]."""
+    name, content = file
+    return Picture.from_bytes(name, base64.b64decode(content))
+
+
+def read_mask(picture: Picture) -> Picture:
+    """A mask of OpenAI's, which is transparent where the picture changes, as one of ours, white there."""
+    if picture.alpha is None:
+        return picture
+    return Picture.from_array(np.repeat(OPAQUE - picture.alpha[..., None], 3, axis=2))
+
+
 def recipe_of(job: Job, request: ResolvedRequest, pipeline: FluxPipeline) -> Recipe:
     """What the pictures remember of how they were made, without paths of this machine."""
     options = {name: getattr(request, name) for name in ("steps", "guidance", "cfg_scale", "negative_prompt")}
     options |= {"model": job.model, "dtype": str(pipeline.flow.dtype).removeprefix("mlx.core.")}
     adapters = [(name, strength) for name, strength in job.adapters]
-    count = len(job.seeds)
-    return Recipe((job.prompt,), job.seeds[0], count, 1, options, adapters, request.image_size)
+    made_from = {}
+    if request.edit is not None:
+        image = request.edit.image
+        options |= {"image": image.name, "strength": request.edit.strength}
+        options |= {"mask": job.mask[0] if job.mask else request.edit.mask}
+        made_from = {image.name: image.sha256}
+    count, size = len(job.seeds), request.image_size
+    return Recipe((job.prompt,), job.seeds[0], count, 1, options, adapters, size, pictures=made_from)
 
 
 def encoded(

@@ -1,5 +1,7 @@
 """What a request can be refused for: a status and one sentence."""
 
+from typing import Any
+
 from flux.errors import FluxError
 
 
@@ -39,3 +41,13 @@ def wrong(sentence: str) -> Problem:
 def too_many(sentence: str) -> Problem:
     """429: the server has enough to do."""
     return Problem(429, sentence)
+
+
+def sentence_of(errors: list[Any]) -> str:
+    """What is wrong with a request, in one line."""
+    lines = []
+    for each in errors[:5]:
+        where = ".".join(str(part) for part in each["loc"] if part not in ("body", "query", "path"))
+        lines.append(f"{where}: {each['msg']}" if where else each["msg"])
+    text = "; ".join(lines) + ("; and more" if len(errors) > 5 else "")
+    return text.encode("ascii", "backslashreplace").decode()[:1000]

@@ -13,7 +13,7 @@ from flux import images
 from flux.pipeline import FluxPipeline
 from flux.server.generator import Generator, Job
 
-from .serving import TINY, processes_of, write_dataset
+from .serving import TINY, png, processes_of, write_dataset
 
 FAST = {"steps": 4, "seed": 7}
 
@@ -83,6 +83,75 @@ def test_adapters(server, client, alone):
     assert made(1.0) != alone[0].tolist()
     with pytest.raises(openai.NotFoundError, match="there is no adapter 'absent'"):
         client.images.generate(prompt="x", extra_body={"adapters": [{"name": "absent"}]})
+
+
+def form(content: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(content).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def before() -> np.ndarray:
+    """A picture (H, W, 3) with something to see."""
+    return np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+
+
+def test_a_picture_is_changed_where_the_mask_is_transparent(client, before):
+    mask = np.full((64, 64, 4), 255, np.uint8)
+    mask[16:48, 16:48, 3] = 0
+    asked = {"image": ("a.png", form(before)), "mask": ("m.png", form(mask)), "prompt": "a red apple"}
+    stream = client.images.edit(**asked, stream=True, partial_images=1, extra_body={"steps": 4, "seed": 7})
+    events = list(stream)
+    assert [event.type for event in events] == ["image_edit.partial_image", "image_edit.completed"]
+    made = picture(events[-1].b64_json)
+    is_free = mask[..., 3] == 0
+    assert (made[~is_free] == before[~is_free]).all()  # to the bit
+    assert (made[is_free] != before[is_free]).mean() > 0.5
+    text = Image.open(io.BytesIO(base64.b64decode(events[-1].b64_json))).text
+    assert (text["image"], text["mask"], text["strength"]) == ("a.png", "m.png", "1.0")
+
+
+def test_a_picture_is_changed_by_its_own_transparency(client, before):
+    image = np.dstack([before, np.full((64, 64), 255, np.uint8)])
+    image[:32, :, 3] = 0
+    answer = client.images.edit(image=form(image), prompt="a red apple", extra_body={"steps": 2, "seed": 1})
+    made = picture(answer.data[0].b64_json)
+    assert (made[32:] == before[32:]).all()
+    assert (made[:32] != before[:32]).mean() > 0.5
+
+
+def test_the_whole_picture_is_changed_by_strength(client, before):
+    def made(strength: float) -> np.ndarray:
+        asked = {"image": form(before), "prompt": "a red apple"}
+        body = {"steps": 8, "seed": 1, "strength": strength, "adapters": "[]"}
+        return picture(client.images.edit(**asked, extra_body=body).data[0].b64_json).astype(int)
+
+    little, much = (np.abs(made(strength) - before).mean() for strength in (0.25, 1.0))
+    assert little < much
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "words"),
+    [
+        ({}, {"prompt": "x"}, "form"),
+        ({"mask": b""}, {"prompt": "x"}, "mask is not a picture"),
+        ({"image": b"no picture"}, {"prompt": "x"}, "image is not a picture"),
+        ({"image": png()}, {}, "prompt: Field required"),
+        ({"image": png()}, {"prompt": "x", "strength": "2"}, "strength: "),
+        ({"image": png(), "mask": png((64, 32))}, {"prompt": "x"}, "one aspect ratio"),
+        ({"image": png()}, {"prompt": "x", "adapters": "{"}, "adapters: not JSON"),
+    ],
+)
+def test_edits_that_are_refused(server, files, fields, words):
+    answer = server.http.post("/v1/images/edits", files=files, data=fields)
+    assert answer.status_code == 422, answer.text
+    assert words in answer.json()["detail"]
+
+
+def test_one_picture_is_changed(client):
+    with pytest.raises(openai.UnprocessableEntityError, match="2 files `image` are given"):
+        client.images.edit(image=[png(), png()], prompt="x")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from flux.server import results
 from flux.server.folders import existing, inside
 from flux.server.jobs import Job
-from flux.server.problems import absent, wrong
+from flux.server.problems import absent, sentence_of, wrong
 from flux.server.routes.training import as_request, submit_captions, submit_training
 from flux.server.schemas import (
     AdapterView,
@@ -135,16 +135,6 @@ def event(name: str, data: Any, id: int | None = None) -> str:
 def detail(server: Server, job: Job) -> JobDetail:
     """A job with its request and log."""
     return JobDetail(**server.view(job), request=job.request, logs=server.logs(job, LINES))
-
-
-def sentence_of(errors: list[Any]) -> str:
-    """What is wrong with a request, in one line."""
-    lines = []
-    for each in errors[:5]:
-        where = ".".join(str(part) for part in each["loc"] if part not in ("body", "query", "path"))
-        lines.append(f"{where}: {each['msg']}" if where else each["msg"])
-    text = "; ".join(lines) + ("; and more" if len(errors) > 5 else "")
-    return text.encode("ascii", "backslashreplace").decode()[:1000]
 
 
 # --- What trainings have made ---

@@ -8,10 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 
-from flux.server import pictures
+from flux.server import forms, pictures
 from flux.server.pictures import Event, Order
 from flux.server.problems import Problem, absent, conflict
-from flux.server.schemas import Made, ModelList, ModelView, PictureRequest, PicturesAnswer
+from flux.server.schemas import Made, ModelList, ModelView, PictureRequest, PicturesAnswer, edit_form
 from flux.server.security import answer
 from flux.server.state import State
 
@@ -44,6 +44,20 @@ async def generate(body: PictureRequest, server: State, request: Request) -> Any
     job = pictures.to_job(server.settings, body.model_dump(exclude_none=True), await server.room())
     order = server.painter.order(job, body.keep_alive)
     return await respond(order, body.stream, "image_generation", request)
+
+
+@router.post(
+    "/images/edits",
+    response_model=PicturesAnswer,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    openapi_extra=edit_form(),
+)
+async def edit(request: Request, server: State) -> Any:
+    """Change a picture where a mask is transparent; without one everywhere. A form, as OpenAI has it."""
+    body, files = await forms.read(request)
+    job = pictures.to_job(server.settings, body.model_dump(exclude_none=True), await server.room())
+    order = server.painter.order(job | files | {"strength": body.strength}, body.keep_alive)
+    return await respond(order, body.stream, "image_edit", request)
 
 
 async def respond(order: Order, stream: bool, kind: str, request: Request) -> Any:
