@@ -4,6 +4,7 @@ import dataclasses
 import typing
 from typing import Annotated, Any, Literal
 
+from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from flux.data.schema import Group, Subset
@@ -18,6 +19,7 @@ Id = Annotated[
     str | None,
     Field(pattern=NAME, description="yours: the same request with it is answered, not done again"),
 ]
+PathName = Annotated[str, Path(pattern=NAME)]
 TEXT = 10_000  # signs of a prompt
 SIZE = r"^(auto|[1-9][0-9]{1,4}x[1-9][0-9]{1,4})$"
 
@@ -232,17 +234,26 @@ class Status(BaseModel):
 # --- Jobs ---
 
 
-class JobRequest(BaseModel):
-    """Long work: `request` is what /train or /caption-images takes."""
+class TrainJob(BaseModel):
+    """A training, as /train takes it."""
+
+    kind: Literal["train"]
+    request: TrainRequest  # type: ignore[valid-type]
+
+
+class CaptionJob(BaseModel):
+    """Captions, as /caption-images takes them."""
 
     model_config = ConfigDict(
         json_schema_extra={
-            "examples": [{"kind": "caption", "id": "monday", "request": {"output_name": "my_dataset"}}]
+            "examples": [{"kind": "caption", "request": {"output_name": "my_dataset", "id": "monday"}}]
         }
     )
-    kind: Literal["train", "caption"]
-    id: Id = None
-    request: dict[str, Any]
+    kind: Literal["caption"]
+    request: CaptionRequest
+
+
+JobRequest = Annotated[TrainJob | CaptionJob, Field(discriminator="kind")]
 
 
 class JobView(BaseModel):

@@ -96,7 +96,7 @@ def test_kills_at_random_moments(server, straight):
     """Server, worker and program: any of them, or all. Nothing is lost and nothing is done twice."""
     random.seed(KILLS)
     id = server.ok("/train", output_name="killed", dataset="straight", **LONG)["run_id"]
-    other = server.ok("/jobs", kind="caption", id="after", request={"output_name": "straight"})["id"]
+    other = server.ok("/jobs", kind="caption", request={"output_name": "straight", "id": "after"})["id"]
     for _ in range(KILLS):
         time.sleep(random.uniform(0.2, 3.0))
         victims = processes_of(server.root)

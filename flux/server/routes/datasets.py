@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from fastapi.responses import FileResponse
 
 from flux.server import datasets
-from flux.server.schemas import CaptionText, DatasetPictures, DatasetView, PictureView
+from flux.server.schemas import CaptionText, DatasetPictures, DatasetView, PathName, PictureView
 from flux.server.state import Server, State
 
 router = APIRouter(tags=["datasets"])
@@ -29,7 +29,7 @@ def view(server: Server, name: str) -> DatasetView:
 
 
 @router.get("/datasets/{name}")
-def one_dataset(name: str, server: State) -> DatasetPictures:
+def one_dataset(name: PathName, server: State) -> DatasetPictures:
     """The pictures of a dataset with their captions."""
     found = datasets.pictures(server.folders, name)
     captions = datasets.captions(found)
@@ -45,12 +45,12 @@ def one_dataset(name: str, server: State) -> DatasetPictures:
 
 
 @router.get("/datasets/{name}/pictures/{file:path}", response_class=FileResponse)
-def picture(name: str, file: str, server: State) -> FileResponse:
+def picture(name: PathName, file: str, server: State) -> FileResponse:
     """A picture of a dataset."""
     return FileResponse(datasets.picture_file(server.folders, name, file))
 
 
 @router.put("/datasets/{name}/captions/{file:path}")
-def correct(name: str, file: str, body: CaptionText, server: State) -> CaptionText:
+def correct(name: PathName, file: str, body: CaptionText, server: State) -> CaptionText:
     """Correct the caption of a picture; the caption as it was written."""
     return CaptionText(caption=datasets.correct(server.folders, name, file, body.caption))

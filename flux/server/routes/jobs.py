@@ -7,21 +7,20 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import FileResponse, StreamingResponse
-from pydantic import ValidationError
 
 from flux.server import results
 from flux.server.folders import existing, inside
 from flux.server.jobs import Job
-from flux.server.problems import absent, sentence_of, wrong
+from flux.server.problems import absent
 from flux.server.routes.training import as_request, submit_captions, submit_training
 from flux.server.schemas import (
     AdapterView,
-    CaptionRequest,
     FileView,
     JobDetail,
     JobRequest,
     JobView,
-    TrainRequest,
+    PathName,
+    TrainJob,
 )
 from flux.server.state import Server, State
 
@@ -44,14 +43,10 @@ def all_jobs(
 @router.post("/jobs", status_code=201)
 def new_job(body: JobRequest, server: State) -> JobDetail:
     """Put a job into the queue without waiting for it."""
-    request = dict(body.request) | ({"id": body.id} if body.id else {})
-    try:
-        if body.kind == "train":
-            job, _ = submit_training(server, as_request(TrainRequest.model_validate(request)))
-        else:
-            job = submit_captions(server, CaptionRequest.model_validate(request))
-    except ValidationError as error:
-        raise wrong(sentence_of(error.errors())) from None
+    if isinstance(body, TrainJob):
+        job, _ = submit_training(server, as_request(body.request))
+    else:
+        job = submit_captions(server, body.request)
     return detail(server, job)
 
 
@@ -157,7 +152,7 @@ def adapter_view(run: str, file: str, status: Any) -> AdapterView:
 
 
 @router.get("/outputs/{name}")
-def output(name: str, server: State) -> list[FileView]:
+def output(name: PathName, server: State) -> list[FileView]:
     """The files of a run: adapters, sample pictures, the plot of its loss, its numbers and options."""
     folder = existing(server.folders.output(name), f"run {name}")
     found = []
@@ -174,7 +169,7 @@ def output(name: str, server: State) -> list[FileView]:
 
 
 @router.get("/outputs/{name}/{file:path}", response_class=FileResponse)
-def output_file(name: str, file: str, server: State) -> FileResponse:
+def output_file(name: PathName, file: str, server: State) -> FileResponse:
     """Download a file of a run."""
     folder = existing(server.folders.output(name), f"run {name}")
     path = inside(folder, file)
