@@ -177,8 +177,6 @@ def to_job(settings: Settings, request: Mapping[str, Any], room: int | None) -> 
     """
     if not request["prompt"].strip():
         raise wrong("the prompt is empty: say what the picture should show")
-    if request.get("background") == "transparent":
-        raise wrong("background must be opaque or auto: the model makes no transparency")
     name = model_name(settings, request.get("model"))
     adapters = request.get("adapters") or []
     files = commands.adapters(settings.folders, adapters)

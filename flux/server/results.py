@@ -11,6 +11,7 @@ from typing import Any
 
 TAIL = 65536  # bytes of a file's end that are read
 EVENTS, PLOT, SAMPLES, STATES = "events.jsonl", "loss.png", "progress", "states"
+ITERATIONS = re.compile(r"iteration \d+/(\d+) \||; (\d+) iterations")  # as the trainer says it
 EPOCH = re.compile(r"-(\d{6})\.safetensors")  # as the trainer numbers epochs
 
 
@@ -93,6 +94,12 @@ def last_update(folder: Path, since: float) -> dict[str, Any]:
         if line.get("event") == "update":
             return line
     return {}
+
+
+def iterations(lines: list[str]) -> int | None:
+    """How many iterations a training has in all, by the lines that it printed; None before it says so."""
+    said = [found[1] or found[2] for line in lines if (found := ITERATIONS.search(line))]
+    return int(said[-1]) if said else None
 
 
 def _object(text: str | bytes) -> dict[str, Any]:

@@ -309,13 +309,18 @@ class Error(BaseModel):
 # --- Pictures ---
 
 
+Unused = Annotated[str | None, Field(description="taken, as clients send it, without effect")]
+
+
 class PictureRequest(BaseModel):
-    """A request of OpenAI's images API; from `seed` on the fields are this server's.
+    """A request of OpenAI's images API; from `seed` on the fields are this server's."""
 
-    `quality`, `style`, `moderation` and `user` are taken and have no effect.
-    """
-
-    model_config = with_example(prompt="a red apple", size="512x512", n=1, seed=1, steps=20)
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"prompt": "a red apple", "size": "512x512", "n": 1, "seed": 1, "steps": 20}]
+        },
+    )
     prompt: str = Field(min_length=1, max_length=TEXT, pattern=r"\S")
     model: str | None = Field(
         None, max_length=300, pattern=PATH, description="of /v1/models; OpenAI's names: the server's"
@@ -325,7 +330,7 @@ class PictureRequest(BaseModel):
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="of jpeg and webp")
-    background: Literal["opaque", "auto", "transparent"] | None = None
+    background: Literal["opaque", "auto"] | None = None
     stream: bool = False
     partial_images: int | None = Field(None, ge=0, le=3)
     seed: int | None = Field(None, ge=0, le=2**63, description="of the first picture; the next have the next")

@@ -53,7 +53,8 @@ class Server:
         """The numbers of a training's last update; {} before it."""
         if not job.is_active or job.kind != "train" or job.started is None or job.state == QUEUED:
             return job.result
-        return results.last_update(self.folders.output(job.name), job.started)
+        update = results.last_update(self.folders.output(job.name), job.started)
+        return update | {"iterations": results.iterations(results.tail(self.folders.log(job.id)))}
 
     def view(self, job: Job) -> dict[str, Any]:
         """A job as clients see it."""

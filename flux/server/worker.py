@@ -184,7 +184,11 @@ class Worker:
 
     def _end(self, job: Job, state: str, message: str) -> None:
         folder = self._folders.output(job.name)
-        numbers = results.last_update(folder, job.started or 0.0) if job.kind == "train" else {}
+        numbers = {}
+        if job.kind == "train":
+            lines = results.tail(self._folders.log(job.id))
+            numbers = results.last_update(folder, job.started or 0.0)
+            numbers["iterations"] = results.iterations(lines)
         self._jobs.end(job.id, state, message, numbers)
 
     def _killed(self, job: Job) -> None:

@@ -5,12 +5,12 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Header, Query
 from fastapi.responses import FileResponse, StreamingResponse
 
 from flux.server import results
 from flux.server.folders import existing, inside
-from flux.server.jobs import Job
+from flux.server.jobs import QUEUED, Job
 from flux.server.problems import absent
 from flux.server.routes.training import as_request, submit_captions, submit_training
 from flux.server.schemas import (
@@ -78,7 +78,7 @@ def resume(id: str, server: State) -> JobView:
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
 )
 async def events(
-    id: str, server: State, request: Request, last_event_id: Annotated[str | None, Header()] = None
+    id: str, server: State, last_event_id: Annotated[str | None, Header()] = None
 ) -> StreamingResponse:
     """What happens in a job, as server-sent events: `state`, `step` with its numbers, `preview` with a URL.
 
@@ -88,37 +88,56 @@ async def events(
     start = (
         int(last_event_id) if last_event_id and last_event_id.isdecimal() and len(last_event_id) < 19 else 0
     )
-    stream = follow(server, job, start, request)
+    stream = follow(server, job, start)
     return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
 
-async def follow(server: Server, job: Job, start: int, request: Request) -> AsyncIterator[str]:
-    """The events of a job until it has ended."""
-    folder, shown, said, quiet = server.folders.output(job.name), set[str](), "", 0.0
+async def follow(server: Server, job: Job, start: int) -> AsyncIterator[str]:
+    """The events of a job until it has ended. start: the byte of its numbers to begin with."""
+    news, quiet = News(server, start), 0.0
     while True:
         job = await asyncio.to_thread(server.jobs.get, job.id)
-        is_over = not job.is_active
-        new: list[str] = []
-        if job.state != said:
-            said = job.state
-            new.append(event("state", server.view(job)))
-        if job.kind == "train" and job.state != "queued":
-            lines, start = await asyncio.to_thread(
-                results.updates, folder / results.EVENTS, start, job.started
-            )
-            new += [
-                event("step", line, start) for line in lines if line.get("event") in ("update", "validation")
-            ]
-            drawn = [path.name for path in results.samples(folder, job.started) if path.name not in shown]
-            new += [event("preview", {"url": f"/outputs/{job.name}/progress/{name}"}) for name in drawn]
-            shown.update(drawn)
-        for text in new or ([": still here\n\n"] if quiet >= HEARTBEAT else []):
-            quiet = 0.0
+        new = await asyncio.to_thread(news.of, job)
+        quiet = 0.0 if new else quiet + LOOK
+        if quiet >= HEARTBEAT:
+            new, quiet = [": still here\n\n"], 0.0
+        for text in new:
             yield text
-        if is_over:
+        if not job.is_active:
             return
         await asyncio.sleep(LOOK)
-        quiet += LOOK
+
+
+class News:
+    """What has happened in a job since one looked the last time."""
+
+    def __init__(self, server: Server, start: int):
+        self._server = server
+        self._start = start
+        self._state = ""
+        self._samples: set[str] = set()
+
+    def of(self, job: Job) -> list[str]:
+        """The events that are new."""
+        view, new = self._server.view(job), []
+        if job.state != self._state:
+            self._state = job.state
+            new.append(event("state", view))
+        if job.kind == "train" and job.state != QUEUED:
+            new += [*self._steps(job, view["iterations"]), *self._previews(job)]
+        return new
+
+    def _steps(self, job: Job, iterations: int | None) -> list[str]:
+        path = self._server.folders.output(job.name) / results.EVENTS
+        lines, self._start = results.updates(path, self._start, job.started)
+        lines = [line for line in lines if line.get("event") in ("update", "validation")]
+        return [event("step", line | {"iterations": iterations}, self._start) for line in lines]
+
+    def _previews(self, job: Job) -> list[str]:
+        found = results.samples(self._server.folders.output(job.name), job.started)
+        names = [path.name for path in found if path.name not in self._samples]
+        self._samples.update(names)
+        return [event("preview", {"url": f"/outputs/{job.name}/progress/{name}"}) for name in names]
 
 
 def event(name: str, data: Any, id: int | None = None) -> str:

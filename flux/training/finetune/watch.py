@@ -116,8 +116,7 @@ class Watch:
     def _log(self, trainer: Trainer, metrics: Means, seconds: float) -> None:
         optimizer, step, length = trainer.optimizer, trainer.step, self._length
         line: dict[str, Any] = {"event": "update", "update": step, "iteration": length.iterations_at(step)}
-        line |= {"iterations": length.iterations, "epoch": length.epoch_of(step)}
-        line |= {"loss": metrics["loss"], "norm": metrics.get("norm", 0.0)}
+        line |= {"epoch": length.epoch_of(step), "loss": metrics["loss"], "norm": metrics.get("norm", 0.0)}
         line |= {"rate": optimizer.learning_rate.item(), "seconds": round(seconds, 4)}
         if "prodigy" in optimizer.state:
             line["d"] = optimizer.state["prodigy"]["d"].item()
