@@ -71,9 +71,8 @@ def run() -> int:
         raise FluxError(f"{PACKAGES} ({error.name} is missing)") from None
     if found.host not in LOOPBACK and not found.token:
         print("warning: everyone who reaches this address may use the server: --token", file=sys.stderr)
-    uvicorn.run(
-        create_app(found), host=found.host, port=found.port, log_level="info", timeout_graceful_shutdown=5
-    )
+    quiet = {"access_log": False, "timeout_graceful_shutdown": 5}  # seconds
+    uvicorn.run(create_app(found), host=found.host, port=found.port, log_level="info", **quiet)
     return 0
 
 

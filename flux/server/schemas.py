@@ -20,6 +20,7 @@ Id = Annotated[
     Field(pattern=NAME, description="yours: the same request with it is answered, not done again"),
 ]
 PathName = Annotated[str, Path(pattern=NAME)]
+MOST_SEED = 2**53 - 10  # JSON's numbers are exact up to there, also those of ten pictures
 TEXT = 10_000  # signs of a prompt
 SIZE = r"^(auto|[1-9][0-9]{1,4}x[1-9][0-9]{1,4})$"
 
@@ -333,7 +334,9 @@ class PictureRequest(BaseModel):
     background: Literal["opaque", "auto"] | None = None
     stream: bool = False
     partial_images: int | None = Field(None, ge=0, le=3)
-    seed: int | None = Field(None, ge=0, le=2**63, description="of the first picture; the next have the next")
+    seed: int | None = Field(
+        None, ge=0, le=MOST_SEED, description="of the first picture; the next have the next"
+    )
     steps: int | None = Field(None, ge=1, le=500)
     guidance: float | None = Field(None, ge=0, le=100)
     negative_prompt: str | None = Field(None, max_length=TEXT)
