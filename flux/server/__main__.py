@@ -11,6 +11,7 @@ from flux.server.folders import Folders
 from flux.server.settings import LOOPBACK, Settings, port_of, read_env_file, root_of, storage_of
 
 PACKAGES = "the server needs more packages: pip install -r requirements-server.txt"
+GRACE = 5  # seconds for requests that are at work when the server ends
 EPILOG = """The environment, or a file .env in the working folder, may say PORT, MOUNT_PATH (the folder that
 flux_train/ with datasets, outputs, models and logs is in), CLOUD_STORAGE_TYPE (S3 or GCS) with FS_PATH (the
 bucket that results are copied to), HOST and FLUX_TOKEN. The command line goes before it."""
@@ -71,8 +72,13 @@ def run() -> int:
         raise FluxError(f"{PACKAGES} ({error.name} is missing)") from None
     if found.host not in LOOPBACK and not found.token:
         print("warning: everyone who reaches this address may use the server: --token", file=sys.stderr)
-    quiet = {"access_log": False, "timeout_graceful_shutdown": 5}  # seconds
-    uvicorn.run(create_app(found), host=found.host, port=found.port, log_level="info", **quiet)
+    uvicorn.run(
+        create_app(found),
+        host=found.host,
+        port=found.port,
+        access_log=False,
+        timeout_graceful_shutdown=GRACE,
+    )
     return 0
 
 
