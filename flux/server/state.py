@@ -76,7 +76,8 @@ class Server:
 
     # --- Memory ---
 
-    def _room(self) -> int | None:
+    def room_now(self) -> int | None:
+        """Bytes that a running training leaves for pictures; None where none runs."""
         running = [job for job in self.jobs.active() if job.state == RUNNING and job.kind == "train"]
         if not running:
             return None
@@ -90,8 +91,8 @@ class Server:
         return max(expected, self.numbers(job).get("peak_memory", 0))
 
     async def room(self) -> int | None:
-        """Bytes that a running training leaves for pictures; None where none runs."""
-        return await asyncio.to_thread(self._room)
+        """As `room_now`, beside other requests."""
+        return await asyncio.to_thread(self.room_now)
 
     # --- Beside the requests ---
 

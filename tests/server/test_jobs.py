@@ -92,6 +92,16 @@ def test_cancel_and_resume_to_the_bit(server, straight):
     assert iterations(server.root / "outputs/cancelled") == list(range(1, ITERATIONS + 1))
 
 
+def test_a_finished_run_is_kept_beside_a_new_one(server):
+    """Its states are older than the new job: that does not go on from them."""
+    write_dataset(server, "again", 1)
+    body = {"output_name": "again", "iterations": 1, **TINY}
+    for _ in range(2):
+        server.wait(server.ok("/train", **body)["run_id"], "done")
+    assert (server.root / "outputs/again.1/again.safetensors").is_file()
+    assert (server.root / "outputs/again/again.safetensors").is_file()
+
+
 def test_kills_at_random_moments(server, straight):
     """Server, worker and program: any of them, or all. Nothing is lost and nothing is done twice."""
     random.seed(KILLS)
