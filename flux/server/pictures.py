@@ -162,6 +162,13 @@ class Painter:
                 self._process.kill()
         self._process = None
 
+    async def close(self) -> None:
+        """As `leave`, and wait until the generator has ended."""
+        process = self._process
+        self.leave()
+        if process is not None:
+            await process.wait()
+
 
 def _error(message: str) -> Event:
     return {"event": "error", "status": 409, "message": message}

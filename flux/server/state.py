@@ -100,11 +100,14 @@ class Server:
         """Keep a worker going for as long as there is work, and make room for it."""
         while True:
             await asyncio.to_thread(self.keep_worker)
-            if self.painter.is_loaded and not self.painter.is_at_work:
-                room = await self.room()
-                if room is not None and room < self.painter.size:
-                    self.painter.leave()
+            await self._make_room()
             await asyncio.sleep(LOOK)
+
+    async def _make_room(self) -> None:
+        """Let an idle model go that does not fit beside a training."""
+        room = await self.room() if self.painter.is_loaded else None
+        if room is not None and room < self.painter.size and not self.painter.is_at_work:
+            await self.painter.close()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -116,7 +119,7 @@ class Server:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self.painter.leave()
+            await self.painter.close()
 
 
 def of_request(request: Request) -> Server:
