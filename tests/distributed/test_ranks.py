@@ -2,9 +2,13 @@
 
 import json
 import platform
+import random
+import re
 import shutil
 import signal
+import subprocess
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +20,7 @@ from flux import __version__, images
 from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard_range
 from flux.errors import FluxError
-from tests import tiny_pipeline
+from tests import redux_files, tiny_pipeline
 
 from .launch import ROOT, TIMEOUT, by_hand, run_program
 
@@ -36,6 +40,7 @@ MANY = (
     "many.png",
 )
 MANY = (*MANY, "--cfg-scale", "2", "--negative-prompt", "two green birds", "--decoding-batch-size", "2")
+REDUX = ("--redux", "cat.png:0.8", "--redux-model", "redux")  # rank 0 alone has the picture
 SPLIT = ("--model", "tiny", "--steps", "2", "--force-shard", *COMMON, "--output", "split.png", PROMPT)
 EDIT = ("--image", "photo.png", "--mask", "mask.png", "--strength", "0.8")  # rank 0 alone has these
 ONE = (
@@ -50,6 +55,7 @@ ONE = (
     "32x48",
     "--output",
     "one.png",
+    *REDUX,
     PROMPT,
 )
 FOLDER = (
@@ -63,6 +69,7 @@ FOLDER = (
     "--n-images",
     "2",
     *COMMON,
+    *REDUX,
     "--output",
     "made",
 )
@@ -104,10 +111,12 @@ def prepare(folder: Path, rank: int, model: Path) -> None:
     """What a rank's machine has; prompts are on rank 0 alone."""
     folder.mkdir()
     (folder / "model").symlink_to(model)
+    redux_files.write_diffusers(folder / "redux")
     own = mx.load(str(next((model / "transformer").glob("*.safetensors"))))
     own["x_embedder.bias"] = own["x_embedder.bias"] + (rank == 1)
     mx.save_safetensors(str(folder / "own.safetensors"), own)
     if rank == 0:
+        images.save(folder / "cat.png", np.arange(40 * 32 * 3, dtype=np.uint8).reshape(40, 32, 3))
         shutil.copy(next((model / "vae").glob("*.safetensors")), folder / "only0.safetensors")
         (folder / "prompts.txt").write_text(f"{PROMPT}\ntwo green birds\n")
         photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
@@ -310,8 +319,82 @@ def test_a_rank_that_does_not_come(tmp_path, monkeypatch):
             assert err == f"error: rank {rank} ({platform.node()}): {why}\n"
 
 
+COMING_ONLY = """
+import mlx.core as mx, os, time
+if os.environ["MLX_RANK"] == "1":
+    mx.distributed.init()
+    time.sleep(600)
+"""
+
+
+def test_a_rank_that_comes_and_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUX_MEETING_TIMEOUT", "3")
+    with by_hand(2, ["-c", COMING_ONLY + WORKING], tmp_path) as ranks:
+        _, err = ranks[0].communicate(timeout=60)
+        assert (ranks[0].returncode, err.count("\n")) == (2, 1)
+    assert "rank 0 of 2" in err
+    assert "no word from another rank in" in err
+
+
 def test_a_bound_that_is_no_number(monkeypatch):
     for text in ("soon", "0", "-1", "nan", "inf"):
         monkeypatch.setenv("FLUX_MEETING_TIMEOUT", text)
         with pytest.raises(FluxError, match=f"FLUX_MEETING_TIMEOUT is '{text}'; it should be a"):
             Ranks()
+
+
+MARKING = """
+import os
+def mark(stage):
+    open(f"{stage}-{os.environ['MLX_RANK']}", "w").close()
+mark("begun")
+import flux, sys, time
+from flux.arguments import run_program
+mark("imported")
+def run(ranks):
+    mark("met")
+    for number in range(10**6):
+        ranks.barrier(patience=4)
+        if number == 3:
+            mark("working")
+        time.sleep(0.01)
+sys.exit(run_program(run))
+"""
+STAGES = ("", "begun", "imported", "met", "working")  # of a rank; "": it has only been started
+SECOND = 0.3  # at most, to the other kill
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_that_are_killed(tmp_path, monkeypatch, stage):
+    """Two groups of three at each stage, two kills in each: twenty in all. The third rank ends by itself.
+
+    Stages and not seconds, in which a slow machine has not even begun. The bound is in the line that the
+    third one ends with; a test that waits for ever would be this one's failure.
+    """
+    monkeypatch.setenv("FLUX_MEETING_TIMEOUT", "2")
+    chance = random.Random(STAGES.index(stage))
+    left: list[tuple[int, subprocess.Popen]] = []
+    with ExitStack() as stack:
+        for number in range(2):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            group = stack.enter_context(by_hand(3, ["-c", MARKING], folder))
+            first, second, third = chance.sample(range(3), 3)
+            if stage:
+                wait_for(folder / f"{stage}-{first}", group[first])
+            group[first].kill()
+            time.sleep(chance.uniform(0, SECOND))
+            group[second].kill()
+            left.append((third, group[third]))
+        for third, process in left:
+            _, err = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 2, err
+            (line,) = [line for line in err.splitlines() if not line.startswith("[ring]")]  # MLX's
+            assert line.startswith(f"error: rank {third} "), err
+            ends = "have not come in 2 s|no word from another rank in|another rank has ended|cannot meet"
+            assert re.search(ends, line), err

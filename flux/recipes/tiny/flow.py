@@ -7,7 +7,6 @@ DIR holds the latents (`python -m flux.recipes.tiny.latents`). Stopped at any mo
 last state in DIR.
 """
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flux import sampler
+from flux import jsonfiles, sampler
 from flux.arguments import described, run_program
 from flux.distributed.gradients import average_gradients
 from flux.distributed.ranks import Ranks
@@ -145,7 +144,7 @@ def load_tokenizers(run: Path) -> tuple[CLIPTokenizer, T5Tokenizer]:
 
 def make_model(run: Path, clip: CLIPTokenizer) -> TextToLatent:
     """The networks of a run, untrained. run: the folder with its tokenizers."""
-    vocabulary = json.loads((run / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    vocabulary = jsonfiles.read(run / "tokenizer" / "vocab.json")
     return TextToLatent(len(vocabulary), recipe.T5_VOCABULARY, clip.eos_token_id)
 
 
