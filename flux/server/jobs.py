@@ -88,7 +88,6 @@ class Jobs:
         db = sqlite3.connect(self._path, timeout=60, isolation_level=None)
         db.row_factory = sqlite3.Row
         try:
-            db.execute("pragma journal_mode=wal")
             yield db
         finally:
             db.close()
