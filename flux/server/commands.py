@@ -27,16 +27,8 @@ USUAL_FILES = {
     "ae": "ae.sft",
 }
 PARTS = tuple(USUAL_FILES)
-SET_HERE = (
-    "data",
-    "config",
-    "options",
-    "resume",
-    "output_dir",
-    "cache_dir",
-    "name",
-    "mask_dir",
-)  # not by clients
+# Options that clients may not give: they name files and folders.
+SET_HERE = ("data", "config", "options", "resume", "output_dir", "cache_dir", "name", "mask_dir")
 CAPTIONER = "florence2"  # the folder in models/
 
 
@@ -48,8 +40,10 @@ def train(folders: Folders, request: Mapping[str, Any], id: str) -> tuple[New, l
     name = checked(request["output_name"])
     dataset = request.get("dataset") or name
     config = existing(folders.config(dataset), f"dataset config {dataset}: /create-dataset-config makes it")
-    rest = {key: value for key, value in request.items() if value is not None}
-    rest = {key: value for key, value in rest.items() if key not in ("output_name", "dataset", "id")}
+    rest = {key: value for key, value in request.items() if key not in ("output_name", "dataset", "id")}
+    rest = {key.replace("-", "_"): value for key, value in rest.items() if value is not None}
+    if tables := [key for key, value in rest.items() if isinstance(value, Mapping)]:
+        raise wrong(f"{tables[0][:40]!a} should be an option with a value, not a table")
     options = {**_plain(folders, rest), **_networks(folders, rest)}
     options |= {"config": str(config), "output_dir": str(folders.output(name)), "name": name}
     given, notes = table_options(options)
@@ -65,7 +59,7 @@ def _plain(folders: Folders, request: Mapping[str, Any]) -> dict[str, Any]:
     """The options that name no file, by the names that they came with."""
     options: dict[str, Any] = {}
     for key, value in request.items():
-        ours = OURS.get(key, key).replace("-", "_")
+        ours = OURS.get(key, key)
         if ours in SET_HERE:
             raise wrong(f"{key} is set by the server: leave it out")
         if ours in ("adapter", "adapters"):
@@ -117,9 +111,7 @@ def adapters(folders: Folders, value: Any) -> list[tuple[str, float]]:
     """(file, strength) of adapters that are given as {name, strength}, or as "name:strength"."""
     found = []
     for each in value if isinstance(value, list | tuple) else [value]:
-        table = (
-            each if isinstance(each, Mapping) else dict(zip(("name", "strength"), _split(each), strict=True))
-        )
+        table = each if isinstance(each, Mapping) else _split(each)
         name, strength = table.get("name"), table.get("strength", 1.0)
         if not isinstance(name, str) or isinstance(strength, bool) or not isinstance(strength, int | float):
             raise wrong('an adapter is {"name": a run or a file, "strength": a number}')
@@ -127,12 +119,13 @@ def adapters(folders: Folders, value: Any) -> list[tuple[str, float]]:
     return found
 
 
-def _split(text: Any) -> tuple[Any, float]:
+def _split(text: Any) -> dict[str, Any]:
+    """Of "name:strength", where the strength may be left out."""
     name, _, strength = str(text).rpartition(":")
     try:
-        return name or text, float(strength) if name else 1.0
+        return {"name": name, "strength": float(strength)} if name else {"name": text}
     except ValueError:
-        return text, 1.0
+        return {"name": text}
 
 
 def adapter(folders: Folders, name: str) -> Path:

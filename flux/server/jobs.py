@@ -21,7 +21,8 @@ ACTIVE = (QUEUED, RUNNING)
 FILE = "jobs.sqlite"  # in logs/
 TABLE = """
 create table if not exists jobs (
-    number integer primary key autoincrement, id text unique not null, kind text not null, name text not null,
+    number integer primary key autoincrement, id text unique not null collate nocase,
+    kind text not null, name text not null collate nocase,
     request text not null, command text not null, options text not null, state text not null,
     message text not null default '', created real not null, started real, ended real,
     attempt integer not null default 1, cancel integer not null default 0, kills integer not null default 0,
@@ -65,7 +66,7 @@ class Job:
 
 @dataclass(frozen=True)
 class New:
-    """A job to be: see `Job`."""
+    """A job to be: see `Job`. Ids and names that differ in case alone are one, as some disks have it."""
 
     kind: str
     name: str

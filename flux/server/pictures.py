@@ -135,7 +135,7 @@ class Painter:
     async def _started(self) -> Process:
         if self._process is None or self._process.returncode is not None:
             words = [sys.executable, "-m", "flux.server.generator", str(self._settings.folders.root)]
-            with (self._settings.folders.logs / "generator.log").open("ab") as log:
+            with (self._settings.folders.logs / ".generator.log").open("ab") as log:
                 self._process = await asyncio.create_subprocess_exec(
                     *words, stdin=PIPE, stdout=PIPE, stderr=log, env=environment(), limit=LINE
                 )

@@ -49,7 +49,7 @@ def environment() -> dict[str, str]:
 def spawn(folders: Folders) -> subprocess.Popen:
     """Start a worker, which goes on when the server ends."""
     words = [sys.executable, "-m", "flux.server.worker", str(folders.root)]
-    with (folders.logs / "worker.log").open("ab") as log:
+    with (folders.logs / ".worker.log").open("ab") as log:
         return subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(), start_new_session=True
         )
@@ -115,6 +115,7 @@ class Worker:
 
     def _start(self, job: Job, descriptor: int) -> None:
         base = str(self._folders.logs / f".{job.id}.{job.attempt}")
+        self._file(job, "pid").unlink(missing_ok=True)  # of a process that was killed
         with self._folders.log(job.id).open("ab") as log:
             subprocess.Popen(
                 ["sh", "-c", SHELL, base, *self._words(job)],
@@ -213,7 +214,7 @@ class Worker:
             results.publish(folder, job.name)
             files = results.shown(folder)
         else:
-            files = [path for path in self._folders.dataset(job.name).iterdir() if path.is_file()]
+            files = [path for path in self._folders.dataset(job.name).glob("*") if path.is_file()]
             files += [path for path in [self._folders.config(job.name)] if path.is_file()]
         if self._storage is None:
             return ""

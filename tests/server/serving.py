@@ -90,14 +90,11 @@ class Process:
         return job
 
 
-def processes_of(root: Path) -> list[int]:
+def processes_of(root: Path, word: str = "") -> list[int]:
     """The processes that have a server's folder in their command line: worker, programs, generator."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            if str(root).encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-    return [pid for pid in found if pid != os.getpid()]
+    listed = subprocess.run(["ps", "-axww", "-o", "pid=,command="], capture_output=True, text=True).stdout
+    lines = [line for line in listed.splitlines() if str(root) in line and word in line]
+    return [pid for line in lines if (pid := int(line.split()[0])) != os.getpid()]
 
 
 @contextmanager

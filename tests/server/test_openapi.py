@@ -19,7 +19,7 @@ import hypothesis  # noqa: E402
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from schemathesis import GenerationMode  # noqa: E402
 
-EXAMPLES = int(os.environ.get("FLUX_TEST_EXAMPLES", "3"))  # of each operation and kind
+EXAMPLES = int(os.environ.get("FLUX_TEST_EXAMPLES", "2"))  # of each operation and kind
 
 
 @pytest.fixture(scope="module")
