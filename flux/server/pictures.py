@@ -119,6 +119,7 @@ class Painter:
             if not reading.done():
                 continue
             if not (line := reading.result()):
+                await self.close()
                 order.put(_error("the generator was ended: is there enough memory? Try again"))
                 return
             event = json.loads(line)

@@ -41,7 +41,7 @@ def page(server):
 
 def shot(page, name: str) -> None:
     if SHOTS:
-        page.screenshot(path=Path(SHOTS) / f"{name}.png")
+        page.screenshot(path=Path(SHOTS) / f"{name}.png", full_page=True)
 
 
 def test_a_run_is_watched_from_start_to_end(page):

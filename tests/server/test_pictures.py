@@ -2,6 +2,8 @@
 
 import base64
 import io
+import os
+import signal
 import time
 
 import numpy as np
@@ -200,6 +202,17 @@ def test_who_goes_away_stops_the_picture(server):
     start = time.monotonic()
     server.ok("/v1/images/generations", prompt="x", steps=1)
     assert time.monotonic() - start < 10
+
+
+def test_a_generator_that_is_killed(server):
+    body = {"prompt": "x", "steps": 500, "size": "192x192", "stream": True}
+    with server.http.stream("POST", "/v1/images/generations", json=body) as stream:
+        for pid in generators(server):
+            os.kill(pid, signal.SIGKILL)
+        lines = list(stream.iter_lines())
+    assert lines[0] == "event: error"
+    assert "the generator was ended" in lines[1]
+    server.ok("/v1/images/generations", prompt="x", steps=1)
 
 
 def test_a_model_that_does_not_fit_is_refused():
