@@ -1,4 +1,4 @@
-"""`python -m flux.server`: datasets, trainings and pictures over HTTP, with this project's own programs."""
+"""Datasets, trainings and pictures over HTTP, with this project's own programs: python -m flux.server"""
 
 import os
 import sys
@@ -20,7 +20,7 @@ bucket that results are copied to), HOST and FLUX_TOKEN. The command line goes b
 def build_parser() -> Parser:
     """The program's arguments. What is not given is left to the environment."""
     parser = described(__doc__)
-    parser.epilog = EPILOG
+    parser.prog, parser.epilog = "python -m flux.server", EPILOG
     add = parser.add_argument_group("where").add_argument
     add("--host", help="address to listen on (default 127.0.0.1: this machine alone)")
     add("--port", help="default 8000; 0 takes a free one")

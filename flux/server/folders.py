@@ -85,6 +85,12 @@ def inside(folder: Path, relative: str) -> Path:
     return path
 
 
+def own_folders(folder: Path) -> list[str]:
+    """The names of the folders in a folder, without hidden ones and links."""
+    found = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
+    return sorted(path.name for path in found if path.name[0] != ".")
+
+
 def existing(path: Path, what: str) -> Path:
     """The path. Problem 404 where it is not there."""
     try:

@@ -106,6 +106,7 @@ def test_links_lead_nowhere(guarded):
     (guarded.root / "datasets/linked").symlink_to(outside)
     (guarded.root / "outputs/run").mkdir()
     (guarded.root / "outputs/run/run.safetensors").symlink_to("/etc/passwd")
+    assert "linked" not in [each["name"] for each in guarded.http.get("/datasets").json()]
     for path in (
         "/datasets/linked",
         "/datasets/linked/pictures/image.png",
