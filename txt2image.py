@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from flux import arguments, images, metadata, sampler
 from flux.arguments import check_folder, run_program
-from flux.conditioning import Edit, Picture
+from flux.conditioning import ControlInput, Edit, Picture
 from flux.conditioning.edit import ALPHA
 from flux.conditioning.pictures import read_bytes
 from flux.conditioning.redux import check_strength
@@ -95,7 +95,8 @@ def read_pictures(args: argparse.Namespace, ranks: Ranks) -> dict[str, Picture]:
 def picture_names(args: argparse.Namespace) -> list[str]:
     """The picture files that the arguments name, each once."""
     mask = None if args.mask == ALPHA else args.mask
-    names = [args.image, mask, *(name for name, _ in args.redux or ())]
+    names = [args.image, mask, *(args.reference or ()), *(args.control or ())]
+    names += [name for name, _ in args.redux or ()]
     return list(dict.fromkeys(name for name in names if name))
 
 
@@ -112,12 +113,15 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
         shift=args.shift,
         noise=args.noise,
         rounding=args.rounding,
+        controlnets=args.controlnet or (),
         redux=(args.redux_model or registry.REDUX) if args.redux else None,
         siglip=args.siglip,
         **{part: getattr(args, part) for part in PARTS},
     )
     if args.quantize and ranks.is_rank_zero:
-        line = quantize.report(args.quantize, transformer=pipeline.flow, T5=pipeline.t5)
+        networks = {"transformer": pipeline.flow, "T5": pipeline.t5}
+        networks |= {f"ControlNet {i + 1}": n for i, n in enumerate(pipeline.controlnets.networks)}
+        line = quantize.report(args.quantize, **networks)
         print(f"quantized: {line}", file=sys.stderr)
     return pipeline
 
@@ -139,7 +143,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         for name in metadata.REPEATED:
             lines = str(recipe.pop(name, "")).splitlines()
             if not getattr(args, name):  # not as a default: one that is given would be added to it
-                argv = [*(f"--{name}={line}" for line in lines), *argv]
+                argv = [*(f"--{name.replace('_', '-')}={line}" for line in lines), *argv]
         parser.set_defaults(**recipe)
         args = parser.parse_intermixed_args(argv)
         prompts = prompts or its_prompts
@@ -155,7 +159,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def read_workflow(args: argparse.Namespace, prompts: list[str]) -> tuple[dict[str, object], list[str]]:
     """A workflow's options and prompt; shows them as a command line, and what ComfyUI does otherwise."""
     workflow = comfyui.read(args.workflow)
-    given = [name for name in (*PARTS, "adapter") if getattr(args, name)]
+    given = [name for name in (*PARTS, "adapter", "reference") if getattr(args, name)]
     options = to_options(workflow, args.model, given)
     its_prompts = arguments.find_prompts([workflow.prompt], None, None)
     for note in workflow.notes:
@@ -172,6 +176,7 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
     if args.image is None:
         check_no_edit(args)
+    check_controlnets(args)
     if not args.redux and (args.redux_blend or args.redux_model or args.siglip):
         raise FluxError("--redux-blend, --redux-model and --siglip are of pictures; name one with --redux")
     for name, strength in args.redux or ():
@@ -198,6 +203,26 @@ def check_no_edit(args: argparse.Namespace) -> None:
             raise FluxError(f"--{name.replace('_', '-')} needs the picture that is changed: --image")
 
 
+def check_controlnets(args: argparse.Namespace) -> None:
+    """FluxError for options of control pictures that do not go together."""
+    number, pictures = len(args.controlnet or ()), len(args.control or ())
+    for name in metadata.CONTROLNETS:
+        if getattr(args, name) and name != "control" and not number:
+            raise FluxError(f"--{name.replace('_', '-')} is of a ControlNet; name it with --controlnet")
+    if args.control_edges and not pictures:
+        raise FluxError("--control-edges is of a control picture; name it with --control")
+    if not number and pictures > 1:
+        raise FluxError("--control is given once for a model, or once for each --controlnet")
+    if number and number != pictures:
+        raise FluxError(
+            f"{number} ControlNet(s) and {pictures} control picture(s): give a --control for each, in order"
+        )
+    for name in metadata.CONTROLNETS if number else ():
+        if len(getattr(args, name) or ()) not in (0, 1, number):
+            option = f"--{name.replace('_', '-')}"
+            raise FluxError(f"{option}: give one for all ControlNets, or {number}, one for each")
+
+
 # --- Pictures ---
 
 
@@ -217,6 +242,10 @@ def to_requests(
         schedule=args.schedule,
         clip_prompt=args.clip_prompt,
         edit=to_edit(args, pictures),
+        references=tuple(pictures[name] for name in args.reference or ()),
+        control=pictures[args.control[0]] if args.control and not args.controlnet else None,
+        control_edges=args.control_edges and not args.controlnet,
+        controlnets=to_controls(args, pictures),
         solver=args.solver,
         redux=tuple((pictures[name], strength) for name, strength in args.redux or ()),
         redux_blend=args.redux_blend,
@@ -240,6 +269,32 @@ def to_edit(args: argparse.Namespace, pictures: Mapping[str, Picture]) -> Edit |
         feather=args.feather,
         crop_mask=args.crop_mask,
         keep=not args.no_keep,
+    )
+
+
+def to_controls(args: argparse.Namespace, pictures: Mapping[str, Picture]) -> tuple[ControlInput, ...]:
+    """What each ControlNet is told."""
+    number = len(args.controlnet or ())
+    if not number:
+        return ()
+
+    def each(given: list | None, default: object) -> list:
+        values = given or [default]
+        return values if len(values) == number else values * number
+
+    given = zip(
+        args.control or (),
+        each(args.control_mode, None),
+        each(args.control_strength, 1.0),
+        each(args.control_start, 0.0),
+        each(args.control_end, 1.0),
+        strict=True,
+    )
+    return tuple(
+        ControlInput(
+            pictures[name], None if mode == "none" else mode, strength, start, end, args.control_edges
+        )
+        for name, mode, strength, start, end in given
     )
 
 

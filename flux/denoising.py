@@ -6,8 +6,9 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from flux import sampler
-from flux.conditioning import PictureConditioning, TextConditioning
-from flux.models.transformer import Flux, ModulationVectors
+from flux.conditioning import ControlNets, PictureConditioning, TextConditioning
+from flux.conditioning.controlnets import NO_CONTROLNETS, Control
+from flux.models.transformer import Flux, ModulationVectors, Residuals
 from flux.solvers import SOLVERS
 
 
@@ -36,6 +37,7 @@ class Plan(NamedTuple):
     cfg_scale: float
     pictures: PictureConditioning
     solver: str  # of SOLVERS
+    controls: tuple[Control, ...] = ()  # of each ControlNet
 
 
 def prepare_branch(
@@ -57,26 +59,28 @@ def prepare_branch(
     )
 
 
-def denoise(flow: Flux, plan: Plan) -> Iterator[mx.array]:
+def denoise(flow: Flux, plan: Plan, controlnets: ControlNets = NO_CONTROLNETS) -> Iterator[mx.array]:
     """Yield the packed latent (B, L, channels), float32, after each step.
 
     With a negative prompt every step is two passes rather than one batch of two: this takes half the
-    memory, and the prompts may differ in length.
+    memory, and the prompts may differ in length. ControlNets are told the prompt alone, and what they add
+    serves both passes, as in diffusers.
     """
     noise, pictures = plan.x, plan.pictures
     if noise is None:
         raise ValueError("the plan was prepared without noise: plan._replace(x=noise)")
 
-    def branch_velocity(branch: Branch, x: mx.array, step: int) -> mx.array:
+    def branch_velocity(branch: Branch, x: mx.array, step: int, added: Residuals | None) -> mx.array:
         text = mx.broadcast_to(branch.text, (len(x), *branch.text.shape[1:]))
-        v = flow.denoise(with_pictures(x, pictures), text, branch.positions, branch.modulation[step])
+        v = flow.denoise(with_pictures(x, pictures), text, branch.positions, branch.modulation[step], added)
         return v[:, : x.shape[1]].astype(mx.float32)
 
     def velocity(x: mx.array, step: int) -> mx.array:
-        v = branch_velocity(plan.positive, x, step)
+        added = controlnets.residuals(plan.controls, flow.params, x, step)
+        v = branch_velocity(plan.positive, x, step, added)
         if plan.negative is None:
             return v
-        return sampler.guide(v, branch_velocity(plan.negative, x, step), plan.cfg_scale)
+        return sampler.guide(v, branch_velocity(plan.negative, x, step, added), plan.cfg_scale)
 
     def project(x: mx.array, step: int) -> mx.array:
         return pictures.put_back(x, noise, plan.times, step)

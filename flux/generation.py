@@ -4,54 +4,35 @@ A picture depends on its request and seed only: it comes out the same alone, amo
 rank. So pictures are denoised one by one: in a batch, sums would be in another order.
 """
 
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
-from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
 from flux import images, sampler
-from flux.conditioning import Edit, Picture, PictureConditioning
+from flux.conditioning import ControlInput, Edit, Picture, variants
 from flux.conditioning.encoded import NO_PICTURES
-from flux.conditioning.redux import appended, blended, check_strength, count_tokens
-from flux.denoising import Conditioning, Plan
+from flux.conditioning.redux import check_strength, count_tokens
+from flux.denoising import Plan
 from flux.distributed.ranks import PATIENCE, Ranks
+from flux.encoding import Encoded, TextKey, encode
 from flux.errors import FluxError
 from flux.jsonfiles import shown
 from flux.solvers import SOLVERS
+from flux.stages import Stages
 
 if TYPE_CHECKING:
     from flux.pipeline import FluxPipeline
 
 # Up to so many plans, their modulation takes less memory than the weights that it is made with.
 MAX_PLANS = 16
-
-TextKey = tuple[str, str | None, str | None]
-
-
-class Encoded(NamedTuple):
-    """What encoders say of requests, evaluated: of texts, by `ResolvedRequest.texts`, and of pictures."""
-
-    texts: dict[TextKey, Conditioning]
-    pictures: Mapping["ResolvedRequest", PictureConditioning] = MappingProxyType({})  # by `.pictures`
-    redux: Mapping[Picture, mx.array] = MappingProxyType({})  # the tokens (1, N, C) of each picture
-
-    def conditioning(self, request: "ResolvedRequest") -> Conditioning:
-        """A request's texts, the prompt's with the tokens of its pictures; lazily."""
-        texts = self.texts[request.texts]
-        if not request.redux:
-            return texts
-        combine = blended if request.redux_blend else appended
-        pictures = [(self.redux[picture], strength) for picture, strength in request.redux]
-        return texts._replace(positive=combine(texts.positive, pictures))
 
 
 @dataclass(frozen=True)
@@ -61,8 +42,12 @@ class Request:
     image_size: (height, width) in pixels. guidance: FLUX's, an input of the network. cfg_scale: true
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
-    solver: of `flux.solvers.SOLVERS`. edit: a picture that is changed; `image_size` is then what it is fitted
-    to, see `Edit.canvas`.
+    solver: of `flux.solvers.SOLVERS`. edit: a picture that is changed; `image_size` is then what it is
+    fitted to, see `Edit.canvas`.
+    references: pictures that Kontext changes; the first one has the size that is made where there is none.
+    control: what Canny and Depth follow, a picture of edges or of depth; it is cut to the size that is made.
+    control_edges: it is a photo, whose edges are meant.
+    controlnets: one for each of the pipeline's, in their order.
     redux: pictures that FLUX.1 Redux reads beside the prompt, each with its strength, above 0 to 1; they do
     not count for the negative prompt. redux_blend: they are mixed into one, instead of one after the other.
     """
@@ -77,6 +62,10 @@ class Request:
     schedule: str = "model"
     clip_prompt: str | None = None
     edit: Edit | None = None
+    references: tuple[Picture, ...] = ()
+    control: Picture | None = None
+    control_edges: bool = False
+    controlnets: tuple[ControlInput, ...] = ()
     solver: str = "euler"
     redux: tuple[tuple[Picture, float], ...] = ()
     redux_blend: bool = False
@@ -88,6 +77,7 @@ class Request:
         settings that make no picture.
         """
         spec = pipeline.spec
+        variants.check(spec, self.edit, self.references, self.control, self.control_edges)
         image_size, size = self._sizes(pipeline)
         request = ResolvedRequest(
             prompt=self.prompt,
@@ -101,13 +91,21 @@ class Request:
             schedule=self.schedule,
             clip_prompt=self.clip_prompt,
             edit=self.edit,
+            references=self.references,
+            control=self.control,
+            control_edges=self.control_edges,
+            controlnets=self.controlnets,
             solver=self.solver,
             redux=self.redux,
             redux_blend=self.redux_blend,
         )
         request.check()
-        pipeline.check_memory(size, request.steps, count_tokens(pipeline.redux, self.redux, self.redux_blend))
-        if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
+        pipeline.controlnets.check(request.controlnets)
+        tokens = variants.count_tokens(request.references, pipeline.downscale)
+        tokens += count_tokens(pipeline.redux, self.redux, self.redux_blend)
+        pipeline.check_memory(size, request.steps, tokens)
+        networks = (pipeline.flow, *pipeline.controlnets.networks)
+        if request.guidance != spec.guidance and not any(n.params.guidance_embed for n in networks):
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
         return request
@@ -116,6 +114,8 @@ class Request:
         """`image_size`, as it can be made, and the latent's; each (height, width)."""
         best = pipeline.spec.image_size
         if self.edit is None:
+            controls = (self.control, *(given.picture for given in self.controlnets))
+            best = variants.default_size(self.references, next(filter(None, controls), None), best)
             h, w = pipeline.latent_size(self.image_size or best)
             return (pipeline.downscale * h, pipeline.downscale * w), (h, w)
         height, width = self.image_size or self.edit.default_size(best)
@@ -153,7 +153,7 @@ class ResolvedRequest(Request):
     @property
     def has_pictures(self) -> bool:
         """Whether a picture says something to the transformer or the sampler."""
-        return self.edit is not None
+        return any((self.edit, self.references, self.control, self.controlnets))
 
     @property
     def pictures(self) -> "ResolvedRequest":
@@ -201,46 +201,7 @@ def split(requests: Iterable[ResolvedRequest], size: int) -> list[ResolvedReques
     ]
 
 
-class Stages:
-    """Times and peak memory of the stages: `with stages("decode"): ...`."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, float, float]] = []  # name, seconds, GB
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        mx.reset_peak_memory()
-        start = time.perf_counter()
-        yield
-        self.rows.append((name, time.perf_counter() - start, mx.get_peak_memory() / 1e9))
-
-    def __str__(self) -> str:
-        rows = [f"{name:8} {seconds:9.2f} {memory:9.3f}" for name, seconds, memory in self.rows]
-        return "\n".join([f"{'stage':8} {'seconds':>9} {'peak GB':>9}", *rows])
-
-
 # --- Stages ---
-
-
-def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Encoded:
-    """What the encoders say of resolved requests, evaluated; each text and picture is encoded once."""
-    requests = list(requests)
-    texts = {
-        request.texts: pipeline.encode(
-            request.prompt, request.negative_prompt, request.cfg_scale, request.clip_prompt
-        )
-        for request in {request.texts: request for request in requests}.values()
-    }
-    pictures = {
-        request: pipeline.encode_pictures(request)
-        for request in dict.fromkeys(request.pictures for request in requests)
-        if request.has_pictures
-    }
-    read = pipeline.redux
-    given = dict.fromkeys(picture for request in requests for picture, _ in request.redux)
-    tokens = {} if read is None else {picture: read(picture) for picture in given}
-    mx.eval(texts, list(pictures.values()), list(tokens.values()))
-    return Encoded(texts, pictures, tokens)
 
 
 def denoiser(
@@ -270,12 +231,14 @@ def denoiser(
             schedule=request.schedule,
             pictures=encoded.pictures.get(request.pictures, NO_PICTURES),
             strength=request.strength,
+            controlnets=request.controlnets,
             solver=request.solver,
         )
 
     if ahead:
         mx.eval([plan(request) for request in plans])
-        pipeline.flow.drop_modulation()
+        for network in (pipeline.flow, *pipeline.controlnets.networks):
+            network.drop_modulation()
 
     def denoise(request: ResolvedRequest) -> mx.array:
         noise = pipeline.noise(request.seeds, request.latent_size)
@@ -373,7 +336,7 @@ class _Run:
         with self.stages("denoise"), self._denoiser(singles, encoded) as denoise:
             latents = iter(list(ranks.map(denoise, singles)))
         if not self.keep_models:
-            del self.pipeline.flow
+            del self.pipeline.flow, self.pipeline.controlnets
             mx.clear_cache()
         if ranks.model_parallel and not ranks.is_rank_zero:
             return

@@ -1,0 +1,55 @@
+"""What the encoders say of requests: each text and each picture once."""
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+
+from flux.conditioning import Picture, PictureConditioning
+from flux.conditioning.redux import appended, blended
+from flux.denoising import Conditioning
+
+if TYPE_CHECKING:
+    from flux.generation import ResolvedRequest
+    from flux.pipeline import FluxPipeline
+
+TextKey = tuple[str, str | None, str | None]
+
+
+class Encoded(NamedTuple):
+    """What encoders say of requests, evaluated: of texts, by `ResolvedRequest.texts`, and of pictures."""
+
+    texts: dict[TextKey, Conditioning]
+    pictures: Mapping["ResolvedRequest", PictureConditioning] = MappingProxyType({})  # by `.pictures`
+    redux: Mapping[Picture, mx.array] = MappingProxyType({})  # the tokens (1, N, C) of each picture
+
+    def conditioning(self, request: "ResolvedRequest") -> Conditioning:
+        """A request's texts, the prompt's with the tokens of its pictures; lazily."""
+        texts = self.texts[request.texts]
+        if not request.redux:
+            return texts
+        combine = blended if request.redux_blend else appended
+        pictures = [(self.redux[picture], strength) for picture, strength in request.redux]
+        return texts._replace(positive=combine(texts.positive, pictures))
+
+
+def encode(pipeline: "FluxPipeline", requests: Iterable["ResolvedRequest"]) -> Encoded:
+    """What the encoders say of resolved requests, evaluated; each text and picture is encoded once."""
+    requests = list(requests)
+    texts = {
+        request.texts: pipeline.encode(
+            request.prompt, request.negative_prompt, request.cfg_scale, request.clip_prompt
+        )
+        for request in {request.texts: request for request in requests}.values()
+    }
+    pictures = {
+        request: pipeline.encode_pictures(request)
+        for request in dict.fromkeys(request.pictures for request in requests)
+        if request.has_pictures
+    }
+    read = pipeline.redux
+    given = dict.fromkeys(picture for request in requests for picture, _ in request.redux)
+    tokens = {} if read is None else {picture: read(picture) for picture in given}
+    mx.eval(texts, list(pictures.values()), list(tokens.values()))
+    return Encoded(texts, pictures, tokens)
