@@ -1,4 +1,4 @@
-"""Datasets, trainings and pictures over HTTP, with this project's own programs: python -m flux.server"""
+"""Datasets, trainings and pictures over HTTP, with this project's programs: python -m flux.server"""
 
 import os
 import sys

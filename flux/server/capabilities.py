@@ -1,4 +1,4 @@
-"""What the server can do, from the programs' own option tables: nothing is listed here a second time."""
+"""What the server can do, from the programs' option tables: nothing is listed here a second time."""
 
 import dataclasses
 from functools import cache

@@ -1,4 +1,4 @@
-"""From a request to the program that answers it: its words and its options, checked by its own tables."""
+"""From a request to the program that answers it: its words and its options, checked by its tables."""
 
 import re
 from collections.abc import Mapping

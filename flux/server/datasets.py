@@ -11,7 +11,7 @@ from flux.captioning.files import Picture
 from flux.data import schema, sd_scripts
 from flux.errors import FluxError
 from flux.outputs import locked, replacing
-from flux.server.folders import Folders, existing, inside, own_folders
+from flux.server.folders import Folders, existing, inside, subfolders
 from flux.server.problems import wrong
 from flux.tables import Faults
 
@@ -21,7 +21,7 @@ _CORRECTING = threading.Lock()  # a correction reads a file and writes it
 
 def names(folders: Folders) -> list[str]:
     """The datasets that there are."""
-    return own_folders(folders.datasets)
+    return subfolders(folders.datasets)
 
 
 def pictures(folders: Folders, name: str) -> list[Picture]:

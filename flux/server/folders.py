@@ -85,7 +85,7 @@ def inside(folder: Path, relative: str) -> Path:
     return path
 
 
-def own_folders(folder: Path) -> list[str]:
+def subfolders(folder: Path) -> list[str]:
     """The names of the folders in a folder, without hidden ones and links."""
     found = [path for path in folder.iterdir() if path.is_dir() and not path.is_symlink()]
     return sorted(path.name for path in found if path.name[0] != ".")

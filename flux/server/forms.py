@@ -15,11 +15,11 @@ from flux.server.problems import sentence_of, wrong
 from flux.server.schemas import EditRequest
 
 IMAGE, MASK = ("image", "image[]"), ("mask",)  # OpenAI's clients call a list of pictures image[]
-MOST_FILES, MOST_FIELDS = 4, 64
+MOST_FILES, MOST_FIELDS = 17, 64
 
 
-async def read(request: Request) -> tuple[EditRequest, dict[str, list[str]]]:
-    """The fields of a form, and [name, base64] of its image and, if there is one, its mask.
+async def read(request: Request) -> tuple[EditRequest, dict[str, Any]]:
+    """The fields of a form, and [name, base64] of each of its images and, if there is one, its mask.
 
     Problem for a form that is not one of a picture to change.
     """
@@ -28,10 +28,12 @@ async def read(request: Request) -> tuple[EditRequest, dict[str, list[str]]]:
         raise wrong(f"the request should be a form (multipart/form-data), not {kind[:60]!a}")
     async with request.form(max_files=MOST_FILES, max_fields=MOST_FIELDS) as form:
         body = fields(form)
-        image, mask = await file(form, IMAGE), await file(form, MASK)
-    if image is None:
+        images, masks = await files(form, IMAGE), await files(form, MASK)
+    if not images:
         raise wrong("the form has no file `image`, the picture to change")
-    return body, {"image": image} | ({} if mask is None else {"mask": mask})
+    if len(masks) > 1:
+        raise wrong(f"{len(masks)} files `mask` are given: there can be one")
+    return body, {"images": images, "mask": masks[0] if masks else None}
 
 
 def fields(form: FormData) -> EditRequest:
@@ -47,14 +49,15 @@ def fields(form: FormData) -> EditRequest:
         raise wrong(f"adapters: {error}") from None
 
 
-async def file(form: FormData, names: tuple[str, ...]) -> list[str] | None:
-    """[name, base64] of the one file of these names; None without one. Problem for several, or no picture."""
-    files = [value for name in names for value in form.getlist(name) if isinstance(value, UploadFile)]
-    if not files:
-        return None
-    if len(files) > 1:
-        raise wrong(f"{len(files)} files `{names[0]}` are given: the model changes one picture")
-    content = await files[0].read()
-    await asyncio.to_thread(check_pixels, NamedBytes(content, names[0]))
-    name = (files[0].filename or names[0]).replace("\\", "/").rpartition("/")[2]
-    return [name if name.isprintable() and name else names[0], base64.b64encode(content).decode()]
+async def files(form: FormData, names: tuple[str, ...]) -> list[list[str]]:
+    """[name, base64] of the files of these names. Problem for one that is no picture."""
+    given = [value for name in names for value in form.getlist(name) if isinstance(value, UploadFile)]
+    return [await file(each, names[0]) for each in given]
+
+
+async def file(upload: UploadFile, kind: str) -> list[str]:
+    """[name, base64] of a file. Problem where it is no picture."""
+    content = await upload.read()
+    await asyncio.to_thread(check_pixels, NamedBytes(content, kind))
+    name = (upload.filename or kind).replace("\\", "/").rpartition("/")[2]
+    return [name if name.isprintable() and name else kind, base64.b64encode(content).decode()]

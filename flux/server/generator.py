@@ -14,7 +14,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +28,7 @@ from PIL import Image
 from flux import generation, images, metadata, sampler
 from flux.conditioning.edit import ALPHA, Edit
 from flux.conditioning.pictures import Picture
+from flux.conditioning.variants import REFERENCE
 from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest
 from flux.metadata import Recipe
@@ -49,8 +50,8 @@ class Job:
     """A request, as the server sends it. model, adapters: for people; the files are what is read.
 
     size: (height, width). room: bytes that the model may take, None for as many as it likes.
-    compression: 0 to 100, of JPEG and WebP. image, mask: [name, base64] of a file that is changed, and of one
-    that is transparent where it changes or, without transparency, white.
+    compression: 0 to 100, of JPEG and WebP. images: [name, base64] of files that are changed. mask: of one
+    that is transparent where the picture changes or, without transparency, white.
     """
 
     id: int
@@ -69,7 +70,7 @@ class Job:
     partial_images: int = 0
     compression: int | None = None
     room: int | None = None
-    image: list[str] | None = None
+    images: list[list[str]] = field(default_factory=list)
     mask: list[str] | None = None
     strength: float | None = None
 
@@ -87,6 +88,8 @@ class Generator:
     def make(self, job: Job) -> None:
         """Make a request's pictures. FluxError for what makes none, Cancelled."""
         pipeline = self._load(job)
+        given = [read_picture(file) for file in job.images]
+        is_told = pipeline.spec.input == REFERENCE and not job.mask and job.strength is None
         request = Request(
             job.prompt,
             tuple(job.seeds),
@@ -95,7 +98,8 @@ class Generator:
             job.steps,
             job.guidance,
             job.cfg_scale,
-            edit=edit_of(job),
+            edit=None if is_told else edit_of(job, given),
+            references=tuple(given) if is_told else (),
         ).resolved(pipeline)
         self._say(job.id, "started", size=request.image_size, bytes=bytes_of(pipeline))
         preview = Preview(pipeline, request, job.partial_images)
@@ -176,11 +180,13 @@ class Preview:
         return generation.decode(self._pipeline, request, [picture])[0]
 
 
-def edit_of(job: Job) -> Edit | None:
-    """What a request changes. Without a mask the picture's own transparency is one."""
-    if job.image is None:
+def edit_of(job: Job, pictures: list[Picture]) -> Edit | None:
+    """What a request changes. Without a mask the picture's transparency is one. FluxError for several."""
+    if not pictures:
         return None
-    image = read_picture(job.image)
+    if len(pictures) > 1:
+        raise FluxError(f"{len(pictures)} pictures are given: the model {job.model} changes one")
+    (image,) = pictures
     mask: Picture | str | None = None
     if job.mask is not None:
         mask = read_mask(read_picture(job.mask))
@@ -208,7 +214,8 @@ def recipe_of(job: Job, request: ResolvedRequest, pipeline: FluxPipeline) -> Rec
     options = {name: getattr(request, name) for name in ("steps", "guidance", "cfg_scale", "negative_prompt")}
     options |= {"model": job.model, "dtype": str(pipeline.flow.dtype).removeprefix("mlx.core.")}
     adapters = [(name, strength) for name, strength in job.adapters]
-    made_from = {}
+    made_from = {picture.name: picture.sha256 for picture in request.references}
+    options["reference"] = "\n".join(made_from) or None
     if request.edit is not None:
         image = request.edit.image
         options |= {"image": image.name, "strength": request.edit.strength}

@@ -1,4 +1,4 @@
-"""What requests and answers look like: made from the programs' own tables wherever these have one."""
+"""What requests and answers look like: made from the programs' tables wherever these have one."""
 
 import dataclasses
 import typing

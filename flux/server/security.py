@@ -28,7 +28,7 @@ HEADERS = (
 class Guard:
     """An ASGI middleware: host, origin, token, and the size of bodies.
 
-    A page of another site that a user's browser shows cannot use the server: by a name of its own that leads
+    A page of another site that a user's browser shows cannot use the server: by a name that leads
     here (the host is checked), nor across sites (the origin is).
     """
 

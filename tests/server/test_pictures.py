@@ -12,9 +12,11 @@ import pytest
 from PIL import Image
 
 from flux import images
+from flux.conditioning import variants
 from flux.pipeline import FluxPipeline
 from flux.server.generator import Generator, Job
 
+from .. import tiny_pipeline
 from .serving import TINY, png, processes_of, write_dataset
 
 FAST = {"steps": 4, "seed": 7}
@@ -151,8 +153,25 @@ def test_edits_that_are_refused(server, files, fields, words):
     assert words in answer.json()["detail"]
 
 
+def test_kontext_is_told_what_to_change(tmp_path, monkeypatch):
+    """It reads the pictures, all of them, beside the prompt."""
+    monkeypatch.setattr(variants, "KONTEXT_SIZES", ((32, 32),))
+    model = str(tiny_pipeline.write_checkpoint(tmp_path, row="kontext"))
+    said = []
+    generator = Generator(lambda id, event, **values: said.append((event, values)), lambda id: False)
+    files = [["a.png", base64.b64encode(png()).decode()], ["b.png", base64.b64encode(png(seed=5)).decode()]]
+    job = {"id": 1, "prompt": "make it red", "seeds": [1], "model": "kontext", "model_file": model}
+    for given in (files[:1], files):
+        generator.make(Job(**job, adapters=[], adapter_files=[], steps=1, size=[32, 32], images=given))
+    first, second = (values["picture"] for event, values in said if event == "picture")
+    assert (picture(first) != picture(second)).any()
+    text = Image.open(io.BytesIO(base64.b64decode(second))).text
+    assert text["reference"] == "a.png\nb.png"
+    assert "image" not in text
+
+
 def test_one_picture_is_changed(client):
-    with pytest.raises(openai.UnprocessableEntityError, match="2 files `image` are given"):
+    with pytest.raises(openai.UnprocessableEntityError, match="the model tiny changes one"):
         client.images.edit(image=[png(), png()], prompt="x")
 
 

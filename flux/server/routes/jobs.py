@@ -9,7 +9,7 @@ from fastapi import APIRouter, Header, Query
 from fastapi.responses import FileResponse, StreamingResponse
 
 from flux.server import results
-from flux.server.folders import existing, inside, own_folders
+from flux.server.folders import existing, inside, subfolders
 from flux.server.jobs import QUEUED, Job
 from flux.server.problems import absent
 from flux.server.routes.training import as_request, submit_captions, submit_training
@@ -157,7 +157,7 @@ def detail(server: Server, job: Job) -> JobDetail:
 @router.get("/adapters")
 def adapters(server: State) -> list[AdapterView]:
     """All adapters, the newest first: their names are what a request for pictures takes."""
-    folders = [server.folders.outputs / name for name in own_folders(server.folders.outputs)]
+    folders = [server.folders.outputs / name for name in subfolders(server.folders.outputs)]
     found = results.with_status(file for folder in folders for file in results.adapters(folder))
     newest = sorted(found, key=lambda file: found[file].st_mtime, reverse=True)
     return [adapter_view(file.parent.name, file.name, found[file]) for file in newest]
