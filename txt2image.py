@@ -23,6 +23,7 @@ from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest, Stages, generate
 from flux.metadata import PARTS, Recipe
+from flux.models.nag import Nag
 from flux.options import build_parser
 from flux.pipeline import FluxPipeline
 from flux.weights import quantize, registry
@@ -242,6 +243,8 @@ def to_requests(
         schedule=args.schedule,
         clip_prompt=args.clip_prompt,
         edit=to_edit(args, pictures),
+        cfg_end=args.cfg_end,
+        nag=None if args.nag is None else Nag(args.nag),
         references=tuple(pictures[name] for name in args.reference or ()),
         control=pictures[args.control[0]] if args.control and not args.controlnet else None,
         control_edges=args.control_edges and not args.controlnet,

@@ -17,14 +17,16 @@ import numpy as np
 from tqdm import tqdm
 
 from flux import images, sampler
-from flux.conditioning import ControlInput, Edit, Picture, variants
+from flux.conditioning import ControlInput, Edit, Guide, Picture, variants
 from flux.conditioning.encoded import NO_PICTURES
+from flux.conditioning.guides import Loss, as_guide
 from flux.conditioning.redux import check_strength, count_tokens
 from flux.denoising import Plan
 from flux.distributed.ranks import PATIENCE, Ranks
 from flux.encoding import Encoded, TextKey, encode
 from flux.errors import FluxError
 from flux.jsonfiles import shown
+from flux.models.nag import Nag
 from flux.solvers import SOLVERS
 from flux.stages import Stages
 
@@ -42,6 +44,9 @@ class Request:
     image_size: (height, width) in pixels. guidance: FLUX's, an input of the network. cfg_scale: true
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
+    cfg_end: the share of the steps, from the first, that have true guidance; the others take half the time.
+    nag: leads attention away from `negative_prompt`, besides or in place of true guidance.
+    guide: a loss that leads the pictures; a function alone is one on latents.
     solver: of `flux.solvers.SOLVERS`. edit: a picture that is changed; `image_size` is then what it is
     fitted to, see `Edit.canvas`.
     references: pictures that Kontext changes; the first one has the size that is made where there is none.
@@ -62,6 +67,9 @@ class Request:
     schedule: str = "model"
     clip_prompt: str | None = None
     edit: Edit | None = None
+    cfg_end: float = 1.0
+    nag: Nag | None = None
+    guide: Guide | Loss | None = None
     references: tuple[Picture, ...] = ()
     control: Picture | None = None
     control_edges: bool = False
@@ -91,6 +99,9 @@ class Request:
             schedule=self.schedule,
             clip_prompt=self.clip_prompt,
             edit=self.edit,
+            cfg_end=self.cfg_end,
+            nag=self.nag,
+            guide=as_guide(self.guide),
             references=self.references,
             control=self.control,
             control_edges=self.control_edges,
@@ -132,6 +143,7 @@ class ResolvedRequest(Request):
     guidance: float
     cfg_scale: float
     latent_size: tuple[int, int]
+    guide: Guide | None
 
     @property
     def made_steps(self) -> int:
@@ -162,8 +174,9 @@ class ResolvedRequest(Request):
 
     @property
     def texts(self) -> TextKey:
-        """What is encoded: the prompt, with true guidance the negative prompt, and a text for CLIP alone."""
-        return self.prompt, None if self.cfg_scale == 1 else self.negative_prompt or "", self.clip_prompt
+        """What is encoded: the prompt, with guidance the negative prompt, and a text for CLIP alone."""
+        guided = self.cfg_scale != 1 or self.nag is not None
+        return self.prompt, self.negative_prompt or "" if guided else None, self.clip_prompt
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request itself."""
@@ -177,9 +190,15 @@ class ResolvedRequest(Request):
             raise FluxError("the number of pictures must be at least 1, not 0")
         if self.cfg_scale < 1:
             raise FluxError(f"the cfg scale must be at least 1 (no effect), not {self.cfg_scale}")
-        if self.negative_prompt and self.cfg_scale == 1:
+        if self.negative_prompt and self.cfg_scale == 1 and self.nag is None:
             text = shown(self.negative_prompt)
-            raise FluxError(f"the negative prompt {text} needs a cfg scale above 1 to have an effect")
+            raise FluxError(f"the negative prompt {text} needs a cfg scale above 1 or NAG to have an effect")
+        if self.nag is not None and self.negative_prompt is None:
+            raise FluxError("NAG needs a negative prompt: say what to lead away from")
+        if not 0 < self.cfg_end <= 1:
+            raise FluxError(f"the cfg end must be above 0 and at most 1, not {self.cfg_end}")
+        if self.cfg_end < 1 and self.cfg_scale == 1:
+            raise FluxError(f"the cfg end {self.cfg_end} needs a cfg scale above 1 to have an effect")
         if self.solver not in SOLVERS:
             raise FluxError(f"the solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
         sampler.check_seeds(self.seeds)
@@ -242,7 +261,10 @@ def denoiser(
 
     def denoise(request: ResolvedRequest) -> mx.array:
         noise = pipeline.noise(request.seeds, request.latent_size)
-        whole = plan(replace(request, seeds=()))._replace(x=noise)
+        guide = None if request.guide is None else request.guide.bound(pipeline.ae, request.latent_size)
+        whole = plan(replace(request, seeds=()))._replace(
+            x=noise, cfg_end=request.cfg_end, nag=request.nag, guide=guide
+        )
         x = whole.pictures.start(noise, whole.times[0])  # finished, where a picture is not to be changed
         for step, x in enumerate(pipeline.denoise(whole)):
             mx.eval(x)

@@ -22,7 +22,7 @@ LISTS = ("reference", *CONTROLNETS)
 # The options that make pictures what they are, in the order in which they are written.
 OPTIONS = (
     *("model", *PARTS, "dtype", "rounding", "quantize", "adapter", "fuse_adapter", "no_t5_padding"),
-    *("t5_padding", "negative_prompt", "clip_prompt", "cfg_scale", "guidance"),
+    *("t5_padding", "negative_prompt", "clip_prompt", "cfg_scale", "cfg_end", "nag", "guidance"),
     *("solver", "schedule", "shift", "steps"),
     *("image", "strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"),
     *("reference", *CONTROLNETS, "control_edges"),
@@ -36,6 +36,7 @@ DEFAULTS = {  # not written
     "solver": "euler",
     "schedule": "model",
     "noise": "mlx",
+    "cfg_end": 1.0,
     "fit": "crop",
     "grow": 0,
     "feather": 0,

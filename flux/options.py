@@ -44,7 +44,7 @@ def _add_prompts(parser: Parser) -> None:
         help="make DIR/NAME.txt's text the picture NAME.png in --output's folder, for every .txt; "
         "go on with what a stopped run has left",
     )
-    add("--negative-prompt", metavar="TEXT", help="what to lead away from; needs a cfg scale above 1")
+    add("--negative-prompt", metavar="TEXT", help="what to lead away from; needs a cfg scale above 1 or NAG")
     add("--clip-prompt", metavar="TEXT", help="what CLIP reads, if not the prompt; T5 reads the prompt")
     add("--remake", metavar="PICTURE", help="make a picture of this program again; other options change it")
     add(
@@ -119,7 +119,7 @@ def _add_references(parser: Parser) -> None:
         "--reference",
         action="append",
         metavar="PICTURE",
-        help="what the prompt changes; repeated for several; of the first one's aspect is what is made",
+        help="what the prompt changes, or several; the result has the first one's aspect",
     )
 
 
@@ -242,6 +242,8 @@ def _add_sampling(parser: Parser) -> None:
         metavar="X",
         help="true guidance, with twice the work if above 1",
     )
+    add("--cfg-end", type=finite, default=1.0, metavar="X", help="share of the steps with true guidance (1)")
+    add("--nag", type=finite, metavar="SCALE", help="lead attention away from the negative prompt; FLUX: 5")
     add("--seed", type=int, metavar="N", help="a prompt's picture i is made from N + i; default: random")
     add(
         "--noise",

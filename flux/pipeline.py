@@ -8,8 +8,8 @@ only one stage is in memory at a time.
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,23 +22,21 @@ from flux.conditioning import (
     ControlInput,
     ControlNets,
     Edit,
-    Picture,
     PictureConditioning,
     TextConditioning,
     encode_texts,
 )
 from flux.conditioning.canvas import Canvas
-from flux.conditioning.controlnets import Fit
 from flux.conditioning.encoded import NO_PICTURES
-from flux.conditioning.encoder import PictureEncoder
 from flux.conditioning.redux import Redux
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
-from flux.generation import OnStep, Request, ResolvedRequest
+from flux.generation import OnStep, Request
 from flux.loading import Parts, load
+from flux.models.nag import Nag
 from flux.models.transformer import ROUNDINGS
-from flux.weights import checkpoints, registry
+from flux.weights import checkpoints
 from flux.weights.quantize import read_kind
 from flux.weights.registry import ModelSpec
 
@@ -197,28 +195,24 @@ class FluxPipeline:
         keep_models: bool = True,
         schedule: str = "model",
         clip_prompt: str | None = None,
-        edit: Edit | None = None,
-        references: Sequence[Picture] = (),
-        control: Picture | None = None,
-        control_edges: bool = False,
-        controlnets: Sequence[ControlInput] = (),
-        solver: str = "euler",
-        redux: Sequence[tuple[Picture, float]] = (),
-        redux_blend: bool = False,
+        **others: Any,
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
         seed: of the first picture; picture i is made from seed + i. None: a random one.
         image_size: (height, width) in pixels. It, num_steps, guidance, cfg_scale: the model's where None.
-        negative_prompt: what to lead away from, with a `cfg_scale` above 1; empty where None.
+        negative_prompt: what to lead away from, with a `cfg_scale` above 1 or `nag`; empty where None.
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
-        schedule, clip_prompt, edit, references, control, control_edges, controlnets, solver, redux,
-        redux_blend: see `Request`.
+        schedule, clip_prompt, others: fields of `Request`, such as edit, references, control, controlnets,
+        redux, solver, cfg_end, nag and guide.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
+        settings: dict[str, Any] = {
+            name: tuple(x) if isinstance(x, list) else x for name, x in others.items()
+        }
         request = Request(
             prompt=prompt,
             seeds=tuple(range(seed, seed + n_images)),
@@ -229,14 +223,7 @@ class FluxPipeline:
             cfg_scale=cfg_scale,
             schedule=schedule,
             clip_prompt=clip_prompt,
-            edit=edit,
-            references=tuple(references),
-            control=control,
-            control_edges=control_edges,
-            controlnets=tuple(controlnets),
-            solver=solver,
-            redux=tuple(redux),
-            redux_blend=redux_blend,
+            **settings,
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))
@@ -300,14 +287,17 @@ class FluxPipeline:
         negative_prompt: str | None = None,
         cfg_scale: float = 1.0,
         clip_text: str | None = None,
+        nag: Nag | None = None,
     ) -> Conditioning:
-        """The conditioning of one prompt, not yet evaluated; with the negative one unless cfg_scale is 1.
+        """The conditioning of one prompt, not yet evaluated; with the negative one where guidance needs it.
 
-        clip_text: what CLIP reads of the prompt's, where it is another text.
+        That is true guidance, a cfg_scale other than 1, or NAG. clip_text: what CLIP reads of the prompt's,
+        where it is another text.
         """
         self._read(self.t5)
         positive = self._encode_text(text, clip_text)
-        return Conditioning(positive, self._encode_text(negative_prompt or "") if cfg_scale != 1 else None)
+        guided = cfg_scale != 1 or nag is not None
+        return Conditioning(positive, self._encode_text(negative_prompt or "") if guided else None)
 
     def _encode_text(self, text: str, clip_text: str | None = None) -> TextConditioning:
         return encode_texts(
@@ -372,25 +362,6 @@ class FluxPipeline:
     def denoise(self, plan: Plan) -> Iterator[mx.array]:
         """Yield the packed latent (B, L, channels), float32, after each step."""
         return denoising.denoise(self.flow, plan, self.controlnets)
-
-    def encode_pictures(self, request: ResolvedRequest) -> PictureConditioning:
-        """What a request's pictures bring to every step, not yet evaluated."""
-        encoder = PictureEncoder(self.encode_pixels, self.downscale)
-        height, width = (self.downscale * side for side in request.latent_size)
-        fit: Fit = partial(images.fit, size=(height, width))
-        out = NO_PICTURES
-        if request.edit is not None:
-            canvas = self.canvas(request.edit, request.image_size)
-            fit = canvas.over
-            out = encoder.edit(canvas, self.spec.input == registry.FILL, request.strength < 1)
-        if request.control is not None:
-            channels = encoder.control(request.control, request.control_edges, fit)
-            out = out._replace(channels=channels)
-        if request.references:
-            tokens, positions = encoder.references(request.references)
-            out = out._replace(tokens=tokens, positions=positions)
-        controls = self.controlnets.encode(request.controlnets, fit, self.encode_picture)
-        return out._replace(controls=controls)
 
     def canvas(self, edit: Edit, image_size: tuple[int, int]) -> Canvas:
         """What the model works on for a picture that is changed; image_size: see `Edit.canvas`."""

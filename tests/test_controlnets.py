@@ -13,11 +13,12 @@ from safetensors.numpy import save_file
 
 from flux import FluxPipeline
 from flux.adapters import read_weighted
-from flux.conditioning import ControlInput, ControlNets, Edit, Picture, edges
+from flux.conditioning import ControlInput, ControlNets, Edit, Guide, Picture, edges
 from flux.conditioning.controlnets import NO_CONTROLNETS
 from flux.errors import FluxError
 from flux.generation import Request, generate
 from flux.models.controlnet import spread
+from flux.models.nag import Nag
 from flux.weights import checkpoints, repositories
 
 from . import controlnets, gguf_files, tiny
@@ -284,6 +285,24 @@ def test_true_guidance_and_a_picture_that_is_changed(tokenizers):
     assert not np.array_equal(draw(pipeline, given, **options), draw(make_pipeline(tokenizers), **options))
     options = {"edit": Edit(PICTURE, strength=0.5)}
     assert not np.array_equal(draw(pipeline, given, **options), draw(make_pipeline(tokenizers), **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"negative_prompt": "birds", "nag": Nag(5.0)},
+        {"negative_prompt": "birds", "cfg_scale": 2.0, "cfg_end": 0.5},
+        {"guide": Guide(lambda x, t: (x**2).mean(), strength=0.5)},
+        {"solver": "heun"},
+    ],
+)
+def test_beside_what_else_leads_a_picture(tokenizers, options):
+    """Both have an effect: neither the one nor the other alone gives the picture."""
+    pipeline, plain = pipeline_with(tokenizers, controlnets.make("single")), make_pipeline(tokenizers)
+    given = ControlInput(PICTURE)
+    both = draw(pipeline, given, **options)
+    assert not np.array_equal(both, draw(plain, **options))
+    assert not np.array_equal(both, draw(pipeline, given))
 
 
 def test_a_picture_that_is_not_to_be_changed_needs_no_step(tokenizers):

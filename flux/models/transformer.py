@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from flux.errors import FluxError
 from flux.models.layers import (
+    Attend,
     DoubleStreamBlock,
     LastLayer,
     MLPEmbedder,
@@ -134,6 +135,10 @@ class Backbone(nn.Module):
         block = self.double_blocks[0].img_attn if self.double_blocks else self.single_blocks[0]
         return block.norm.query_norm.scale.dtype
 
+    def over_heads(self, sums: mx.array) -> mx.array:
+        """Sums over all of the heads. A method, so that what splits the heads can replace it."""
+        return sums
+
     # Once a picture: nothing here depends on the noisy latent.
 
     def embed_text(self, txt: mx.array) -> mx.array:
@@ -243,20 +248,23 @@ class Flux(Backbone):
         pe: mx.array,
         vectors: ModulationVectors,
         residuals: Residuals | None = None,
+        attend: Attend | None = None,
     ) -> mx.array:
         """The velocity (B, Li, out_channels) for img (B, Li, in_channels) at the vectors' time.
 
         txt, pe and vectors come from `embed_text`, `positions` and `modulation`. residuals: ControlNets', for
-        each block of either kind, or [] for none; they are added to the first tokens of img.
+        each block of either kind, or [] for none; they are added to the first tokens of img. attend: takes
+        the place of attention, if given.
         """
         added = residuals or Residuals([], [])
+        other = {"attend": attend} if attend else {}  # else arrays alone, as wrappers of blocks expect
         img = self.img_in(img.astype(self.dtype))
         for i, (block, (txt_mod, img_mod)) in enumerate(zip(self.double_blocks, vectors.double, strict=True)):
-            txt, img = block(txt, img, pe, txt_mod, img_mod)
+            txt, img = block(txt, img, pe, txt_mod, img_mod, **other)
             img = add_residual(img, added.double, i)
         x = mx.concatenate([txt, img], axis=1)  # (B, Lt+Li, C)
         for i, (single_block, mod) in enumerate(zip(self.single_blocks, vectors.single, strict=True)):
-            x = add_residual(single_block(x, pe, mod), added.single, i, start=txt.shape[1])
+            x = add_residual(single_block(x, pe, mod, **other), added.single, i, start=txt.shape[1])
         return self.final_layer(x[:, txt.shape[1] :], vectors.final)
 
     def _final_vectors(self, silu_vec: mx.array) -> mx.array:
