@@ -215,7 +215,7 @@ def recipe_of(job: Job, request: ResolvedRequest, pipeline: FluxPipeline) -> Rec
     options |= {"model": job.model, "dtype": str(pipeline.flow.dtype).removeprefix("mlx.core.")}
     adapters = [(name, strength) for name, strength in job.adapters]
     made_from = {picture.name: picture.sha256 for picture in request.references}
-    options["reference"] = "\n".join(made_from) or None
+    options["reference"] = list(made_from)
     if request.edit is not None:
         image = request.edit.image
         options |= {"image": image.name, "strength": request.edit.strength}
