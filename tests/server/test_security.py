@@ -7,6 +7,7 @@ import socket
 import struct
 import time
 import zlib
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -225,8 +226,8 @@ def bomb(width: int, height: int) -> bytes:
 
 def test_bombs_and_sizes(tmp_path, monkeypatch):
     monkeypatch.setattr(downloads, "MOST_BYTES", 2**20)
-    monkeypatch.setattr(downloads, "TIMEOUT", 0.5)
-    monkeypatch.setattr(downloads, "PICTURE_SECONDS", 1.5)
+    monkeypatch.setattr(downloads, "TIMEOUT", 2.0)
+    monkeypatch.setattr(downloads, "PICTURE_SECONDS", 4.0)
 
     def endless(handler) -> None:
         handler.send_response(200)
@@ -238,15 +239,15 @@ def test_bombs_and_sizes(tmp_path, monkeypatch):
             handler.close_connection = True
 
     def silent(handler) -> None:
-        time.sleep(2)
+        time.sleep(5)
         handler.close_connection = True
 
     def drop_by_drop(handler) -> None:
         handler.send_response(200)
         handler.end_headers()
-        for _ in range(20):
-            handler.wfile.write(b"\x89")
-            handler.wfile.flush()
+        for _ in range(40):
+            with suppress(OSError):  # it was cut off
+                handler.wfile.write(b"\x89")
             time.sleep(0.2)
         handler.close_connection = True
 
@@ -266,7 +267,7 @@ def test_bombs_and_sizes(tmp_path, monkeypatch):
     assert answer["/bomb"] == "the answer is a picture of more than 100 million pixels, or damaged"
     assert answer["/cut"].startswith("cannot read the picture the answer: ")
     assert answer["/endless"] == "the file is larger than 1 MB"
-    assert answer["/silent"] == "no answer within 0.5 s"
+    assert answer["/silent"] == "no answer within 2 s"
     assert answer["/slow"] == "it took too long"
     assert answer["/html"] == answer["/empty"] == answer["/zipped"] == "the answer is not a picture"
     assert not (tmp_path / "set").exists()  # nothing is left of what was refused
