@@ -13,19 +13,18 @@ import flux  # noqa: F401  before mlx.core, so that OpenBLAS is there first
 import mlx.core as mx
 from tqdm import tqdm
 
-from flux import arguments, images, metadata, sampler
+from flux import arguments, images, inputs, metadata, sampler
 from flux.arguments import check_folder, run_program
-from flux.conditioning import ControlInput, Edit, Picture
-from flux.conditioning.edit import ALPHA
+from flux.conditioning import Picture
 from flux.conditioning.pictures import read_bytes
-from flux.conditioning.redux import check_strength
 from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
-from flux.generation import Request, ResolvedRequest, Stages, generate
+from flux.generation import Stages, generate
 from flux.metadata import PARTS, Recipe
 from flux.models.nag import Nag
 from flux.options import build_parser
 from flux.pipeline import FluxPipeline
+from flux.requests import Request, ResolvedRequest
 from flux.weights import quantize, registry
 from flux.workflows import comfyui
 from flux.workflows.options import shown, to_options
@@ -44,12 +43,12 @@ def run(ranks: Ranks) -> int:
     args = argparse.Namespace(**ranks.broadcast_result(lambda: vars(parse(sys.argv[1:]))))
     few = len(args.prompts) * args.n_images < ranks.size
     ranks.model_parallel = ranks.size > 1 and (args.force_shard or few)
-    inputs = read_pictures(args, ranks)
+    given = read_pictures(args, ranks)
     stages = Stages()
     with ranks.waiting(None):
         with stages("load"):
             pipeline = ranks.on_all_ranks(lambda: load(args, ranks), DOWNLOAD)
-            requests = ranks.on_all_ranks(lambda: to_requests(args, inputs, pipeline))
+            requests = ranks.on_all_ranks(lambda: to_requests(args, given, pipeline))
             if ranks.size > 1:
                 ranks.agree(ranks.on_all_ranks(pipeline.fingerprints))
             if args.preload_models:
@@ -63,7 +62,7 @@ def run(ranks: Ranks) -> int:
             progress=True,
             stages=stages,
         )
-        recipe = to_recipe(args, requests[0], inputs, pipeline.flow.dtype)
+        recipe = to_recipe(args, requests[0], given, pipeline.flow.dtype)
         if args.prompts_folder:
             make_folder(args, recipe, requests, draw, ranks)
         else:
@@ -85,20 +84,12 @@ def read_pictures(args: argparse.Namespace, ranks: Ranks) -> dict[str, Picture]:
     FluxError for one that is gone, or another than the picture that --remake names was made from.
     """
     pictures = {}
-    for name in picture_names(args):
+    for name in inputs.names(vars(args)):
         data = ranks.broadcast_bytes(partial(read_bytes, name))
         pictures[name] = ranks.on_all_ranks(partial(Picture.from_bytes, name, data))
         if args.pictures.get(name, pictures[name].sha256) != pictures[name].sha256:
             raise FluxError(f"{name} is another picture than the one that {args.remake} was made from")
     return pictures
-
-
-def picture_names(args: argparse.Namespace) -> list[str]:
-    """The picture files that the arguments name, each once."""
-    mask = None if args.mask == ALPHA else args.mask
-    names = [args.image, mask, *(args.reference or ()), *(args.control or ())]
-    names += [name for name, _ in args.redux or ()]
-    return list(dict.fromkeys(name for name in names if name))
 
 
 def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
@@ -175,13 +166,7 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError("no prompt; say what the picture should show, such as 'a red apple'")
     if not args.redux and not all(prompt.strip() for prompt in args.prompts):
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
-    if args.image is None:
-        check_no_edit(args)
-    check_controlnets(args)
-    if not args.redux and (args.redux_blend or args.redux_model or args.siglip):
-        raise FluxError("--redux-blend, --redux-model and --siglip are of pictures; name one with --redux")
-    for name, strength in args.redux or ():
-        check_strength(name, strength)
+    inputs.check(vars(args), vars(build_parser().parse_args([])))
     if args.fuse_adapter and not args.adapter:
         raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
     pictures = (1 if args.prompts_folder else len(args.prompts)) * args.n_images
@@ -194,34 +179,6 @@ def check(args: argparse.Namespace) -> None:
         check_folder(args.output, max(stems, key=len))
     else:
         images.check_output(args.output)
-
-
-def check_no_edit(args: argparse.Namespace) -> None:
-    """Raise FluxError for what only a picture that is changed has."""
-    parser = build_parser()
-    for name in ("strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"):
-        if getattr(args, name) != parser.get_default(name):
-            raise FluxError(f"--{name.replace('_', '-')} needs the picture that is changed: --image")
-
-
-def check_controlnets(args: argparse.Namespace) -> None:
-    """FluxError for options of control pictures that do not go together."""
-    number, pictures = len(args.controlnet or ()), len(args.control or ())
-    for name in metadata.CONTROLNETS:
-        if getattr(args, name) and name != "control" and not number:
-            raise FluxError(f"--{name.replace('_', '-')} is of a ControlNet; name it with --controlnet")
-    if args.control_edges and not pictures:
-        raise FluxError("--control-edges is of a control picture; name it with --control")
-    if not number and pictures > 1:
-        raise FluxError("--control is given once for a model, or once for each --controlnet")
-    if number and number != pictures:
-        raise FluxError(
-            f"{number} ControlNet(s) and {pictures} control picture(s): give a --control for each, in order"
-        )
-    for name in metadata.CONTROLNETS if number else ():
-        if len(getattr(args, name) or ()) not in (0, 1, number):
-            option = f"--{name.replace('_', '-')}"
-            raise FluxError(f"{option}: give one for all ControlNets, or {number}, one for each")
 
 
 # --- Pictures ---
@@ -242,13 +199,13 @@ def to_requests(
         cfg_scale=args.cfg_scale,
         schedule=args.schedule,
         clip_prompt=args.clip_prompt,
-        edit=to_edit(args, pictures),
+        edit=inputs.to_edit(vars(args), pictures),
         cfg_end=args.cfg_end,
         nag=None if args.nag is None else Nag(args.nag),
         references=tuple(pictures[name] for name in args.reference or ()),
         control=pictures[args.control[0]] if args.control and not args.controlnet else None,
         control_edges=args.control_edges and not args.controlnet,
-        controlnets=to_controls(args, pictures),
+        controlnets=inputs.to_controls(vars(args), pictures),
         solver=args.solver,
         redux=tuple((pictures[name], strength) for name, strength in args.redux or ()),
         redux_blend=args.redux_blend,
@@ -256,49 +213,6 @@ def to_requests(
     if args.seed is None:
         print(f"seed: {seed}", flush=True)
     return [replace(request, prompt=prompt) for prompt in args.prompts]
-
-
-def to_edit(args: argparse.Namespace, pictures: Mapping[str, Picture]) -> Edit | None:
-    """The picture that is changed, if any."""
-    if args.image is None:
-        return None
-    return Edit(
-        image=pictures[args.image],
-        strength=1.0 if args.strength is None else args.strength,
-        mask=pictures.get(args.mask, args.mask),
-        expand=args.expand and tuple(map(int, args.expand.split(","))),
-        fit=args.fit,
-        grow=args.grow,
-        feather=args.feather,
-        crop_mask=args.crop_mask,
-        keep=not args.no_keep,
-    )
-
-
-def to_controls(args: argparse.Namespace, pictures: Mapping[str, Picture]) -> tuple[ControlInput, ...]:
-    """What each ControlNet is told."""
-    number = len(args.controlnet or ())
-    if not number:
-        return ()
-
-    def each(given: list | None, default: object) -> list:
-        values = given or [default]
-        return values if len(values) == number else values * number
-
-    given = zip(
-        args.control or (),
-        each(args.control_mode, None),
-        each(args.control_strength, 1.0),
-        each(args.control_start, 0.0),
-        each(args.control_end, 1.0),
-        strict=True,
-    )
-    return tuple(
-        ControlInput(
-            pictures[name], None if mode == "none" else mode, strength, start, end, args.control_edges
-        )
-        for name, mode, strength, start, end in given
-    )
 
 
 def to_recipe(

@@ -14,23 +14,21 @@ from flux.conditioning.encoded import NO_PICTURES
 from flux.conditioning.encoder import PictureEncoder
 from flux.conditioning.redux import appended, blended
 from flux.denoising import Conditioning
+from flux.requests import ResolvedRequest, TextKey
 from flux.weights import registry
 
 if TYPE_CHECKING:
-    from flux.generation import ResolvedRequest
     from flux.pipeline import FluxPipeline
-
-TextKey = tuple[str, str | None, str | None]
 
 
 class Encoded(NamedTuple):
     """What encoders say of requests, evaluated: of texts, by `ResolvedRequest.texts`, and of pictures."""
 
     texts: dict[TextKey, Conditioning]
-    pictures: Mapping["ResolvedRequest", PictureConditioning] = MappingProxyType({})  # by `.pictures`
+    pictures: Mapping[ResolvedRequest, PictureConditioning] = MappingProxyType({})  # by `.pictures`
     redux: Mapping[Picture, mx.array] = MappingProxyType({})  # the tokens (1, N, C) of each picture
 
-    def conditioning(self, request: "ResolvedRequest") -> Conditioning:
+    def conditioning(self, request: ResolvedRequest) -> Conditioning:
         """A request's texts, the prompt's with the tokens of its pictures; lazily."""
         texts = self.texts[request.texts]
         if not request.redux:
@@ -40,7 +38,7 @@ class Encoded(NamedTuple):
         return texts._replace(positive=combine(texts.positive, pictures))
 
 
-def encode(pipeline: "FluxPipeline", requests: Iterable["ResolvedRequest"]) -> Encoded:
+def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Encoded:
     """What the encoders say of resolved requests, evaluated; each text and picture is encoded once."""
     requests = list(requests)
     texts = {
@@ -61,7 +59,7 @@ def encode(pipeline: "FluxPipeline", requests: Iterable["ResolvedRequest"]) -> E
     return Encoded(texts, pictures, tokens)
 
 
-def encode_pictures(pipeline: "FluxPipeline", request: "ResolvedRequest") -> PictureConditioning:
+def encode_pictures(pipeline: "FluxPipeline", request: ResolvedRequest) -> PictureConditioning:
     """What a request's pictures bring to every step, not yet evaluated."""
     encoder = PictureEncoder(pipeline.encode_pixels, pipeline.downscale)
     height, width = (pipeline.downscale * side for side in request.latent_size)

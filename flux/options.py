@@ -62,7 +62,7 @@ def _add_edit(parser: Parser) -> None:
         "--strength",
         type=finite,
         metavar="X",
-        help="how much changes: from 0, the picture itself, to 1 (default), as from noise alone",
+        help="how much changes: from 0, the picture itself, to 1, as from noise; default: 0.6, with a mask 1",
     )
     add(
         "--mask",

@@ -32,10 +32,11 @@ from flux.conditioning.redux import Redux
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
-from flux.generation import OnStep, Request
+from flux.generation import OnStep
 from flux.loading import Parts, load
 from flux.models.nag import Nag
 from flux.models.transformer import ROUNDINGS
+from flux.requests import Request
 from flux.weights import checkpoints
 from flux.weights.quantize import read_kind
 from flux.weights.registry import ModelSpec

@@ -16,9 +16,10 @@ from flux.adapters import read_weighted
 from flux.conditioning import ControlInput, ControlNets, Edit, Guide, Picture, edges
 from flux.conditioning.controlnets import NO_CONTROLNETS
 from flux.errors import FluxError
-from flux.generation import Request, generate
+from flux.generation import generate
 from flux.models.controlnet import spread
 from flux.models.nag import Nag
+from flux.requests import Request
 from flux.weights import checkpoints, repositories
 
 from . import controlnets, gguf_files, tiny

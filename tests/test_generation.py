@@ -8,8 +8,9 @@ import pytest
 
 from flux import generation, images
 from flux.errors import FluxError
-from flux.generation import Request, Stages, generate, split
+from flux.generation import Stages, generate, split
 from flux.models.nag import Nag
+from flux.requests import Request
 
 from . import tiny
 from .tiny_pipeline import make_pipeline

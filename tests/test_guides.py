@@ -9,7 +9,8 @@ import pytest
 from flux import Guide, sampler
 from flux.conditioning.guides import descent
 from flux.errors import FluxError
-from flux.generation import Request, generate
+from flux.generation import generate
+from flux.requests import Request
 from flux.weights.quantize import quantize
 
 from . import tiny

@@ -17,8 +17,9 @@ from flux.conditioning import ControlInput, Edit, Picture, variants
 from flux.conditioning.encoder import PictureEncoder
 from flux.encoding import encode_pictures
 from flux.errors import FluxError
-from flux.generation import Request, generate
+from flux.generation import generate
 from flux.models.transformer import FluxParams
+from flux.requests import Request
 from flux.training.finetune.model import check_input
 from flux.weights import checkpoints, fit, quantize, registry, shapes, specs, tensors
 from flux.weights import save as models

@@ -27,11 +27,12 @@ from flux.arguments import described, run_program
 from flux.conditioning import Guide
 from flux.distributed.ranks import Ranks
 from flux.evaluation.proportion import Proportion, Z
-from flux.generation import Request, generate
+from flux.generation import generate
 from flux.models.nag import Nag
 from flux.pipeline import FluxPipeline
 from flux.recipes.emoji import PLACES, SIDE, SIZES, Composition, Renderer, corners, subjects
 from flux.recipes.tiny.evaluate import Judge, held_out_prompts
+from flux.requests import Request
 
 WARM, SHARE = np.array((0.85, 0.5, 0.25)), 0.25  # the mean colour that is asked for, and how far towards it
 BLOCK = 16
