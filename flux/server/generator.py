@@ -30,9 +30,9 @@ from flux.conditioning.edit import ALPHA, Edit
 from flux.conditioning.pictures import Picture
 from flux.conditioning.variants import REFERENCE
 from flux.errors import FluxError
-from flux.generation import Request, ResolvedRequest
 from flux.metadata import Recipe
 from flux.pipeline import FluxPipeline
+from flux.requests import Request, ResolvedRequest
 from flux.trees import named_arrays
 
 OPAQUE = 255
