@@ -1,5 +1,6 @@
 """The application: its routes, its guard, and how errors are answered."""
 
+import errno
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -23,7 +24,8 @@ from flux.server.state import Server
 from flux.version import __version__
 
 PAGE = Path(__file__).with_name("page")
-STATUSES = (400, 401, 404, 409, 413, 422, 429)
+STATUSES = (400, 401, 404, 409, 413, 422, 429, 503, 507)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_DOCS: dict[str, Any] = {"docs_url": None, "redoc_url": None}  # their pages load scripts from elsewhere
 RESPONSES: dict[int | str, dict[str, Any]] = {status: {"model": Error} for status in STATUSES}
 
@@ -45,6 +47,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(module.router)
     app.mount("/page", StaticFiles(directory=PAGE))
     app.add_exception_handler(FluxError, refused)
+    app.add_exception_handler(OSError, not_stored)
     app.add_exception_handler(RequestValidationError, not_valid)
     app.add_exception_handler(HTTPException, not_routed)
     app.add_exception_handler(Exception, failed)
@@ -62,6 +65,13 @@ async def refused(request: Request, error: Exception) -> JSONResponse:
     status = error.status if isinstance(error, Problem) else 409 if isinstance(error, InUse) else 422
     text = " ".join(str(error).split()).encode("ascii", "backslashreplace").decode()
     return respond(status, text, {"Retry-After": "10"} if status == 429 else None)
+
+
+async def not_stored(request: Request, error: Exception) -> JSONResponse:
+    """What the system refuses: a full disk, a folder that may not be written into."""
+    assert isinstance(error, OSError)
+    logging.getLogger("uvicorn.error").error("%s: %s", request.url.path, error)
+    return respond(507 if error.errno in FULL else 500, f"the system refuses it: {error.strerror}")
 
 
 async def not_valid(request: Request, error: Exception) -> JSONResponse:

@@ -24,11 +24,14 @@ MOST_URLS = 1000
 MOST_BYTES = 50 * MB  # of a picture's file
 MOST_PIXELS = 100_000_000
 MOST_REDIRECTS = 5
-AT_ONCE = 8
+AT_ONCE, DECODED_AT_ONCE = 8, 2
 TIMEOUT = 15.0  # seconds without a byte
 PICTURE_SECONDS, ALL_SECONDS = 120.0, 1800.0
 SOURCES = ".sources.json"  # in the dataset's folder: file -> the URL that it came from
 AGENT = "flux-mlx"
+INTERNET6 = ipaddress.ip_network("2000::/3")  # all of IPv6 that is routed publicly
+# Python counts these as public: relays, and services of a local network.
+LOCAL4 = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24")))
 
 
 class CheckedTransport(httpx.AsyncHTTPTransport):
@@ -75,7 +78,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(parsed.packed[-4:])
         if inner:
             return is_public(str(inner))
-    return parsed.is_global and not parsed.is_multicast
+        return parsed in INTERNET6 and parsed.is_global
+    return parsed.is_global and not parsed.is_multicast and not any(parsed in net for net in LOCAL4)
 
 
 async def download(urls: Sequence[str], folder: Path, private: bool) -> dict[str, str]:
@@ -92,7 +96,7 @@ async def _into(urls: Sequence[str], folder: Path, private: bool) -> dict[str, s
     """As `download`, into a folder that nobody else writes into."""
     files = _names(list(dict.fromkeys(urls)), folder)
     timeout = httpx.Timeout(TIMEOUT)
-    running = asyncio.Semaphore(AT_ONCE)
+    running, decoding = asyncio.Semaphore(AT_ONCE), asyncio.Semaphore(DECODED_AT_ONCE)
     end = time.monotonic() + ALL_SECONDS
     async with httpx.AsyncClient(
         transport=CheckedTransport(private),
@@ -105,7 +109,7 @@ async def _into(urls: Sequence[str], folder: Path, private: bool) -> dict[str, s
 
         async def one(url: str) -> str:
             async with running:
-                return await _one(client, url, files[url], end)
+                return await _one(client, url, files[url], end, decoding)
 
         done = dict(zip(files, await asyncio.gather(*map(one, files)), strict=True))
     new = {Path(path).name: url for url, path in done.items() if not path.startswith("Error: ")}
@@ -114,12 +118,15 @@ async def _into(urls: Sequence[str], folder: Path, private: bool) -> dict[str, s
     return done
 
 
-async def _one(client: httpx.AsyncClient, url: str, file: Path, end: float) -> str:
+async def _one(
+    client: httpx.AsyncClient, url: str, file: Path, end: float, decoding: asyncio.Semaphore
+) -> str:
     """The file's path, or why there is none."""
     try:
         seconds = min(PICTURE_SECONDS, end - time.monotonic())
         content = await asyncio.wait_for(_fetch(client, url), seconds)
-        await asyncio.to_thread(_save, content, url, file)
+        async with decoding:  # a large one takes 1 GB for a moment
+            await asyncio.to_thread(_save, content, url, file)
     except TimeoutError:
         return "Error: it took too long"
     except httpx.TimeoutException:

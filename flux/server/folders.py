@@ -10,6 +10,10 @@ NAME = r"^[A-Za-z0-9]([A-Za-z0-9 ._-]{0,98}[A-Za-z0-9_-])?$"  # of datasets, run
 # Of files in models/ and outputs/, and of repositories: no part begins with a dot.
 PATH = r"^[A-Za-z0-9_][A-Za-z0-9 ._:@+-]*(/[A-Za-z0-9_][A-Za-z0-9 ._:@+-]*)*$"
 PARTS = ("datasets", "outputs", "models", "logs")
+LONGEST, LONGEST_PART = (
+    500,
+    240,
+)  # bytes of a path under a folder, and of a name in it
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Folders:
 
 def checked(name: str) -> str:
     """The name, which is one for a file or folder. Problem otherwise."""
-    if not re.fullmatch(NAME, name) or name.endswith(".toml"):
+    if not re.fullmatch(NAME, name) or name.lower().endswith(".toml"):
         raise wrong(
             f"{name[:40]!a} is not a name: up to 100 letters, digits, spaces, '.', '_' and '-', beginning "
             f"with a letter or a digit, and not ending with .toml"
@@ -75,10 +79,12 @@ def inside(folder: Path, relative: str) -> Path:
     parts = relative.replace("\\", "/").split("/")
     if not relative.isprintable() or Path(relative).is_absolute() or any(p in ("", ".", "..") for p in parts):
         raise wrong(f"{relative[:80]!a} is not a path under {folder.name}/")
+    if len(relative.encode()) > LONGEST or any(len(part.encode()) > LONGEST_PART for part in parts):
+        raise wrong(f"{relative[:80]!a}... is too long for a path")
     path = folder.joinpath(*parts)
     try:
         is_inside = path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # a loop of links, a name that is too long
+    except (OSError, RuntimeError, ValueError):  # a loop of links
         is_inside = False
     if not is_inside:
         raise wrong(f"{relative[:80]!a} leads out of {folder.name}/")

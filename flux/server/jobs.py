@@ -9,12 +9,12 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from flux.server.problems import absent, conflict, too_many
+from flux.server.problems import absent, conflict, too_many, unusable
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = STATES = ("queued", "running", "done", "failed", "cancelled")
 ACTIVE = (QUEUED, RUNNING)
@@ -86,12 +86,13 @@ class Jobs:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        db = sqlite3.connect(self._path, timeout=60, isolation_level=None)
-        db.row_factory = sqlite3.Row
+        """Problem where the file is damaged, stays locked, or the disk is full."""
         try:
-            yield db
-        finally:
-            db.close()
+            with closing(sqlite3.connect(self._path, timeout=60, isolation_level=None)) as db:
+                db.row_factory = sqlite3.Row
+                yield db
+        except sqlite3.DatabaseError as error:
+            raise unusable(f"the queue of jobs, {self._path}, does not work: {error}") from None
 
     @contextmanager
     def _changing(self) -> Iterator[sqlite3.Connection]:
@@ -101,7 +102,8 @@ class Jobs:
             try:
                 yield db
             except BaseException:
-                db.execute("rollback")
+                if db.in_transaction:  # a full disk has ended it already
+                    db.execute("rollback")
                 raise
             db.execute("commit")
 

@@ -5,7 +5,7 @@ import json
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -62,8 +62,10 @@ class Order:
 class Painter:
     """Sends orders to the generator, one at a time, and lets it go after a while of idleness."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, room: Callable[[], Awaitable[int | None]]):
+        """room: says how many bytes a model may take now; None: as many as it likes."""
         self._settings = settings
+        self._room = room
         self._process: Process | None = None
         self._orders: deque[Order] = deque()
         self._has_orders = asyncio.Event()
@@ -79,6 +81,7 @@ class Painter:
 
     def order(self, job: Mapping[str, Any], keep_alive: float | None) -> Order:
         """Put a request into the row: see `flux.server.generator.Job`. Problem where too many wait."""
+        self._orders = deque(each for each in self._orders if not each.is_left)
         if len(self._orders) >= self._settings.max_waiting:
             raise too_many(f"{self._settings.max_waiting} requests for pictures are waiting: try again later")
         order = Order(job, keep_alive)
@@ -98,8 +101,9 @@ class Painter:
             try:
                 if not order.is_left:
                     await self._attend(order)
-            except (OSError, ValueError) as error:
+            except Exception as error:  # whatever it is, the next order is attended to, by a new generator
                 order.put(_error(f"the generator does not work: {error}"))
+                await self.close()
             finally:
                 self.is_at_work = False
                 self._leave_after(self._settings.keep_alive if order.keep_alive is None else order.keep_alive)
@@ -109,7 +113,7 @@ class Painter:
         process = await self._started()
         assert process.stdout is not None
         id, is_cancelled = next(self._numbers), False
-        self._send(process, {**order.job, "id": id})
+        self._send(process, {**order.job, "id": id, "room": await self._room()})
         reading = asyncio.ensure_future(process.stdout.readline())
         while True:
             await asyncio.wait([reading], timeout=LOOK)
@@ -178,10 +182,10 @@ def _error(message: str) -> Event:
 # --- Requests ---
 
 
-def to_job(settings: Settings, request: Mapping[str, Any], room: int | None) -> dict[str, Any]:
+def to_job(settings: Settings, request: Mapping[str, Any]) -> dict[str, Any]:
     """A request of OpenAI's images API, with our further fields, as the generator takes it.
 
-    room: bytes that the model may take. Problem for what cannot be made.
+    Problem for what cannot be made.
     """
     if not request["prompt"].strip():
         raise wrong("the prompt is empty: say what the picture should show")
@@ -202,7 +206,6 @@ def to_job(settings: Settings, request: Mapping[str, Any], room: int | None) -> 
         "compression": request.get("output_compression"),
         "size": size_of(request.get("size")),
         "partial_images": request.get("partial_images") or 0,
-        "room": room,
     }
 
 

@@ -38,6 +38,11 @@ def wrong(sentence: str) -> Problem:
     return Problem(422, sentence)
 
 
+def unusable(sentence: str) -> Problem:
+    """503: something that the server needs does not work."""
+    return Problem(503, sentence)
+
+
 def too_many(sentence: str) -> Problem:
     """429: the server has enough to do."""
     return Problem(429, sentence)
@@ -48,6 +53,7 @@ def sentence_of(errors: list[Any]) -> str:
     lines = []
     for each in errors[:5]:
         where = ".".join(str(part) for part in each["loc"] if part not in ("body", "query", "path"))
-        lines.append(f"{where}: {each['msg']}" if where else each["msg"])
+        text = each["msg"].removeprefix("Value error, ")
+        lines.append(f"{where}: {text}" if where else text)
     text = "; ".join(lines) + ("; and more" if len(errors) > 5 else "")
     return text.encode("ascii", "backslashreplace").decode()[:1000]

@@ -1,11 +1,12 @@
 """What requests and answers look like: made from the programs' tables wherever these have one."""
 
 import dataclasses
+import json
 import typing
 from typing import Annotated, Any, Literal
 
 from fastapi import Path
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from flux.data.schema import Group, Subset
 from flux.server.commands import DETAIL
@@ -57,7 +58,22 @@ def fields_of(*classes: type, without: tuple[str, ...] = ()) -> dict[str, Any]:
 # --- Datasets ---
 
 
-class DownloadRequest(BaseModel):
+class Body(BaseModel):
+    """The body of a request, whose texts can be written into files."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_whole_characters(cls, values: Any) -> Any:
+        try:
+            json.dumps(values, ensure_ascii=False, default=repr).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text holds half of a character (a lone surrogate)") from None
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        return values
+
+
+class DownloadRequest(Body):
     """Pictures to put into a dataset."""
 
     model_config = ConfigDict(
@@ -78,7 +94,7 @@ class DownloadAnswer(BaseModel):
     files: dict[str, str]
 
 
-class CaptionRequest(BaseModel):
+class CaptionRequest(Body):
     """A dataset to caption."""
 
     model_config = ConfigDict(
@@ -105,7 +121,7 @@ class Waiting(BaseModel):
     job_id: str
 
 
-class DatasetConfigBase(BaseModel):
+class DatasetConfigBase(Body):
     """A data.toml: any of its keys."""
 
     model_config = with_example(
@@ -125,7 +141,7 @@ DatasetConfig = create_model(
         "resolution": (side | Annotated[list[side], Field(min_length=2, max_length=2)], 1024),
         "batch_size": (Annotated[int, Field(ge=1, le=65536)], 1),
         "shuffle_caption": (bool, False),
-        "caption_extension": (Annotated[str, Field(min_length=1, max_length=20)], ".txt"),
+        "caption_extension": (Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,20}$")], ".txt"),
         "keep_tokens": (Annotated[int, Field(ge=0)], 1),
     },
 )
@@ -162,7 +178,7 @@ class DatasetPictures(BaseModel):
     pictures: list[PictureView]
 
 
-class CaptionText(BaseModel):
+class CaptionText(Body):
     """A picture's caption."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"caption": "sks dog, on a red sofa"}]})
@@ -179,7 +195,7 @@ class AdapterRequest(BaseModel):
     strength: float = Field(1.0, ge=-10, le=10)
 
 
-class TrainRequestBase(BaseModel):
+class TrainRequestBase(Body):
     """A training: what dreambooth.py takes, under its names or those of other trainers."""
 
     model_config = with_example(
@@ -313,7 +329,7 @@ class Error(BaseModel):
 Unused = Annotated[str | None, Field(description="taken, as clients send it, without effect")]
 
 
-class PictureRequest(BaseModel):
+class PictureRequest(Body):
     """A request of OpenAI's images API; from `seed` on the fields are this server's."""
 
     model_config = ConfigDict(
@@ -332,6 +348,11 @@ class PictureRequest(BaseModel):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     output_compression: int | None = Field(None, ge=0, le=100, description="of jpeg and webp")
     background: Literal["opaque", "auto"] | None = None
+    quality: Unused = None
+    style: Unused = None
+    moderation: Unused = None
+    input_fidelity: Unused = None
+    user: Unused = None
     stream: bool = False
     partial_images: int | None = Field(None, ge=0, le=3)
     seed: int | None = Field(

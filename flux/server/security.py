@@ -52,7 +52,7 @@ class Guard:
         host = headers.get("host", "")
         if not self._is_known(host):
             return 400, "the Host header names another server: start this one with --allow-host NAME"
-        if "origin" in headers and urlsplit(headers["origin"]).netloc.lower() != host.lower():
+        if "origin" in headers and headers["origin"].lower().partition("://")[2] != host.lower():
             return 400, "the request comes from a page of another origin"
         if headers.get("sec-fetch-site") == "cross-site" and headers.get("sec-fetch-mode") != "navigate":
             return 400, "the request comes from a page of another site"
@@ -72,7 +72,7 @@ class Guard:
             name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
         except ValueError:
             return False
-        if name in ("localhost", self._settings.host, *self._settings.hosts):
+        if name in ("localhost", self._settings.host.lower(), *self._settings.hosts):
             return bool(name)
         try:
             ipaddress.ip_address(name)

@@ -1,6 +1,7 @@
 """What the routes share: settings, the queue, and the worker that is kept going."""
 
 import asyncio
+import logging
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,12 +11,14 @@ from typing import Annotated, Any
 from fastapi import Depends, Request
 
 from flux import machine
+from flux.errors import FluxError
 from flux.server import results, worker
 from flux.server.jobs import DONE, QUEUED, RUNNING, Job, Jobs, New, same_request
 from flux.server.pictures import Painter
 from flux.server.settings import Settings
 
 LOOK = 0.5  # seconds from one look at the worker to the next
+PAUSE = 10.0  # seconds after one that failed
 USABLE = 0.9  # of the memory: the rest is for the system
 MEMORY = re.compile(r"memory: about ([\d.]+) GB")  # what a training says that it will need
 
@@ -28,7 +31,7 @@ class Server:
         self.folders = settings.folders
         self.folders.make()
         self.jobs = Jobs(self.folders.logs)
-        self.painter = Painter(settings)
+        self.painter = Painter(settings, self.room)
         self.downloading = 0  # requests
         self._worker: Popen | None = None
 
@@ -99,8 +102,12 @@ class Server:
     async def watch(self) -> None:
         """Keep a worker going for as long as there is work, and make room for it."""
         while True:
-            await asyncio.to_thread(self.keep_worker)
-            await self._make_room()
+            try:
+                await asyncio.to_thread(self.keep_worker)
+                await self._make_room()
+            except (FluxError, OSError) as error:  # a full disk: it may have room again
+                logging.getLogger("uvicorn.error").warning("no worker is kept: %s", error)
+                await asyncio.sleep(PAUSE)
             await asyncio.sleep(LOOK)
 
     async def _make_room(self) -> None:

@@ -1,5 +1,6 @@
 """What is refused because of what else goes on: 409 and 429, and a model that makes room for a training."""
 
+import errno
 import time
 
 import pytest
@@ -7,9 +8,12 @@ from fastapi.testclient import TestClient
 
 from flux import machine
 from flux.outputs import locked
+from flux.server import datasets
 from flux.server.app import create_app
 from flux.server.folders import Folders
-from flux.server.jobs import New
+from flux.server.jobs import FILE, New
+from flux.server.pictures import Painter
+from flux.server.problems import Problem
 from flux.server.settings import Settings
 from flux.server.state import Server
 
@@ -79,10 +83,45 @@ def test_too_many(app, client, monkeypatch):
     monkeypatch.setattr(server, "downloading", 4)
     body = {"output_name": "a", "urls": ["http://localhost:1"]}
     assert client.post("/download-images", json=body).status_code == 429
-    for _ in range(2):
-        server.painter._orders.append(None)  # nobody attends to them: the painter sleeps
-    assert client.post("/v1/images/generations", json={"prompt": "x"}).status_code == 429
-    server.painter._orders.clear()
+
+
+def test_who_has_gone_takes_no_place_in_the_row(tmp_path):
+    async def room() -> None:
+        return None
+
+    painter = Painter(Settings(Folders(tmp_path), max_waiting=2), room)
+    first, _ = painter.order({}, None), painter.order({}, None)
+    with pytest.raises(Problem) as caught:
+        painter.order({}, None)
+    assert caught.value.status == 429
+    first.leave()
+    painter.order({}, None)
+    with pytest.raises(Problem):
+        painter.order({}, None)
+
+
+def test_a_queue_that_is_damaged(app, client):
+    """Every request says so, in one sentence; the server goes on, and so does it when the file is whole."""
+    path = app.state.server.folders.logs / FILE
+    whole = path.read_bytes()
+    path.write_bytes(b"damaged" * 1000)
+    for answer in (client.get("/jobs"), client.get("/status/x"), client.post("/jobs/x/cancel")):
+        assert answer.status_code == 503
+        assert "does not work: file is not a database" in answer.json()["detail"]
+    with pytest.raises(Problem):
+        Server(app.state.server.settings)
+    path.write_bytes(whole)
+    assert client.get("/jobs").json() == []
+
+
+def test_a_full_disk(client, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets, "write_config", full)
+    answer = client.post("/create-dataset-config", json={"output_name": "a"})
+    assert answer.status_code == 507
+    assert answer.json()["detail"] == "the system refuses it: No space left on device"
 
 
 def test_a_folder_that_is_in_use(app, client):

@@ -41,7 +41,7 @@ def model(name: str, server: State) -> ModelView:
 )
 async def generate(body: PictureRequest, server: State, request: Request) -> Any:
     """Make pictures of a prompt. With `stream`, as server-sent events."""
-    job = pictures.to_job(server.settings, body.model_dump(exclude_none=True), await server.room())
+    job = pictures.to_job(server.settings, body.model_dump(exclude_none=True))
     order = server.painter.order(job, body.keep_alive)
     return await respond(order, body.stream, "image_generation", request)
 
@@ -55,7 +55,7 @@ async def generate(body: PictureRequest, server: State, request: Request) -> Any
 async def edit(request: Request, server: State) -> Any:
     """Change a picture where a mask is transparent; without one everywhere. A form, as OpenAI has it."""
     body, files = await forms.read(request)
-    job = pictures.to_job(server.settings, body.model_dump(exclude_none=True), await server.room())
+    job = pictures.to_job(server.settings, body.model_dump(exclude_none=True))
     order = server.painter.order(job | files | {"strength": body.strength}, body.keep_alive)
     return await respond(order, body.stream, "image_edit", request)
 
