@@ -126,7 +126,7 @@ async def _one(
         seconds = min(PICTURE_SECONDS, end - time.monotonic())
         content = await asyncio.wait_for(_fetch(client, url), seconds)
         async with decoding:  # a large one takes 1 GB for a moment
-            await asyncio.to_thread(_save, content, url, file)
+            await asyncio.to_thread(save, content, "the answer", file)
     except TimeoutError:
         return "Error: it took too long"
     except httpx.TimeoutException:
@@ -152,9 +152,9 @@ async def _fetch(client: httpx.AsyncClient, url: str) -> bytes:
     return bytes(content)
 
 
-def _save(content: bytes, url: str, file: Path) -> None:
-    """Decodes a picture and writes it as JPEG, what was transparent over white."""
-    named = NamedBytes(content, "the answer")
+def save(content: bytes, name: str, file: Path) -> None:
+    """Decode a picture and write it as JPEG, what was transparent over white. FluxError for what is none."""
+    named = NamedBytes(content, name)
     check_pixels(named)
     images.save(file, images.over_white(*images.load(named)))
 
@@ -181,26 +181,37 @@ def _names(urls: Sequence[str], folder: Path) -> dict[str, Path]:
     path = folder / SOURCES
     sources = jsonfiles.read(path) if path.is_file() else {}
     known = {url: name for name, url in sources.items() if isinstance(url, str) and (folder / name).is_file()}
-    taken = {file.stem.lower() for file in folder.iterdir()}  # two of one stem would share a caption's file
+    taken = stems(folder)
     files = {}
     for number, url in enumerate(urls, 1):
-        name = known.get(url) or f"{_free(_stem(url) or f'image{number}', taken)}.jpg"
+        name = known.get(url) or f"{free(_stem(url) or f'image{number}', taken)}.jpg"
         taken.add(Path(name).stem.lower())
         files[url] = folder / name
     return files
 
 
+def stems(folder: Path) -> set[str]:
+    """The names in a folder without suffixes: two pictures of one stem would share a caption's file."""
+    return {file.stem.lower() for file in folder.iterdir()}
+
+
 def _stem(url: str) -> str:
     """The part of a URL that can name a file, "" where there is none."""
     try:
-        name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
+        return stem_of(urllib.parse.unquote(urllib.parse.urlsplit(url).path))
     except ValueError:
         return ""
+
+
+def stem_of(path: str) -> str:
+    """What can name a file of a path that a stranger gave, "" where nothing can."""
+    name = path.replace("\\", "/").rpartition("/")[2]
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", name.rpartition(".")[0] or name).strip("-_")
     return stem[:80].rstrip("-_")
 
 
-def _free(stem: str, taken: set[str]) -> str:
+def free(stem: str, taken: set[str]) -> str:
+    """The stem, or one like it that is not taken."""
     names = [stem, *(f"{stem}-{number}" for number in range(2, MOST_URLS + len(taken) + 3))]
     return next(name for name in names if name.lower() not in taken)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+from pathlib import Path
 from typing import Any
 
 from fastapi import Request
@@ -10,12 +11,16 @@ from starlette.datastructures import FormData, UploadFile
 
 from flux import jsonfiles
 from flux.data.pictures import NamedBytes
-from flux.server.downloads import check_pixels
+from flux.errors import FluxError
+from flux.outputs import locked
+from flux.server import downloads
+from flux.server.downloads import check_pixels, stems
 from flux.server.problems import sentence_of, wrong
 from flux.server.schemas import EditRequest
 
 IMAGE, MASK = ("image", "image[]"), ("mask",)  # OpenAI's clients call a list of pictures image[]
 MOST_FILES, MOST_FIELDS = 17, 64
+MOST_UPLOADS = 200  # pictures for a dataset in one form
 
 
 async def read(request: Request) -> tuple[EditRequest, dict[str, Any]]:
@@ -23,9 +28,7 @@ async def read(request: Request) -> tuple[EditRequest, dict[str, Any]]:
 
     Problem for a form that is not one of a picture to change.
     """
-    kind = request.headers.get("content-type", "")
-    if not kind.startswith("multipart/form-data"):
-        raise wrong(f"the request should be a form (multipart/form-data), not {kind[:60]!a}")
+    check_kind(request)
     async with request.form(max_files=MOST_FILES, max_fields=MOST_FIELDS) as form:
         body = fields(form)
         images, masks = await files(form, IMAGE), await files(form, MASK)
@@ -34,6 +37,34 @@ async def read(request: Request) -> tuple[EditRequest, dict[str, Any]]:
     if len(masks) > 1:
         raise wrong(f"{len(masks)} files `mask` are given: there can be one")
     return body, {"images": images, "mask": masks[0] if masks else None}
+
+
+def check_kind(request: Request) -> None:
+    """Problem for what is not a form with files."""
+    kind = request.headers.get("content-type", "")
+    if not kind.startswith("multipart/form-data"):
+        raise wrong(f"the request should be a form (multipart/form-data), not {kind[:60]!a}")
+
+
+async def store(request: Request, folder: Path) -> dict[str, str]:
+    """Keep the files of a form as JPEG in a dataset's folder: the path of each, or "Error: " and why not."""
+    check_kind(request)
+    async with request.form(max_files=MOST_UPLOADS, max_fields=0) as form:
+        given = [value for value in form.getlist("files") if isinstance(value, UploadFile)]
+        if not given:
+            raise wrong("the form has no `files`, the pictures to keep")
+        with locked(folder):
+            return {_name(upload, "picture"): await _stored(upload, folder) for upload in given}
+
+
+async def _stored(upload: UploadFile, folder: Path) -> str:
+    stem = downloads.stem_of(upload.filename or "") or "image"
+    path = folder / f"{downloads.free(stem, stems(folder))}.jpg"
+    try:
+        await asyncio.to_thread(downloads.save, await upload.read(), "the file", path)
+    except (FluxError, OSError) as error:
+        return f"Error: {error}"
+    return str(path)
 
 
 def fields(form: FormData) -> EditRequest:
@@ -59,5 +90,10 @@ async def file(upload: UploadFile, kind: str) -> list[str]:
     """[name, base64] of a file. Problem where it is no picture."""
     content = await upload.read()
     await asyncio.to_thread(check_pixels, NamedBytes(content, kind))
+    return [_name(upload, kind), base64.b64encode(content).decode()]
+
+
+def _name(upload: UploadFile, kind: str) -> str:
+    """What a file is called for people."""
     name = (upload.filename or kind).replace("\\", "/").rpartition("/")[2]
-    return [name if name.isprintable() and name else kind, base64.b64encode(content).decode()]
+    return name if name.isprintable() and name else kind

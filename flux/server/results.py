@@ -4,10 +4,14 @@ import json
 import math
 import os
 import re
+import secrets
+import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from flux.outputs import locked
 
 TAIL = 65536  # bytes of a file's end that are read
 EVENTS, PLOT, SAMPLES, STATES = "events.jsonl", "loss.png", "progress", "states"
@@ -21,6 +25,14 @@ def publish(folder: Path, name: str) -> None:
         if epoch := EPOCH.fullmatch(path.name[len(name) :]):
             with suppress(OSError):
                 os.replace(path, folder / f"{name}-{int(epoch[1]):04d}.safetensors")
+
+
+def delete(folder: Path) -> None:
+    """Delete a run: at once out of sight, and then from the disk. InUse where somebody writes into it."""
+    with locked(folder):
+        gone = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        os.replace(folder, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def newest_state(folder: Path) -> Path | None:

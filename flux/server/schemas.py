@@ -88,7 +88,7 @@ class DownloadRequest(Body):
 
 
 class DownloadAnswer(BaseModel):
-    """files: of each URL the picture's path, or "Error: " and the reason."""
+    """files: of each URL (of an upload: each name) the picture's path, or "Error: " and the reason."""
 
     message: str
     files: dict[str, str]
@@ -307,6 +307,12 @@ class FileView(BaseModel):
     url: str
 
 
+class Deleted(BaseModel):
+    """What is gone."""
+
+    message: str
+
+
 class AdapterView(BaseModel):
     """An adapter: `name` is what a request for pictures names it by."""
 
@@ -381,6 +387,14 @@ def edit_form() -> dict[str, Any]:
     file = {"type": "string", "contentMediaType": "image/png"}
     files = {"image": file, "mask": file}
     schema = {"type": "object", "properties": {**fields, **files}, "required": ["prompt", "image"]}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+def upload_form() -> dict[str, Any]:
+    """The OpenAPI schema of a form of pictures for a dataset."""
+    file = {"type": "string", "contentMediaType": "image/png"}
+    files = {"type": "array", "items": file, "minItems": 1}
+    schema = {"type": "object", "properties": {"files": files}, "required": ["files"]}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 

@@ -5,6 +5,7 @@ import time
 
 import pytest
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from flux import machine
 from flux.outputs import locked
@@ -134,6 +135,43 @@ def test_a_folder_that_is_in_use(app, client):
         body = {"output_name": "a", "urls": ["http://localhost:1"]}
         assert client.post("/download-images", json=body).status_code == 409
     assert client.put("/datasets/a/captions/a.png", json={"caption": "x"}).status_code == 200
+
+
+def test_a_run_is_deleted(app, client):
+    """Not while a job works on it; its name is free then."""
+    server = app.state.server
+    server.keep_worker = lambda: None
+    folder = server.folders.outputs / "x"
+    (folder / "states").mkdir(parents=True)
+    running(server, "")
+    assert client.delete("/outputs/x").status_code == 409
+    server.jobs.end("x-1", "cancelled")
+    assert client.delete("/outputs/x").json() == {"message": "the files of x are deleted"}
+    assert not list(server.folders.outputs.iterdir())
+    assert client.delete("/outputs/x").status_code == 404
+
+
+def test_pictures_are_uploaded(app, client):
+    given = [
+        ("a.png", png()),
+        ("../../a.jpg", png(seed=1)),
+        ("b.svg", b"<svg/>"),
+        ("\u0430\u2025.png", png()),
+    ]
+    answer = client.post("/datasets/new/pictures", files=[("files", file) for file in given])
+    assert answer.status_code == 200, answer.text
+    folder = app.state.server.folders.datasets / "new"
+    assert sorted(path.name for path in folder.iterdir()) == ["a-2.jpg", "a.jpg", "image.jpg"]
+    assert Image.open(folder / "a.jpg").format == "JPEG"
+    files = answer.json()["files"]
+    assert files["a.png"] == str(folder / "a.jpg")
+    assert files["b.svg"] == "Error: the file is not a picture"
+    bad = {"files": ("a.png", b"")}
+    assert client.post("/datasets/empty/pictures", files=bad).json()["files"]["a.png"].startswith("Error: ")
+    assert not (app.state.server.folders.datasets / "empty").exists()
+    assert client.post("/datasets/new/pictures", json={}).status_code == 422
+    assert client.post("/datasets/new/pictures", files={"other": ("a.png", png())}).status_code == 422
+    assert client.post("/datasets/..%2fx/pictures", files=bad).status_code in (404, 422)
 
 
 def test_an_unknown_path_and_method(client):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .serving import Process, write_dataset
+from .serving import Process, png, write_dataset
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
@@ -79,8 +79,41 @@ def test_a_caption_is_corrected_by_keyboard(server, page):
     shot(page, "server-dataset")
 
 
+def test_files_are_downloaded(page):
+    page.get_by_role("link", name="Runs").click()
+    page.get_by_role("button", name="train red-thing").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download red-thing.safetensors", exact=True).click()
+    assert download.value.suggested_filename == "red-thing.safetensors"
+    assert Path(download.value.path()).stat().st_size > 10_000
+
+
+def test_pictures_are_uploaded_and_changed(server, page):
+    page.get_by_role("link", name="Datasets").click()
+    page.get_by_text("New pictures").click()
+    form = page.locator("#upload-form")
+    form.get_by_label("Name").fill("sent")
+    files = [{"name": f"{name}.png", "mimeType": "image/png", "buffer": png()} for name in "ab"]
+    form.get_by_label("Files").set_input_files(files)
+    form.get_by_role("button").last.click()
+    page.get_by_text("Upload complete").wait_for()
+    assert sorted(path.name for path in (server.root / "datasets/sent").iterdir()) == ["a.jpg", "b.jpg"]
+    page.get_by_role("link", name="Pictures").click()
+    page.get_by_label("Prompt", exact=True).fill("a red apple")
+    page.get_by_text("Change a picture").click()
+    page.get_by_label("Picture", exact=True).set_input_files(files[0])
+    page.get_by_label("How much changes").fill("0.5")
+    page.get_by_role("button", name="Make the picture").click()
+    page.get_by_text("the picture is made").wait_for()
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download the picture").click()
+    content = Path(download.value.path()).read_bytes()
+    assert b"strength" in content  # among what it remembers of how it was made
+    page.get_by_label("Picture", exact=True).set_input_files([])
+
+
 def test_a_picture_is_made_on_a_phone(page):
-    page.set_viewport_size({"width": 390, "height": 844})
+    page.set_viewport_size({"width": 375, "height": 812})
     page.get_by_role("link", name="Pictures").click()
     page.get_by_label("Prompt", exact=True).fill("a red apple on a blue background")
     page.get_by_label("Seed").fill("1")
@@ -90,5 +123,8 @@ def test_a_picture_is_made_on_a_phone(page):
     page.get_by_text("the picture is made").wait_for()
     assert page.locator("#picture img").evaluate("image => image.naturalWidth") == 64
     assert "seed 1, 64x64" in page.locator("#picture figcaption").inner_text()
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing sticks out
+    for part in ("Runs", "Datasets", "Pictures"):
+        page.get_by_role("link", name=part).click()
+        page.locator(f"#{part.lower()}").wait_for()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375  # nothing sticks out
     shot(page, "server-picture")

@@ -6,7 +6,7 @@ export async function api(path, options = {}) {
   const headers = { ...options.headers };
   const token = sessionStorage.getItem(TOKEN);
   if (token) headers.Authorization = `Bearer ${token}`;
-  if (options.body) headers["Content-Type"] = "application/json";
+  if (typeof options.body === "string") headers["Content-Type"] = "application/json"; // a form says its own
   const answer = await fetch(path, { ...options, headers });
   if (answer.status === 401 && await login()) return api(path, options);
   if (!answer.ok) {
@@ -64,6 +64,14 @@ export async function show(image, path) {
   image.src = URL.createObjectURL(blob);
 }
 
+// A file of the server's onto the user's disk.
+export async function save(path) {
+  const link = element("a", "", { download: path.split("/").pop() });
+  link.href = URL.createObjectURL(await (await api(path)).blob());
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
+}
+
 export function say(text, isFault = false) {
   const line = document.querySelector("#message");
   line.textContent = text;
@@ -90,12 +98,13 @@ export function onSubmit(form, work) {
   });
 }
 
-// What is filled in of a form; numbers as numbers.
+// What is filled in of a form; numbers as numbers, files as lists of them.
 function values(form) {
   const found = {};
   for (const field of form.elements) {
     if (field.name && field.value && !field.closest("fieldset fieldset, #adapters")) {
-      found[field.name] = field.type === "number" ? Number(field.value) : field.value;
+      const value = field.type === "number" ? Number(field.value) : field.value;
+      found[field.name] = field.type === "file" ? [...field.files] : value;
     }
   }
   return found;

@@ -1,6 +1,6 @@
 // Datasets: pictures with captions that can be corrected.
 
-import { attempt, element, get, onSubmit, say, send, show } from "./api.js";
+import { api, attempt, element, get, onSubmit, say, send, show } from "./api.js";
 
 const list = document.querySelector("#sets");
 const panel = document.querySelector("#set");
@@ -48,11 +48,23 @@ function card(name, picture) {
 
 onSubmit(document.querySelector("#download-form"), async ({ output_name, urls }) => {
   say("downloading");
-  const answer = await send("/download-images", { output_name, urls: urls.split(/\s+/).filter(Boolean) });
-  const faults = Object.entries(answer.files).filter(([, text]) => text.startsWith("Error: "));
-  say(faults.map(([url, text]) => `${url}: ${text}`).join("; ") || answer.message, faults.length > 0);
-  if (faults.length < Object.keys(answer.files).length) await open(output_name);
+  await arrived(output_name, await send("/download-images", { output_name, urls: urls.split(/\s+/).filter(Boolean) }));
 });
+
+onSubmit(document.querySelector("#upload-form"), async ({ output_name, files }) => {
+  say("uploading");
+  const body = new FormData();
+  for (const file of files) body.append("files", file);
+  const path = `/datasets/${encodeURIComponent(output_name)}/pictures`;
+  await arrived(output_name, await (await api(path, { method: "POST", body })).json());
+});
+
+// Says which pictures did not arrive, and shows the dataset where some did.
+async function arrived(name, answer) {
+  const faults = Object.entries(answer.files).filter(([, text]) => text.startsWith("Error: "));
+  if (faults.length < Object.keys(answer.files).length) await open(name);
+  say(faults.map(([from, text]) => `${from}: ${text}`).join("; ") || answer.message, faults.length > 0);
+}
 
 onSubmit(document.querySelector("#caption-form"), async (request) => {
   say("captioning");

@@ -41,16 +41,36 @@ function chosenAdapters() {
     }));
 }
 
+// Where a request goes and its body: with a picture it is a form, as OpenAI's API has it.
+function asked({ image, mask, strength, ...request }) {
+  const body = { ...request, adapters: chosenAdapters(), stream: true, partial_images: 3 };
+  if (!image) return ["/v1/images/generations", JSON.stringify(body)];
+  const sent = new FormData();
+  for (const [key, value] of Object.entries({ ...body, adapters: JSON.stringify(body.adapters) })) sent.set(key, value);
+  if (strength !== undefined) sent.set("strength", strength);
+  for (const [key, files] of Object.entries({ image, mask })) if (files) sent.set(key, files[0]);
+  return ["/v1/images/edits", sent];
+}
+
 onSubmit(form, async (request) => {
   say("making the picture");
-  const body = JSON.stringify({ ...request, adapters: chosenAdapters(), stream: true, partial_images: 3 });
-  for await (const { event, data } of events("/v1/images/generations", { method: "POST", body })) {
+  const [path, body] = asked(request);
+  for await (const { event, data } of events(path, { method: "POST", body })) {
     if (event === "error") throw new Error(data.detail);
-    const isWhole = event.endsWith("completed");
-    figure.hidden = false;
-    figure.querySelector("img").src = `data:image/${data.output_format};base64,${data.b64_json}`;
-    figure.querySelector("img").alt = request.prompt;
-    figure.querySelector("figcaption").textContent = isWhole ? `seed ${data.seed}, ${data.size}` : "…";
-    if (isWhole) say("the picture is made");
+    appear(data, request.prompt, event.endsWith("completed"));
   }
 });
+
+function appear(data, prompt, isWhole) {
+  const source = `data:image/${data.output_format};base64,${data.b64_json}`;
+  figure.hidden = false;
+  figure.querySelector("img").src = source;
+  figure.querySelector("img").alt = prompt;
+  figure.querySelector("figcaption").textContent = isWhole ? `seed ${data.seed}, ${data.size}` : "…";
+  const link = figure.querySelector("a");
+  link.hidden = !isWhole;
+  if (!isWhole) return;
+  link.href = source;
+  link.download = `picture-${data.seed}.${data.output_format}`;
+  say("the picture is made");
+}

@@ -1,6 +1,6 @@
 // Jobs, and one of them as it goes: its loss, its sample pictures, its log.
 
-import { attempt, element, events, get, onSubmit, say, send, show } from "./api.js";
+import { attempt, element, events, get, onSubmit, save, say, send, show } from "./api.js";
 
 const list = document.querySelector("#jobs");
 const panel = document.querySelector("#job");
@@ -56,7 +56,19 @@ async function state(id, job) {
   panel.querySelector(".numbers").textContent = `${job.state}${loss} ${job.message}`;
   panel.querySelector("[name=cancel]").hidden = !["queued", "running"].includes(job.state);
   panel.querySelector("[name=resume]").hidden = !["failed", "cancelled"].includes(job.state);
+  panel.querySelector("[name=delete]").hidden = job.kind !== "train" || ["queued", "running"].includes(job.state);
   panel.querySelector("pre").textContent = (await get(`/jobs/${id}`)).logs.join("\n");
+  await files(job);
+}
+
+// What a run has made, each file a button: a link could send no token.
+async function files({ kind, name, state }) {
+  const made = kind === "train" && state !== "queued" ? await get(`/outputs/${encodeURIComponent(name)}`).catch(() => []) : [];
+  panel.querySelector(".files").replaceChildren(...made.filter((file) => file.kind !== "sample").map((file) => {
+    const button = element("button", `Download ${file.name}`, { type: "button" });
+    button.addEventListener("click", () => attempt(button, () => save(file.url)));
+    return button;
+  }));
 }
 
 function step(losses, data) {
@@ -91,6 +103,15 @@ for (const name of ["cancel", "resume"]) {
     await open(watched);
   }));
 }
+
+const remove = panel.querySelector("[name=delete]");
+remove.addEventListener("click", () => attempt(remove, async () => {
+  const { name } = await get(`/jobs/${watched}`);
+  if (!confirm(`Delete all files of ${name}?`)) return;
+  await send(`/outputs/${encodeURIComponent(name)}`, {}, "DELETE");
+  say(`the files of ${name} are deleted`);
+  await open(watched);
+}));
 
 onSubmit(form, async (request) => {
   const { run_id: id, notes } = await send("/train", request);

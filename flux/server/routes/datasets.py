@@ -2,11 +2,19 @@
 
 from urllib.parse import quote
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse
 
-from flux.server import datasets
-from flux.server.schemas import CaptionText, DatasetPictures, DatasetView, PathName, PictureView
+from flux.server import datasets, forms
+from flux.server.schemas import (
+    CaptionText,
+    DatasetPictures,
+    DatasetView,
+    DownloadAnswer,
+    PathName,
+    PictureView,
+    upload_form,
+)
 from flux.server.state import Server, State
 
 router = APIRouter(tags=["datasets"])
@@ -48,6 +56,13 @@ def one_dataset(name: PathName, server: State) -> DatasetPictures:
 def picture(name: PathName, file: str, server: State) -> FileResponse:
     """A picture of a dataset."""
     return FileResponse(datasets.picture_file(server.folders, name, file))
+
+
+@router.post("/datasets/{name}/pictures", openapi_extra=upload_form())
+async def upload(name: PathName, request: Request, server: State) -> DownloadAnswer:
+    """Put pictures into a dataset, new or not, as JPEG: a form with `files`."""
+    files = await forms.store(request, server.folders.dataset(name))
+    return DownloadAnswer(message="Upload complete", files=files)
 
 
 @router.put("/datasets/{name}/captions/{file:path}")

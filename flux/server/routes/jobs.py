@@ -11,10 +11,11 @@ from fastapi.responses import FileResponse, StreamingResponse
 from flux.server import results
 from flux.server.folders import existing, inside, subfolders
 from flux.server.jobs import QUEUED, Job
-from flux.server.problems import absent
+from flux.server.problems import absent, conflict
 from flux.server.routes.training import as_request, submit_captions, submit_training
 from flux.server.schemas import (
     AdapterView,
+    Deleted,
     FileView,
     JobDetail,
     JobRequest,
@@ -185,6 +186,17 @@ def output(name: PathName, server: State) -> list[FileView]:
             )
         )  # fmt: skip
     return found
+
+
+@router.delete("/outputs/{name}")
+def delete_output(name: PathName, server: State) -> Deleted:
+    """Delete all files of a run, so that its name is free again. Its jobs stay in the list."""
+    folder = existing(server.folders.output(name), f"run {name}")
+    for job in server.jobs.active():
+        if job.kind == "train" and job.name.lower() == name.lower():
+            raise conflict(f"the job {job.id} works on {name}: wait for it, or cancel it")
+    results.delete(folder)
+    return Deleted(message=f"the files of {name} are deleted")
 
 
 @router.get("/outputs/{name}/{file:path}", response_class=FileResponse)
