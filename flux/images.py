@@ -18,7 +18,8 @@ from PIL import ExifTags, Image, ImageOps, PngImagePlugin, UnidentifiedImageErro
 from flux import jsonfiles, outputs
 from flux.errors import FluxError
 
-# Pillow knows these files and does not decode them by itself, or they are not pictures.
+# Pillow knows these files and does not decode them by itself, or they are not pictures. EPS is a program: it
+# would have Ghostscript run it.
 NOT_READ = ("BUFR", "GRIB", "HDF5", "MPEG", "WMF", "EPS")
 # Pictures that are named where they are not read.
 OTHER_SUFFIXES = (
@@ -45,6 +46,13 @@ def readable_suffixes() -> frozenset[str]:
         pass
     known = Image.registered_extensions().items()
     return frozenset(suffix for suffix, kind in known if kind in Image.OPEN and kind not in NOT_READ)
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read here."""
+    readable_suffixes()  # so that HEIC is known, where its package is there
+    return tuple(kind for kind in Image.OPEN if kind not in NOT_READ)
 
 
 @cache
@@ -99,9 +107,8 @@ def _scale(image: Image.Image, values: np.ndarray, path: str | Path | BinaryIO) 
 
 
 def _open(path: str | Path | BinaryIO) -> Image.Image:
-    readable_suffixes()  # so that HEIC is known, where its package is there
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=formats())
         image.load()
     except UnidentifiedImageError:
         raise FluxError(f"{path} is not a picture that Pillow can read{_hint(path)}") from None

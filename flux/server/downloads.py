@@ -162,7 +162,7 @@ def save(content: bytes, name: str, file: Path) -> None:
 def check_pixels(file: NamedBytes) -> None:
     """FluxError for a picture that says it has too many pixels; decodes none. Its position is kept."""
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=images.formats()) as image:
             width, height = image.size
     except UnidentifiedImageError:
         raise FluxError(f"{file} is not a picture") from None

@@ -49,7 +49,7 @@ def check_kind(request: Request) -> None:
 async def store(request: Request, folder: Path) -> dict[str, str]:
     """Keep the files of a form as JPEG in a dataset's folder: the path of each, or "Error: " and why not."""
     check_kind(request)
-    async with request.form(max_files=MOST_UPLOADS, max_fields=0) as form:
+    async with request.form(max_files=MOST_UPLOADS, max_fields=MOST_FIELDS) as form:
         given = [value for value in form.getlist("files") if isinstance(value, UploadFile)]
         if not given:
             raise wrong("the form has no `files`, the pictures to keep")

@@ -392,7 +392,7 @@ def edit_form() -> dict[str, Any]:
 
 def upload_form() -> dict[str, Any]:
     """The OpenAPI schema of a form of pictures for a dataset."""
-    file = {"type": "string", "contentMediaType": "image/png"}
+    file = {"type": "string", "contentMediaType": "application/octet-stream"}
     files = {"type": "array", "items": file, "minItems": 1}
     schema = {"type": "object", "properties": {"files": files}, "required": ["files"]}
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

@@ -30,6 +30,8 @@ def app(tmp_path_factory):
 
 def small(case):
     """A request for pictures that is soon answered, with files that are pictures: no schema can ask that."""
+    if case.path.endswith("/pictures") and isinstance(case.body, dict) and "files" in case.body:
+        case.body["files"] = [png()]
     if case.path.startswith("/v1/images/") and isinstance(case.body, dict):
         case.body |= {"image": png()} if "image" in case.body else {}
         case.body.pop("mask", None)

@@ -12,7 +12,7 @@ from contextlib import suppress
 
 import httpx
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from flux.server import downloads
 from flux.server.downloads import CheckedTransport, download, is_public
@@ -244,6 +244,14 @@ def bomb(width: int, height: int) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     pixels = zlib.compress(bytes(100))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def test_a_program_is_not_run(tmp_path, monkeypatch):
+    """Pillow hands EPS to Ghostscript."""
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("it was run"))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n(x) (w) file\nshowpage\n%%EOF\n"
+    with picture_server({"/a.png": eps}) as address:
+        assert fetch(tmp_path, f"{address}/a.png") == ["Error: the answer is not a picture"]
 
 
 def test_bombs_and_sizes(tmp_path, monkeypatch):
