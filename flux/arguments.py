@@ -208,6 +208,13 @@ def adapter(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
+def cache_folder(text: str) -> str:
+    """A folder that exists, or a path with a / for a new one: a prompt after the option is not meant."""
+    if Path(text).is_dir() or ("/" in text and not Path(text).exists()):
+        return text
+    raise argparse.ArgumentTypeError(f"no folder is called {text!r}; write a new one with a /, as ./{text}")
+
+
 def find_prompts(given: list[str], file: str | None, folder: str | None) -> list[str]:
     """The prompts of a command line, or of a file or a folder that it names; each as one line."""
     if sum(source is not None for source in (given or None, file, folder)) > 1:

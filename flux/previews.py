@@ -14,11 +14,13 @@ from PIL import Image
 
 from flux import images, sampler
 from flux.errors import FluxError
-from flux.generation import ResolvedRequest
 from flux.models.autoencoder import AutoEncoder, AutoEncoderParams
+from flux.requests import ResolvedRequest
 from flux.weights import tiny_decoder
 
-Colours = Callable[[mx.array], mx.array]  # the transformer's latents (1, h, w, z) -> (1, H, W, 3), about -1..1
+Colours = Callable[
+    [mx.array], mx.array
+]  # the transformer's latents (1, h, w, z) -> (1, H, W, 3), about -1..1
 
 # Of FLUX.1's 16 channels, in red, green and blue, and what is added to their sum: `class Flux` in ComfyUI's
 # comfy/latent_formats.py.
@@ -44,7 +46,7 @@ class Previews:
 
     def __init__(self, path: Path, every: int, colours: Colours, downscale: int):
         self.path = path
-        self.is_written = False
+        self._is_written = False
         self._every = every
         self._colours = colours
         self._downscale = downscale
@@ -56,22 +58,22 @@ class Previews:
         if (step + 1) % self._every == 0:
             self.write()
 
-    def write(self) -> None:
-        """Show the latest estimate, if there is one; a file that cannot be written is only warned of."""
-        if self._latest is None:
-            return
-        request, estimate = self._latest
-        self._latest = None
-        picture = draw(self._colours, estimate, request.latent_size, self._downscale)
-        try:
-            images.save(self.path, picture)
-            self.is_written = True
-        except FluxError as error:
-            warnings.warn(f"no preview: {error}", stacklevel=2)
+    def write(self) -> bool:
+        """Show the latest estimate; whether a picture's is there to be seen. A fault is only warned of."""
+        if self._latest is not None:
+            request, estimate = self._latest
+            self._latest = None
+            picture = draw(self._colours, estimate, request.latent_size, self._downscale)
+            try:
+                images.save(self.path, picture)
+                self._is_written = True
+            except FluxError as error:
+                warnings.warn(f"no preview: {error}", stacklevel=2)
+        return self._is_written
 
     def remove(self) -> None:
         """Take the file away: the pictures are there."""
-        if self.is_written:
+        if self._is_written:
             self.path.unlink(missing_ok=True)
 
 

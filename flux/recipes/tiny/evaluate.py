@@ -22,7 +22,7 @@ from flux.arguments import described, run_program
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.evaluation.proportion import Proportion, Z
-from flux.generation import Request, generate
+from flux.generation import generate
 from flux.pipeline import FluxPipeline
 from flux.recipes.emoji import (
     COLOURS,
@@ -36,6 +36,7 @@ from flux.recipes.emoji import (
 )
 from flux.recipes.tiny import recipe
 from flux.recipes.tiny.autoencoder import psnr, reconstruct
+from flux.requests import Request
 
 
 class Judge:
