@@ -277,7 +277,7 @@ def tell_of_interrupt(finished: int, total: int, shown_so_far: Previews | None) 
     """One line of what there is, if there is anything."""
     so_far = shown_so_far is not None and shown_so_far.write()
     if finished or so_far:
-        left = f"; the next, as far as it was: {shown_so_far.path}" if shown_so_far and so_far else ""
+        left = f"; the latest preview: {shown_so_far.path}" if shown_so_far and so_far else ""
         print(f"interrupted: {finished} of {total} pictures were finished{left}", file=sys.stderr)
 
 

@@ -212,7 +212,7 @@ def cache_folder(text: str) -> str:
     """A folder that exists, or a path with a / for a new one: a prompt after the option is not meant."""
     if Path(text).is_dir() or ("/" in text and not Path(text).exists()):
         return text
-    raise argparse.ArgumentTypeError(f"no folder is called {text!r}; write a new one with a /, as ./{text}")
+    raise argparse.ArgumentTypeError(f"no folder is called {text!r}; a new one is written with a /: ./NAME")
 
 
 def find_prompts(given: list[str], file: str | None, folder: str | None) -> list[str]:

@@ -119,7 +119,7 @@ class FluxPipeline:
         self._adapters = [file for file, _ in adapters]
         if text_cache is not None:
             settings = (dtype, bits, weighted, fuse_adapters, self.t5_tokenizer, self.t5_padding)
-            self.text_cache = TextCache(text_cache, identity(self.checkpoint, *settings))
+            self.text_cache: TextCache | None = TextCache(text_cache, identity(self.checkpoint, *settings))
         if redux is not None:
             self.redux: Redux | None = Redux.load(redux, siglip, dtype)
             self.redux.check_fit(self.flow.params.context_in_dim, self.checkpoint.parts["transformer"].label)
@@ -141,7 +141,7 @@ class FluxPipeline:
         self._split = False
         self.controlnets = ControlNets()
         self.redux = None
-        self.text_cache: TextCache | None = None
+        self.text_cache = None
         # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
         self.downscale = 2 ** (len(self.ae.params.ch_mult) - 1)
 

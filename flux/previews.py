@@ -22,6 +22,8 @@ Colours = Callable[
     [mx.array], mx.array
 ]  # the transformer's latents (1, h, w, z) -> (1, H, W, 3), about -1..1
 
+Factors = np.ndarray | tuple[tuple[float, ...], ...] | tuple[float, ...]
+
 # Of FLUX.1's 16 channels, in red, green and blue, and what is added to their sum: `class Flux` in ComfyUI's
 # comfy/latent_formats.py.
 FLUX_FACTORS = (
@@ -102,7 +104,8 @@ def choose(ae: AutoEncoder, decoder: str | None = None) -> Colours:
     FluxError for a decoder that cannot be had, or is for other latents.
     """
     if decoder is None:
-        return linear(*((FLUX_FACTORS, FLUX_BIAS) if ae.params == AutoEncoderParams() else fit(ae)))
+        is_flux = ae.params == AutoEncoderParams()
+        return linear(FLUX_FACTORS, FLUX_BIAS) if is_flux else linear(*fit(ae))
     network = tiny_decoder.load(decoder)
     takes, gives = (network.params.latent_channels, network.downscale), (ae.params.z_channels, ae.downscale)
     if takes != gives:
@@ -113,9 +116,9 @@ def choose(ae: AutoEncoder, decoder: str | None = None) -> Colours:
     return network
 
 
-def linear(factors: object, bias: object) -> Colours:
+def linear(factors: Factors, bias: Factors) -> Colours:
     """The map that multiplies each latent's channels by factors (z, 3) and adds a bias (3,)."""
-    matrix, offset = mx.array(factors), mx.array(bias)
+    matrix, offset = mx.array(np.array(factors, np.float32)), mx.array(np.array(bias, np.float32))
     return lambda z: z.astype(mx.float32) @ matrix + offset
 
 

@@ -6,6 +6,7 @@ as much in float32. Nothing is ever taken away: the folder may be deleted at any
 
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -69,5 +70,5 @@ def identity(
         "adapters": [[fingerprint(each.file), each.strength] for each in changing],
         "fused": bool(changing) and fuse_adapters,
         "tokens": [tokenizer.max_length, tokenizer.padded_length, t5_padding],
-        "machine": [str(mx.default_device().type), mx.__version__, __version__],
+        "machine": [str(mx.default_device().type), version("mlx"), __version__],
     }
