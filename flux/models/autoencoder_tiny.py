@@ -3,6 +3,7 @@
 Attribute names are those of diffusers' AutoencoderTiny; layers without weights count in its numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -33,10 +34,7 @@ class TinyBlock(nn.Module):
         self.conv = [convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU(), convolutions[2]]
 
     def __call__(self, x: mx.array) -> mx.array:
-        h = x
-        for layer in self.conv:
-            h = layer(h)
-        return nn.relu(x + h)
+        return nn.relu(x + one_by_one(self.conv, x))
 
 
 class Double(nn.Module):
@@ -69,7 +67,12 @@ class TinyDecoder(nn.Module):
 
     def __call__(self, z: mx.array) -> mx.array:
         x = (z / self.params.scale_factor + self.params.shift_factor).astype(self.layers[0].weight.dtype)
-        x = mx.tanh(x / CLAMP) * CLAMP
-        for layer in self.layers:
-            x = layer(x)
-        return 2 * x - 1
+        return 2 * one_by_one(self.layers, mx.tanh(x / CLAMP) * CLAMP) - 1
+
+
+def one_by_one(layers: Sequence[nn.Module], x: mx.array) -> mx.array:
+    """x through the layers, each evaluated: on a CPU the convolutions' copies would add up in memory."""
+    for layer in layers:
+        x = layer(x)
+        mx.eval(x)
+    return x
