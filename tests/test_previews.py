@@ -35,7 +35,7 @@ def steps(pipeline):
     return latents, estimates, picture
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp2m"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_the_estimate_is_the_picture_where_the_model_knows_it(solver):
     """The model that knows the picture has v = noise - picture = (x - picture) / t."""
     picture, noise = mx.random.normal((2, 1, 6, 8), key=mx.random.key(1))
@@ -74,6 +74,22 @@ def test_a_fitted_map_shows_the_colours(pipeline, steps):
     error = np.sqrt(np.square(coarse(shown) - coarse(picture)).mean())
     assert error < 0.09  # 0.070, where the picture's colours vary by 0.27
     assert error < 0.4 * coarse(picture).std()
+
+
+def test_a_fit_finds_a_linear_map():
+    """Latents that are the colours of 2x2 pixels, mixed and shifted: the fit is exact."""
+
+    class Mixing:
+        downscale = 2
+
+        def encode(self, x):
+            n, h, w, _ = x.shape
+            colours = x.reshape(n, h // 2, 2, w // 2, 2, 3).mean(axis=(2, 4))
+            return colours @ mx.array([[1.0, 0.5, 0.0], [0.0, 2.0, 1.0], [0.3, 0.0, -1.0]]) + 0.7
+
+    x = mx.random.uniform(-1, 1, (1, 4, 6, 3), key=mx.random.key(2))
+    shown = previews.linear(*previews.fit(Mixing()))(Mixing().encode(x))
+    assert np.abs(shown - x.reshape(1, 2, 2, 3, 2, 3).mean(axis=(2, 4))).max() <= 1e-4
 
 
 def test_flux_has_published_factors():
