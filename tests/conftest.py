@@ -11,7 +11,7 @@ import pytest
 
 import flux  # noqa: F401  (before any test imports mlx.core: it puts OpenBLAS into the process)
 
-# A shell's `&` has its commands ignore Ctrl-C, and what they start inherits that: tests of it would never end.
+# A shell's `&` has its commands ignore Ctrl-C, and what they start inherits that: tests of it would not end.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
