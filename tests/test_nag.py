@@ -78,7 +78,8 @@ def test_norms_stay_below_tau_times_the_positive_and_are_finite():
     [
         ((1,), "the NAG scale must be above 1 .*, not 1"),
         ((float("nan"),), "the NAG scale must be above 1 .*, not nan"),
-        ((5, 0), "NAG's tau must be above 0, not 0"),
+        ((float("inf"),), "the NAG scale must be above 1 .*, not inf"),
+        ((5, 0), "NAG's tau must be above 0 and finite, not 0"),
         ((5, 2.5, 1.5), "NAG's alpha must be above 0 and at most 1, not 1.5"),
     ],
 )

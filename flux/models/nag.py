@@ -5,6 +5,7 @@ one, so that the network runs once; in attention the picture attends to each tex
 the negative one. So a negative prompt also has an effect in a few steps, where true guidance breaks down.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,10 +34,10 @@ class Nag:
     alpha: float = 0.25
 
     def __post_init__(self) -> None:
-        if not self.scale > 1:
-            raise FluxError(f"the NAG scale must be above 1 (no effect), not {self.scale}")
-        if not self.tau > 0:
-            raise FluxError(f"NAG's tau must be above 0, not {self.tau}")
+        if not 1 < self.scale < math.inf:
+            raise FluxError(f"the NAG scale must be above 1 (no effect) and finite, not {self.scale}")
+        if not 0 < self.tau < math.inf:
+            raise FluxError(f"NAG's tau must be above 0 and finite, not {self.tau}")
         if not 0 < self.alpha <= 1:
             raise FluxError(f"NAG's alpha must be above 0 and at most 1, not {self.alpha}")
 

@@ -76,16 +76,13 @@ def run_flux(network: Flux) -> mx.array:
 def run_nag(network: Flux) -> mx.array:
     """The velocity with two prompts of different lengths."""
     rng = np.random.default_rng(5)
-    img, txt, y = (
-        mx.array(rng.standard_normal(s, np.float32)) for s in ((1, 24, 16), (1, 9, 48), (2, 1, 32))
-    )
+    shapes = ((1, 24, 16), (1, 9, 48), (2, 1, 32))
+    img, txt, y = (mx.array(rng.standard_normal(shape, np.float32)) for shape in shapes)
     both = [network.modulation(mx.array([0.9]), pooled, mx.array([3.5]))[0] for pooled in y]
-    vectors = join_vectors(*both, (4, 5), 24)
     pe = network.positions(sampler.text_positions(9), sampler.image_positions((8, 12)))
     attend = NagAttention(Nag(5, tau=1.2), (4, 5), network.over_heads)
-    return network.denoise(
-        img, network.embed_text(txt), pe, join_vectors(*vectors, (4, 5), 24), attend=attend
-    )
+    vectors = join_vectors(*both, (4, 5), 24)
+    return network.denoise(img, network.embed_text(txt), pe, vectors, attend=attend)
 
 
 def run_t5(network: T5Encoder) -> mx.array:
