@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from flux.training.pretrain.batches import Batches, Shard, open_dataset
+from flux.training.pretrain.batches import Batches, Shard
 from flux.training.pretrain.config import COMPONENTS, Config, Step
+from flux.training.pretrain.datasets import open_dataset
 from flux.training.pretrain.losses import Objective, moments, threshold_metrics
 from flux.training.pretrain.networks import Networks, Tokenizers, group_of, mapped
 from flux.training.schedules import kl_weight

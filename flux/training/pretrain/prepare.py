@@ -9,13 +9,15 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from flux.data.buckets import Size
 from flux.data.sources import Pictures
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.training.matmul_convolution import use_products
 from flux.training.pretrain import lpips
-from flux.training.pretrain.batches import Batches, open_dataset
+from flux.training.pretrain.batches import Batches
 from flux.training.pretrain.config import Config, Step
+from flux.training.pretrain.datasets import open_dataset
 from flux.training.pretrain.encoded import Encoded
 from flux.training.pretrain.encoded import identity as encoded_identity
 from flux.training.pretrain.losses import encode
@@ -120,15 +122,15 @@ def latent_store(config: Config, step: Step, networks: Networks, folder: Path) -
     key = encoded_identity(networks.ae, name, config.datasets[name], half)
     downscale, channels = networks.ae.downscale, config.model.autoencoder.z_channels
 
-    def shape(side: int) -> tuple[int, ...]:
-        return (2, side // downscale, side // downscale, channels)
+    def shape(size: Size) -> tuple[int, ...]:
+        return (2, size[0] // downscale, size[1] // downscale, channels)
 
     return Encoded(folder / LATENTS, key, shape, lambda x: encode(networks, x, half))
 
 
-def measure_latents(batches: Batches, encoded: Encoded, side: int) -> tuple[float, float]:
+def measure_latents(batches: Batches, encoded: Encoded) -> tuple[float, float]:
     """Scale and shift with which the latents of the data's first pictures have deviation 1 and mean 0."""
-    pictures = batches.first(MEASURED_PICTURES, (side, side))
-    records = [encoded.make(row, picture) for row, picture in enumerate(pictures)]
-    mean, logvar = np.stack(records, axis=1).astype(np.float64)
+    pictures = batches.first(MEASURED_PICTURES)
+    records = [encoded.make(row, picture).reshape(2, -1) for row, picture in enumerate(pictures)]
+    mean, logvar = np.concatenate(records, axis=1).astype(np.float64)
     return float(1 / np.sqrt(mean.var() + np.exp(logvar).mean())), float(mean.mean())

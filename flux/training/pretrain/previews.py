@@ -14,7 +14,7 @@ from flux.generation import Request
 from flux.pipeline import FluxPipeline, Parts
 from flux.training import losses
 from flux.training.pretrain.batches import Batches
-from flux.training.pretrain.config import Config, Step
+from flux.training.pretrain.config import Config, Step, heights_and_widths
 from flux.training.pretrain.networks import Networks, Tokenizers
 from flux.training.pretrain.spade import SpadeDecoder
 from flux.trees import named_arrays
@@ -70,8 +70,7 @@ def originals(config: Config, batches: Batches, size: tuple[int, int]) -> list[n
 
 def sample_sizes(config: Config) -> list[tuple[int, int]]:
     """(height, width) of each of the config's sides or [width, height]."""
-    sizes = config.output.sample_sizes or (config.data.img_size,)
-    return [(size[1], size[0]) if isinstance(size, tuple) else (size, size) for size in sizes]
+    return heights_and_widths(config.output.sample_sizes or (config.data.img_size,))
 
 
 def reconstruct(networks: Networks, picture: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -105,7 +105,7 @@ class Run:
         kept = encoded if step.encodes_once else None
         batches = Batches(config, index, source, tokenizers, shard, kept)
         if encoded is not None and not self.progress.measured:
-            scale, shift = measure_latents(batches, encoded, config.data.img_size)
+            scale, shift = measure_latents(batches, encoded)
             self.progress.scale, self.progress.shift, self.progress.measured = scale, shift, True
             self._scale_latents()
         end = tokenizers.clip.eos_token_id if tokenizers else 0
