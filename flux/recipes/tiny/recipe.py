@@ -73,3 +73,4 @@ TIME_SHIFT = 3.0  # most of a picture is decided near t = 1, where unshifted tim
 EMA_DECAY = 0.99
 PAIRS = 3000  # pictures of two subjects among the latents
 CROPS_UNTIL = 0.6  # of the autoencoder's steps
+SCENES = 60_000  # of the data set that the next model is trained on: scenes.py
