@@ -85,12 +85,6 @@ def test_noised_is_the_straight_path():
     assert np.allclose(x[2], 0.75 * x0[2] + 0.25 * noise[2], atol=1e-6)
 
 
-def test_psnr_by_hand():
-    pictures = np.zeros((2, 8, 8, 3), np.uint8)
-    values = autoencoder.psnr(pictures, pictures + np.array([1, 10], np.uint8)[:, None, None, None])
-    assert values == pytest.approx([20 * np.log10(255), 20 * np.log10(25.5)], abs=1e-3)
-
-
 # --- batches ---
 
 

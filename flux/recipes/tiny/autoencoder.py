@@ -20,6 +20,7 @@ from flux import images
 from flux.arguments import described, run_program
 from flux.distributed.gradients import average_gradients
 from flux.distributed.ranks import Ranks
+from flux.evaluation.likeness import psnr
 from flux.models.autoencoder import AutoEncoder
 from flux.pipeline import FluxPipeline
 from flux.recipes.emoji import (
@@ -99,12 +100,6 @@ def reconstruct(model: AutoEncoder, pictures: np.ndarray, batch: int = 32) -> np
         x = images.normalize(pictures[start : start + batch])
         decoded.append(images.to_uint8(images.denormalize(model.decoder(model.moments(x)[0]))))
     return np.concatenate(decoded)
-
-
-def psnr(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Peak signal to noise ratio of each pair, dB: two (B, H, W, 3) uint8 -> (B,)."""
-    mse = np.square(pictures.astype(np.float32) - others).mean(axis=(1, 2, 3))
-    return 10 * np.log10(255**2 / np.maximum(mse, 1e-3))
 
 
 def is_edge(name: str, parameter: mx.array) -> bool:

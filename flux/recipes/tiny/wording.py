@@ -113,7 +113,8 @@ def _plural_word(word: str) -> str:
 
 def article(words: str) -> str:
     """ "a dog", "an apple"; with a capital, "An apple"."""
-    return f"an {words}" if words[0] in "aeio" and not words.startswith(("ewe", "one")) else f"a {words}"
+    is_vowel = words.startswith((*"aeio", "hour")) and not words.startswith(("ewe", "one"))
+    return f"an {words}" if is_vowel else f"a {words}"
 
 
 def describe(scene: Described, rng: np.random.Generator) -> str:
