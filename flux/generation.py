@@ -91,6 +91,13 @@ class Request:
         if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
+        if pipeline.known_words is not None:
+            for note in (
+                pipeline.known_words.of_prompt(self.prompt),
+                pipeline.known_words.of_size(request.image_size),
+            ):
+                if note is not None:
+                    warnings.warn(note, stacklevel=1)
         return request
 
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flux import denoising, generation, images, machine, sampler
+from flux import denoising, generation, images, known_words, machine, sampler
 from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.adapters.attach import fingerprint
 from flux.conditioning import Edit, PictureConditioning, TextConditioning, encode_texts
@@ -25,6 +25,7 @@ from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard
 from flux.errors import FluxError
 from flux.generation import OnStep, Request, ResolvedRequest
+from flux.known_words import KnownWords
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
 from flux.models.t5 import T5Encoder
@@ -52,7 +53,8 @@ class FluxPipeline:
     """Text to pictures with a FLUX model.
 
     The parts are the attributes `flow`, `ae`, `clip`, `t5`, `clip_tokenizer` and `t5_tokenizer`; any of them
-    may be deleted once it has done its work. `spec` holds the model's defaults.
+    may be deleted once it has done its work. `spec` holds the model's defaults, `known_words` what a small
+    model was trained on, if its folder says so.
     """
 
     def __init__(
@@ -104,6 +106,8 @@ class FluxPipeline:
         if shift is not None:
             self.spec: ModelSpec = replace(self.spec, shift=sampler.read_shift(shift))
         self._adapters = [file for file, _ in adapters]
+        if not adapters and not files:  # these may know others
+            self.known_words = known_words.read(self.checkpoint.t5_tokenizer.parent)
 
     @classmethod
     def from_parts(cls, parts: Parts, t5_padding: bool | int = True, noise: str = "mlx") -> "FluxPipeline":
@@ -120,6 +124,7 @@ class FluxPipeline:
         self.noise_kind = noise
         self.rounding = "bfloat16"
         self._split = False
+        self.known_words: KnownWords | None = None
         # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
         self.downscale = 2 ** (len(self.ae.params.ch_mult) - 1)
 

@@ -24,6 +24,7 @@ LEVELS = {
     "flux.sheets": 1,
     "flux.tokenizers": 1,
     "flux.vocabularies": 1,
+    "flux.known_words": 1,
     "flux.sampler": 1,
     "flux.distributed.ranks": 1,
     "flux.distributed.gradients": 1,

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from flux import known_words
 from flux.data import buckets
 from flux.data.sources import open_drawn, sizes
 from flux.errors import FluxError
@@ -203,6 +204,10 @@ def test_a_drawn_set_trains_with_muon_and_is_the_same_when_resumed(tmp_path):
     assert run(tmp_path / "b", resume=True) == straight
     assert len(straight) == 16
     assert straight[7] < straight[0]
+    known = known_words.read(tmp_path / "b/run/model")
+    assert known is not None
+    assert known.of_prompt("number 7 of 99") == "words that the model was not trained on: of, 99"
+    assert known.sides == (16, 32)
 
 
 def test_muon_and_adamw_follow_one_rate():

@@ -122,6 +122,7 @@ class Scenes:
         self._seed = seed
         self._renderer = Renderer()
         self.sizes = [scene.canvas for scene in self._scenes]
+        self.subjects = {name: wording.synonyms()[name] for name in names}
 
     def __len__(self) -> int:
         return len(self._scenes)

@@ -87,7 +87,8 @@ class Batches:
         if self._tokenizers is not None:
             tokens = [self._tokens(self._tokenizers, text) for text in self.texts(number)]
             clip, t5 = zip(*tokens, strict=True)
-            batch["clip"], batch["t5"] = mx.array(np.array(clip)), mx.array(np.array(t5))
+            batch["clip"] = mx.array(without_padding(np.array(clip), self._tokenizers.clip.eos_token_id))
+            batch["t5"] = mx.array(np.array(t5))
         return batch
 
     def texts(self, number: int) -> list[str]:
@@ -176,6 +177,15 @@ class Batches:
         """Ends the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+
+
+def without_padding(ids: np.ndarray, end: int) -> np.ndarray:
+    """CLIP's token ids (B, L) without what stands after the last row's end, in a multiple of 8 columns.
+
+    CLIP is causal and its vector is read at the first end token: what follows it changes nothing.
+    """
+    length = 1 + int((ids == end).argmax(axis=1).max())
+    return ids[:, : -(-length // 8) * 8]
 
 
 def _tokenize(tokenizers: Tokenizers, text: str) -> tuple[list[int], list[int]]:

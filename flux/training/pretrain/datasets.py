@@ -47,8 +47,9 @@ class HuggingFace:
 class Drawn:
     """Pictures that a Python function draws as they are asked for: `source` is "package.module:function".
 
-    The function takes nothing and returns what flux.data.sources.Pictures describes, with `sizes` if the
-    pictures are of several.
+    The function takes nothing and returns what flux.data.sources.Pictures describes; also `sizes`, the
+    (height, width) of each picture, if they are of several, and `subjects`, a table of what can be drawn and
+    what else it is called, to be named beside words that the model does not know.
     """
 
     source: str

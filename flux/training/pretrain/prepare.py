@@ -2,17 +2,19 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from flux import known_words
 from flux.data.buckets import Size
 from flux.data.sources import Pictures
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
+from flux.known_words import KnownWords
 from flux.training.matmul_convolution import use_products
 from flux.training.pretrain import lpips
 from flux.training.pretrain.batches import Batches
@@ -71,12 +73,7 @@ def open_tokenizers(
     config: Config, folder: Path, sources: dict[str, Pictures], ranks: Ranks
 ) -> Tokenizers | None:
     """The config's, or ones that are trained on the captions; None where no step trains the flow."""
-    texts = {
-        config.data.prompt(caption)
-        for step in config.steps
-        if step.train_diff
-        for caption in sources[config.dataset_of(step)].captions
-    }
+    texts = {text for source in flow_sources(config, sources) for text in prompts(config, source)}
     if not texts:
         return None
     clip, t5 = (folder / "vocabularies" / name for name in ("tokenizer", "tokenizer_2"))
@@ -91,6 +88,30 @@ def open_tokenizers(
 
     ranks.rank_zero_only(train)  # the others wait for the files
     return trained_tokenizers(config, folder)
+
+
+def flow_sources(config: Config, sources: dict[str, Pictures]) -> list[Pictures]:
+    """The data sets that the flow is trained on."""
+    names = dict.fromkeys(config.dataset_of(step) for step in config.steps if step.train_diff)
+    return [sources[name] for name in names]
+
+
+def prompts(config: Config, source: Pictures) -> Iterator[str]:
+    """All captions of a data set, as they are trained on."""
+    return (config.data.prompt(caption) for caption in source.captions)
+
+
+def known_by(config: Config, sources: dict[str, Pictures]) -> KnownWords | None:
+    """The words and sizes that the flow was trained on here and in the run that it began with, if any."""
+    found = None
+    if config.model_checkpoint is not None:
+        found = known_words.read(Path(config.model_checkpoint).expanduser() / "model")
+    sides = [side for size in config.data.trained_sizes for side in size]
+    for source in flow_sources(config, sources):
+        subjects = getattr(source, "subjects", {})
+        known = KnownWords.of(prompts(config, source), subjects, (min(sides), max(sides)))
+        found = known if found is None else found | known
+    return found
 
 
 def trained_tokenizers(config: Config, folder: Path) -> Tokenizers:

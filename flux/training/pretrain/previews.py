@@ -11,6 +11,7 @@ import numpy as np
 from flux import generation, images
 from flux.data.pictures import over_white
 from flux.generation import Request
+from flux.known_words import KnownWords
 from flux.pipeline import FluxPipeline, Parts
 from flux.training import losses
 from flux.training.pretrain.batches import Batches
@@ -146,7 +147,9 @@ def load_networks(path: Path, networks: Networks) -> None:
     networks.ae.params = dataclasses.replace(networks.ae.params, scale_factor=scale, shift_factor=shift)
 
 
-def export(config: Config, networks: Networks, tokenizers: Tokenizers | None) -> Path:
+def export(
+    config: Config, networks: Networks, tokenizers: Tokenizers | None, known: KnownWords | None = None
+) -> Path:
     """The trained model for `txt2image.py --model`; without a flow its autoencoder; the path written.
 
     FLUX's layout cannot hold a SPADE decoder: all networks are then one file of our names.
@@ -163,4 +166,6 @@ def export(config: Config, networks: Networks, tokenizers: Tokenizers | None) ->
         networks.flow, networks.ae, networks.clip, networks.t5, *tokenizers.folders, spec(config)
     )
     save.save_bfl(folder / "model", model)
+    if known is not None:
+        known.write(folder / "model")
     return folder / "model"
