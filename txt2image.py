@@ -16,6 +16,7 @@ from tqdm import tqdm
 from flux import arguments, images, metadata, sampler
 from flux.arguments import check_folder, run_program
 from flux.conditioning import Edit, Picture
+from flux.conditioning.edit import ALPHA
 from flux.conditioning.pictures import read_bytes
 from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
@@ -64,7 +65,8 @@ def run(ranks: Ranks) -> int:
         if args.prompts_folder:
             make_folder(args, recipe, requests, draw, ranks)
         else:
-            ranks.rank_zero_only(lambda: recipe.check(args.output, args.save_raw))
+            size = requests[0].made_size(pipeline)
+            ranks.rank_zero_only(lambda: recipe.check(args.output, args.save_raw, size))
             pictures = list(draw(requests))
             with stages("save"):
                 save = partial(recipe.save, args.output, args.save_raw, pictures, args.no_metadata)
@@ -91,7 +93,8 @@ def read_pictures(args: argparse.Namespace, ranks: Ranks) -> dict[str, Picture]:
 
 def picture_names(args: argparse.Namespace) -> list[str]:
     """The picture files that the arguments name, each once."""
-    return list(dict.fromkeys(name for name in [args.image] if name))
+    mask = None if args.mask == ALPHA else args.mask
+    return list(dict.fromkeys(name for name in (args.image, mask) if name))
 
 
 def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
@@ -162,10 +165,8 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError("no prompt; say what the picture should show, such as 'a red apple'")
     if not all(prompt.strip() for prompt in args.prompts):
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
-    if args.quantize not in (None, 4, 8):
-        raise FluxError(f"--quantize takes 4 or 8 bits, not {args.quantize}")
-    if args.strength is not None and args.image is None:
-        raise FluxError("--strength is of a picture that is changed; name it with --image")
+    if args.image is None:
+        check_no_edit(args)
     if args.fuse_adapter and not args.adapter:
         raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
     pictures = (1 if args.prompts_folder else len(args.prompts)) * args.n_images
@@ -178,6 +179,14 @@ def check(args: argparse.Namespace) -> None:
         check_folder(args.output, max(stems, key=len))
     else:
         images.check_output(args.output)
+
+
+def check_no_edit(args: argparse.Namespace) -> None:
+    """Raise FluxError for what only a picture that is changed has."""
+    parser = build_parser()
+    for name in ("strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"):
+        if getattr(args, name) != parser.get_default(name):
+            raise FluxError(f"--{name.replace('_', '-')} needs the picture that is changed: --image")
 
 
 # --- Pictures ---
@@ -199,6 +208,7 @@ def to_requests(
         schedule=args.schedule,
         clip_prompt=args.clip_prompt,
         edit=to_edit(args, pictures),
+        solver=args.solver,
     ).resolved(pipeline)
     if args.seed is None:
         print(f"seed: {seed}", flush=True)
@@ -209,7 +219,17 @@ def to_edit(args: argparse.Namespace, pictures: Mapping[str, Picture]) -> Edit |
     """The picture that is changed, if any."""
     if args.image is None:
         return None
-    return Edit(pictures[args.image], **({} if args.strength is None else {"strength": args.strength}))
+    return Edit(
+        image=pictures[args.image],
+        strength=1.0 if args.strength is None else args.strength,
+        mask=pictures.get(args.mask, args.mask),
+        expand=args.expand and tuple(map(int, args.expand.split(","))),
+        fit=args.fit,
+        grow=args.grow,
+        feather=args.feather,
+        crop_mask=args.crop_mask,
+        keep=not args.no_keep,
+    )
 
 
 def to_recipe(

@@ -147,6 +147,34 @@ def size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 256x512, not {text}") from None
 
 
+def sides(text: str) -> str:
+    """Pixels at a picture's sides: "top,right,bottom,left", or one number for each of them."""
+    numbers = text.split(",")
+    if len(numbers) not in (1, 4) or not all(number.strip().isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(
+            f"must be TOP,RIGHT,BOTTOM,LEFT in pixels such as 0,256,0,256, or one number, not {text}"
+        )
+    values = [number.strip() for number in numbers] * (4 // len(numbers))
+    if max(map(len, values)) > 5:
+        raise argparse.ArgumentTypeError(f"must be less than 100000 pixels, not {text}")
+    return ",".join(values)
+
+
+def pixels(text: str) -> int:
+    """A whole number of pixels, which may be negative."""
+    number = int(text)
+    if abs(number) > MOST:
+        raise argparse.ArgumentTypeError(f"must be at most {MOST} pixels, not {text}")
+    return number
+
+
+def padding(text: str) -> int | str:
+    """Pixels around a mask, or "auto"."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number of pixels or auto, not {text[:40]}")
+    return text if text == "auto" else pixels(text)
+
+
 def shift(text: str) -> str:
     """A time shift, as `flux.sampler.read_shift` reads it: "dev", "none" or a factor."""
     try:

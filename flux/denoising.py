@@ -8,6 +8,7 @@ import mlx.core as mx
 from flux import sampler
 from flux.conditioning import PictureConditioning, TextConditioning
 from flux.models.transformer import Flux, ModulationVectors
+from flux.solvers import SOLVERS
 
 
 class Conditioning(NamedTuple):
@@ -34,6 +35,7 @@ class Plan(NamedTuple):
     negative: Branch | None
     cfg_scale: float
     pictures: PictureConditioning
+    solver: str  # of SOLVERS
 
 
 def prepare_branch(
@@ -77,9 +79,10 @@ def denoise(flow: Flux, plan: Plan) -> Iterator[mx.array]:
         return sampler.guide(v, branch_velocity(plan.negative, x, step), plan.cfg_scale)
 
     def project(x: mx.array, step: int) -> mx.array:
-        return pictures.put_back(x, noise, plan.times[step + 1])
+        left = 1 - (step + 0.5) / (len(plan.times) - 1)  # in the middle of the step: v is rounded to steps
+        return pictures.put_back(x, noise, plan.times[step + 1], left)
 
-    return sampler.euler(velocity, pictures.start(noise, plan.times[0]), plan.times, project)
+    return SOLVERS[plan.solver](velocity, pictures.start(noise, plan.times[0]), plan.times, project)
 
 
 def with_pictures(x: mx.array, pictures: PictureConditioning) -> mx.array:

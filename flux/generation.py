@@ -25,6 +25,7 @@ from flux.denoising import Conditioning, Plan
 from flux.distributed.ranks import PATIENCE, Ranks
 from flux.errors import FluxError
 from flux.jsonfiles import shown
+from flux.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from flux.pipeline import FluxPipeline
@@ -49,7 +50,8 @@ class Request:
     image_size: (height, width) in pixels. guidance: FLUX's, an input of the network. cfg_scale: true
     classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
-    edit: a picture that is changed, of whose size the pictures are where `image_size` is None.
+    solver: of `flux.solvers.SOLVERS`. edit: a picture that is changed; `image_size` is then what it is fitted
+    to, see `Edit.canvas`.
     """
 
     prompt: str
@@ -62,6 +64,7 @@ class Request:
     schedule: str = "model"
     clip_prompt: str | None = None
     edit: Edit | None = None
+    solver: str = "euler"
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -70,14 +73,12 @@ class Request:
         settings that make no picture.
         """
         spec = pipeline.spec
-        size = pipeline.latent_size(
-            self.image_size or (self.edit and self.edit.image.size) or spec.image_size
-        )
+        image_size, size = self._sizes(pipeline)
         request = ResolvedRequest(
             prompt=self.prompt,
             seeds=self.seeds,
             negative_prompt=self.negative_prompt,
-            image_size=(pipeline.downscale * size[0], pipeline.downscale * size[1]),
+            image_size=image_size,
             steps=spec.steps if self.steps is None else self.steps,
             guidance=spec.guidance if self.guidance is None else self.guidance,
             cfg_scale=spec.cfg_scale if self.cfg_scale is None else self.cfg_scale,
@@ -85,6 +86,7 @@ class Request:
             schedule=self.schedule,
             clip_prompt=self.clip_prompt,
             edit=self.edit,
+            solver=self.solver,
         )
         request.check()
         pipeline.check_memory(size, request.steps)
@@ -99,6 +101,16 @@ class Request:
                 if note is not None:
                     warnings.warn(note, stacklevel=1)
         return request
+
+    def _sizes(self, pipeline: "FluxPipeline") -> tuple[tuple[int, int], tuple[int, int]]:
+        """`image_size`, as it can be made, and the latent's; each (height, width)."""
+        best = pipeline.spec.image_size
+        if self.edit is None:
+            h, w = pipeline.latent_size(self.image_size or best)
+            return (pipeline.downscale * h, pipeline.downscale * w), (h, w)
+        height, width = self.image_size or self.edit.default_size(best)
+        image_size = (height, width)  # also where a list was given
+        return image_size, pipeline.latent_size(pipeline.canvas(self.edit, image_size).picture.shape[:2])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +127,13 @@ class ResolvedRequest(Request):
     def made_steps(self) -> int:
         """The steps that are made of `steps`: fewer where a picture is the start."""
         return len(sampler.from_strength([0.0] * (self.steps + 1), self.strength)) - 1
+
+    def made_size(self, pipeline: "FluxPipeline") -> tuple[int, int]:
+        """(height, width) of the pictures, in pixels: `image_size`, unless another picture is changed."""
+        if self.edit is None:
+            return self.image_size
+        height, width, _ = pipeline.canvas(self.edit, self.image_size).whole.shape
+        return height, width
 
     @property
     def strength(self) -> float:
@@ -151,9 +170,9 @@ class ResolvedRequest(Request):
         if self.negative_prompt and self.cfg_scale == 1:
             text = shown(self.negative_prompt)
             raise FluxError(f"the negative prompt {text} needs a cfg scale above 1 to have an effect")
+        if self.solver not in SOLVERS:
+            raise FluxError(f"the solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
         sampler.check_seeds(self.seeds)
-        if self.edit is not None:
-            self.edit.check()
 
 
 # What is called after each step with the request of one picture, the step (from 0) and its latent (1, L, C).
@@ -236,6 +255,7 @@ def denoiser(
             schedule=request.schedule,
             pictures=encoded.pictures.get(request.pictures, NO_PICTURES),
             strength=request.strength,
+            solver=request.solver,
         )
 
     if ahead:
@@ -270,7 +290,11 @@ def decode(pipeline: "FluxPipeline", request: ResolvedRequest, latents: Sequence
     """Latents (1, L, channels) of a resolved request, decoded at once -> (B, H, W, 3), uint8."""
     pictures = pipeline.decode(mx.concatenate(list(latents)), request.latent_size)
     check_finite(pictures, "the autoencoder")
-    return images.to_uint8(pictures)
+    made = images.to_uint8(pictures)
+    if request.edit is None:
+        return made
+    canvas = pipeline.canvas(request.edit, request.image_size)
+    return np.stack([canvas.compose(picture) for picture in made])
 
 
 def check_finite(array: mx.array, where: str) -> None:

@@ -28,6 +28,7 @@ OTHER_SUFFIXES = (
 PARAMETERS = "parameters"  # the chunk in which other programs look for how a picture was made
 DESCRIPTION = ExifTags.Base.ImageDescription
 UNICODE = b"UNICODE\0"  # how EXIF marks a comment in UTF-16
+FITS = ("crop", "pad", "stretch")  # how a picture becomes one of another size
 MAX_SIDES = {"JPEG": 65_500, "WEBP": 16_383}
 MAX_JPEG_EXIF = 65_533
 SAVE_OPTIONS = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
@@ -121,11 +122,46 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error).splitlines()[0]
 
 
-def fit(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The picture (H, W, 3) scaled to cover size (height, width), and its middle cut out."""
-    height, width = size
-    fitted = ImageOps.fit(Image.fromarray(picture), (width, height), Image.Resampling.LANCZOS)
+def fit(picture: np.ndarray, size: tuple[int, int], how: str = "crop") -> np.ndarray:
+    """The picture (H, W, 3) at a size (height, width), in one of the ways of FITS.
+
+    "crop": scaled to cover the size, and its middle cut out. "pad": scaled to lie within it, in the middle,
+    and its outermost pixels repeated. "stretch": scaled, each side by itself.
+    """
+    if how == "pad":
+        inner = inner_size(picture.shape[:2], size)
+        return np.pad(resize(picture, inner), (*centred(inner, size), (0, 0)), "edge")
+    if how == "stretch":
+        return resize(picture, size)
+    fitted = ImageOps.fit(Image.fromarray(picture), (size[1], size[0]), Image.Resampling.LANCZOS)
     return np.array(fitted)
+
+
+def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The picture (H, W, 3) scaled to a size (height, width); itself where it has it."""
+    if picture.shape[:2] == tuple(size):
+        return picture
+    return np.array(Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.LANCZOS))
+
+
+def inner_size(source: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
+    """The largest size (height, width) of a source's aspect that lies within a size."""
+    scale = min(size[0] / source[0], size[1] / source[1])
+    return max(1, min(size[0], round(source[0] * scale))), max(1, min(size[1], round(source[1] * scale)))
+
+
+def centred(inner: tuple[int, int], size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """What is to be added to a size before and behind, in height and in width, so that it becomes another."""
+    above, left = ((size[axis] - inner[axis]) // 2 for axis in (0, 1))
+    return (above, size[0] - inner[0] - above), (left, size[1] - inner[1] - left)
+
+
+def over_white(picture: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
+    """A picture (H, W, 3) with its alpha (H, W), if any, laid over white."""
+    if alpha is None:
+        return picture
+    share = alpha[..., None].astype(np.float32) / 255
+    return np.rint(share * picture + (1 - share) * 255).astype(np.uint8)
 
 
 def normalize(pictures: mx.array | np.ndarray) -> mx.array:

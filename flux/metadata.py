@@ -18,12 +18,25 @@ PARTS = ("transformer", "ae", "clip", "t5")
 # The options that make pictures what they are, in the order in which they are written.
 OPTIONS = (
     *("model", *PARTS, "dtype", "rounding", "quantize", "adapter", "fuse_adapter", "no_t5_padding"),
-    *("t5_padding", "negative_prompt", "clip_prompt", "cfg_scale", "guidance", "schedule", "shift", "steps"),
-    *("image", "strength", "pictures"),
+    *("t5_padding", "negative_prompt", "clip_prompt"),
+    *("cfg_scale", "guidance"),
+    *("solver", "schedule", "shift", "steps"),
+    *("image", "strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"),
+    "pictures",
     *("image_size", "noise", "seed", "n_images", "n_rows", "decoding_batch_size"),
 )
-FLAGS = ("fuse_adapter", "no_t5_padding")
-DEFAULTS = {"rounding": "bfloat16", "schedule": "model", "noise": "mlx"}  # not written
+FLAGS = ("fuse_adapter", "no_t5_padding", "no_keep")
+DEFAULTS = {  # not written
+    "rounding": "bfloat16",
+    "solver": "euler",
+    "schedule": "model",
+    "noise": "mlx",
+    "fit": "crop",
+    "grow": 0,
+    "feather": 0,
+}
+
+SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpmpp2m": "DPM++ 2M", "unipc": "UniPC"}  # A1111's names
 
 File = tuple[Path, dict[str, str]]  # a picture's path and the text that is written into it
 
@@ -72,14 +85,17 @@ class Recipe:
         values = {name: values.get(name) for name in OPTIONS} | {"picture": picture}
         return {
             "prompt": "\n".join(prompts),
-            **{name: str(v) for name, v in values.items() if v not in (None, False, DEFAULTS.get(name))},
+            **{name: str(v) for name, v in values.items() if _is_written(name, v)},
             "seeds": " ".join(map(str, seeds)),
             "version": f"{PROGRAM} {__version__}",
         }
 
-    def check(self, output: str | Path, raw: bool) -> None:
-        """FluxError where a file that the pictures become could not be written, by its name or its size."""
-        height, width = self.image_size
+    def check(self, output: str | Path, raw: bool, size: tuple[int, int]) -> None:
+        """FluxError where a file that the pictures become could not be written, by its name or its size.
+
+        size: (height, width) of each picture; `image_size`, unless it is another one that is changed.
+        """
+        height, width = size
         count = len(self.prompts) * self.n_images
         rows = 1 if raw or self.picture is not None else self.n_rows
         columns = 1 if raw or self.picture is not None else math.ceil(count / rows)
@@ -104,6 +120,11 @@ class Recipe:
         return [path for path, _ in files]
 
 
+def _is_written(name: str, value: object) -> bool:
+    """Whether an option must be said; 0 is not False."""
+    return value is not None and value is not False and value != DEFAULTS.get(name)
+
+
 def parameters(text: Mapping[str, str]) -> str:
     """A recipe as AUTOMATIC1111's web UI writes it, which other programs and web sites read.
 
@@ -114,7 +135,7 @@ def parameters(text: Mapping[str, str]) -> str:
     height, width = text["image_size"].split("x")
     settings = {
         "Steps": text["steps"],
-        "Sampler": "Euler",
+        "Sampler": SAMPLERS[text.get("solver", "euler")],
         "Schedule type": text["schedule"].title() if "schedule" in text else None,
         "CFG scale": text["cfg_scale"],
         "Distilled CFG Scale": text.get("guidance"),

@@ -1,10 +1,12 @@
 """The command line of the program that makes pictures, a function for each group."""
 
-from flux import sampler
-from flux.arguments import Parser, adapter, count, finite, shift, size
+from flux import images, sampler
+from flux.arguments import Parser, adapter, count, finite, padding, pixels, shift, sides, size
 from flux.metadata import PARTS
 from flux.models.transformer import ROUNDINGS
+from flux.solvers import SOLVERS
 from flux.version import __version__
+from flux.weights.quantize import KINDS
 
 SEVERAL = (
     "With mlx.launch the ranks share out the pictures; where there are fewer pictures than ranks, each has a "
@@ -58,6 +60,53 @@ def _add_edit(parser: Parser) -> None:
         metavar="X",
         help="how much changes: from 0, the picture itself, to 1 (default), as from noise alone",
     )
+    add(
+        "--mask",
+        metavar="PICTURE",
+        help="change the picture only where this one is white, less where it is grey; alpha: where --image "
+        "is transparent",
+    )
+    add(
+        "--expand",
+        type=sides,
+        metavar="T,R,B,L",
+        help="pixels to add at top, right, bottom and left, which are made to go with the rest",
+    )
+    add(
+        "--fit",
+        choices=images.FITS,
+        default="crop",
+        help="how the picture, which else keeps its size, becomes one of --image-size: crop what is too much "
+        "(default), pad with the outermost pixels, or stretch",
+    )
+    add(
+        "--grow",
+        type=pixels,
+        default=0,
+        metavar="N",
+        help="pixels by which the mask grows; -N shrinks it",
+    )
+    add(
+        "--feather",
+        type=pixels,
+        default=0,
+        metavar="N",
+        help="pixels around what changes over which it goes over into the picture (default 0)",
+    )
+    add(
+        "--crop-mask",
+        nargs="?",
+        type=padding,
+        const="auto",
+        metavar="N",
+        help="work on the part around the mask, with N pixels around it, at --image-size or the model's, and "
+        "put it back: for what is small in a large picture",
+    )
+    add(
+        "--no-keep",
+        action="store_true",
+        help="take all of the result; else the picture stays, to the bit, outside mask and feather",
+    )
 
 
 def _add_model(parser: Parser) -> None:
@@ -69,7 +118,9 @@ def _add_model(parser: Parser) -> None:
     for part in PARTS:
         add(f"--{part}", metavar="FILE", help=f"take the {part} from FILE instead of the model's")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="default: bfloat16, on a CPU float32")
-    add("--quantize", nargs="?", type=int, const=4, metavar="BITS", help="to 4 (default) or 8 bits a weight")
+    add(
+        "--quantize", nargs="?", choices=KINDS, const="4", help="the blocks and T5 to so few bits (default 4)"
+    )
     add(
         "--adapter",
         action="append",
@@ -101,6 +152,12 @@ def _add_sampling(parser: Parser) -> None:
         help="how closely to follow the prompt (not schnell)",
     )
     add("--shift", type=shift, metavar="X", help="of the times: dev, none, or a factor such as 3")
+    add(
+        "--solver",
+        choices=SOLVERS,
+        default="euler",
+        help="dpmpp2m and unipc need fewer steps than euler, heun half as many of twice the work",
+    )
     add(
         "--schedule",
         choices=sampler.SCHEDULES,

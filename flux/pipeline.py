@@ -18,7 +18,8 @@ import numpy as np
 from flux import denoising, generation, images, known_words, machine, sampler
 from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.adapters.attach import fingerprint
-from flux.conditioning import Edit, PictureConditioning, TextConditioning, encode_texts
+from flux.conditioning import Edit, PictureConditioning, TextConditioning, encode_texts, masks
+from flux.conditioning.canvas import Canvas
 from flux.conditioning.encoded import NO_PICTURES
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
@@ -33,7 +34,7 @@ from flux.models.transformer import ROUNDINGS, Flux
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import checkpoints
 from flux.weights.fit import check_fit
-from flux.weights.quantize import quantize
+from flux.weights.quantize import quantize, read_kind
 from flux.weights.registry import ModelSpec
 
 
@@ -62,7 +63,7 @@ class FluxPipeline:
         name: str,
         t5_padding: bool | int = True,
         dtype: mx.Dtype | None = None,
-        bits: int | None = None,
+        bits: int | str | None = None,
         adapters: Sequence[tuple[str | Path, float]] = (),
         fuse_adapters: bool = False,
         ranks: Ranks | None = None,
@@ -78,7 +79,8 @@ class FluxPipeline:
         t5_padding: pad every prompt to the model's length, as FLUX was trained; False does not, which is
         faster, and a number pads to so many tokens (ComfyUI: 256).
         dtype: the weights' type; by default bfloat16 on a GPU and float32 on a CPU.
-        bits: 4 or 8 to quantize the transformer and T5 to so many a weight; None not to.
+        bits: to quantize the transformer and T5 to so many a weight, of `flux.weights.quantize.KINDS`: 4, 8,
+        "mxfp4", ...; None not to.
         adapters: files of LoRAs and their like, each with its strength (1: as trained); their changes add up.
         fuse_adapters: work them into the weights, before these are quantized, rather than keep them beside:
         steps are faster, and the networks that they change are in memory from the start.
@@ -97,7 +99,8 @@ class FluxPipeline:
             raise FluxError(f"the rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
         weighted = read_weighted(adapters)  # before a model is fetched
         self.checkpoint = checkpoints.find(name, **files)
-        parts = load(self.checkpoint, dtype, bits, weighted, fuse_adapters, ranks=ranks)
+        count, mode = (None, "affine") if bits is None else read_kind(bits)
+        parts = load(self.checkpoint, dtype, count, weighted, fuse_adapters, mode, ranks)
         self._set(parts, t5_padding, noise)
         self.rounding = rounding
         types = (self.flow.dtype if dtype is None else dtype for dtype in ROUNDINGS[rounding])
@@ -185,6 +188,7 @@ class FluxPipeline:
         schedule: str = "model",
         clip_prompt: str | None = None,
         edit: Edit | None = None,
+        solver: str = "euler",
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
@@ -194,7 +198,7 @@ class FluxPipeline:
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
-        schedule, clip_prompt, edit: see `Request`.
+        schedule, clip_prompt, edit, solver: see `Request`.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -209,6 +213,7 @@ class FluxPipeline:
             schedule=schedule,
             clip_prompt=clip_prompt,
             edit=edit,
+            solver=solver,
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))
@@ -310,6 +315,7 @@ class FluxPipeline:
         schedule: str = "model",
         pictures: PictureConditioning = NO_PICTURES,
         strength: float = 1.0,
+        solver: str = "euler",
     ) -> Plan:
         """Compute, lazily, what is the same in all steps and for all seeds; noise (B, L, channels) is packed.
 
@@ -327,7 +333,7 @@ class FluxPipeline:
             return prepare_branch(self.flow, text, pictures, latent_size, seen, guidance)
 
         negative = conditioning.negative and branch(conditioning.negative)
-        return Plan(noise, times, branch(conditioning.positive), negative, cfg_scale, pictures)
+        return Plan(noise, times, branch(conditioning.positive), negative, cfg_scale, pictures, solver)
 
     def _seen(self, times: list[float]) -> mx.array:
         """Times as the transformer is told them. diffusers' pipeline rounds their thousandfold first."""
@@ -342,7 +348,21 @@ class FluxPipeline:
         """What a request's pictures bring to every step, not yet evaluated."""
         if request.edit is None:
             return NO_PICTURES
-        return PictureConditioning(known=self.encode_picture(request.edit.canvas(request.image_size)))
+        canvas = self.canvas(request.edit, request.image_size)
+        known = self.encode_picture(canvas.picture)
+        return PictureConditioning(known=known, mask=self._mask(canvas, known))
+
+    def canvas(self, edit: Edit, image_size: tuple[int, int]) -> Canvas:
+        """What the model works on for a picture that is changed; image_size: see `Edit.canvas`."""
+        return edit.canvas(image_size, 2 * self.downscale)  # a token is a patch of 2x2
+
+    def _mask(self, canvas: Canvas, known: mx.array) -> mx.array | None:
+        """The canvas's mask for its latent `known` (1, L, C): the same shape, in 0..1."""
+        if canvas.mask is None:
+            return None
+        h, w = (side // self.downscale for side in canvas.mask.shape)
+        cells = mx.array(masks.reduce(canvas.mask, (h, w))).astype(mx.float32) / masks.WHITE
+        return sampler.pack(mx.broadcast_to(cells[None, ..., None], (1, h, w, known.shape[2] // 4)))
 
     def encode_picture(self, picture: np.ndarray) -> mx.array:
         """The packed latent (1, L, channels), float32, of a picture (H, W, 3), uint8: the mean, no sample."""

@@ -1,4 +1,4 @@
-"""Flow matching, sampled: times, noise, packing and the Euler solver. Pure functions of arrays.
+"""Flow matching, sampled: times, noise and packing; `flux.solvers` has the steps. Pure functions of arrays.
 
 A picture on its way from noise is x_t = (1 - t) x_0 + t noise, the model predicts noise - x_0 = dx/dt, and
 sampling walks t from 1 to 0. Between steps x stays in float32, whatever type the model computes in.
@@ -6,8 +6,7 @@ sampling walks t from 1 to 0. Between steps x stays in float32, whatever type th
 
 import math
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -19,7 +18,7 @@ from flux.noise import randn
 
 MAX_SEED = 2**64 - 1  # what mx.random.key takes, and torch.manual_seed
 NOISES = ("mlx", "torch", "diffusers")
-COMFYUI_SCHEDULES = ("simple", "normal", "sgm_uniform")
+COMFYUI_SCHEDULES = ("simple", "normal", "sgm_uniform", "beta", "karras")
 SCHEDULES = ("model", *COMFYUI_SCHEDULES)
 
 
@@ -101,8 +100,10 @@ def comfyui_times(schedule: str, num_steps: int, factor: float | None) -> list[f
 
     factor: t -> factor / (factor + 1/t - 1): e^1.15 for dev unless its node ModelSamplingFlux says another;
     None for schnell, whose times are not shifted. "simple" takes every n-th entry of a table of
-    10,000 times (of schnell's 1,000). "normal" and "sgm_uniform" shift evenly spaced times, from the table's
-    first to its last, which is shifted then already: they stop earlier. In float32 and ComfyUI's order.
+    10,000 times (of schnell's 1,000), and "beta" the entries at the quantiles of the Beta(0.6, 0.6)
+    distribution: dense at both ends (Lee et al. 2024). "normal" and "sgm_uniform" shift evenly spaced times,
+    from the table's first to its last, which is shifted then already: they stop earlier. "karras" goes from
+    the one to the other evenly in t^(1/7) (Karras et al. 2022, eq. 5). In float32 and ComfyUI's order.
     """
     if schedule not in COMFYUI_SCHEDULES:
         raise FluxError(f"the schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
@@ -114,10 +115,41 @@ def comfyui_times(schedule: str, num_steps: int, factor: float | None) -> list[f
     table = shifted(np.arange(1, size + 1, dtype=np.float32) / np.float32(size))
     if schedule == "simple":
         times = table[[-1 - int(i * (size / num_steps)) for i in range(num_steps)]]
+    elif schedule == "beta":
+        places = [round(beta_quantile(1 - i / num_steps) * (size - 1)) for i in range(num_steps)]
+        if len(set(places)) < num_steps:
+            raise FluxError(f"the schedule beta has no {num_steps} different times; take fewer steps")
+        times = table[places]
+    elif schedule == "karras":
+        ends = table[[-1, 0]] ** np.float32(1 / 7)
+        times = (ends[0] + np.linspace(0, 1, num_steps, dtype=np.float32) * (ends[1] - ends[0])) ** 7
     else:
         count = num_steps + (schedule == "sgm_uniform")
         times = shifted(np.linspace(table[-1], table[0], count, dtype=np.float32)[:num_steps])
     return [*times.tolist(), 0.0]
+
+
+def beta_quantile(p: float, a: float = 0.6) -> float:
+    """The p-quantile (0..1) of the symmetric Beta(a, a) distribution.
+
+    By bisection of its distribution function, for x <= 1/2 the series x^a sum_k (1-a)_k / k! x^k / (a + k)
+    over its value at 1/2, which is half of all (Abramowitz & Stegun 26.5.4 and 6.6.8).
+    """
+    if p > 0.5:
+        return 1 - beta_quantile(1 - p, a)
+
+    def area(x: float) -> float:
+        total, factor = 0.0, 1.0
+        for k in range(60):
+            total += factor * x**k / (a + k)
+            factor *= (1 - a + k) / (k + 1)
+        return x**a * total
+
+    low, high, wanted = 0.0, 0.5, 2 * p * area(0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if area(middle) < wanted else (low, middle)
+    return high if p else 0.0
 
 
 def from_strength(times: list[float], strength: float) -> list[float]:
@@ -212,21 +244,3 @@ def text_positions(length: int) -> mx.array:
 def guide(positive: mx.array, negative: mx.array, scale: float) -> mx.array:
     """True classifier-free guidance: away from the negative prompt's prediction; scale 1 has no effect."""
     return negative + scale * (positive - negative)
-
-
-def euler(
-    predict: Callable[[mx.array, int], mx.array],
-    x: mx.array,
-    times: Sequence[float],
-    project: Callable[[mx.array, int], mx.array] = lambda x, i: x,
-) -> Iterator[mx.array]:
-    """Yield x (float32) after each of the `len(times) - 1` Euler steps; the last one is the finished latent.
-
-    `predict(x, i)` is the model's dx/dt at x and times[i], in any type and of x's shape. `project(x, i)` is
-    what x, at times[i + 1], becomes after step i, such as x with a known part put back. Being an iterator,
-    it leaves evaluation, progress bars and previews to the caller's loop.
-    """
-    x = x.astype(mx.float32)
-    for i, (t, t_next) in enumerate(pairwise(times)):
-        x = project(x + (t_next - t) * predict(x, i).astype(mx.float32), i)
-        yield x

@@ -26,6 +26,7 @@ LEVELS = {
     "flux.vocabularies": 1,
     "flux.known_words": 1,
     "flux.sampler": 1,
+    "flux.solvers": 1,
     "flux.distributed.ranks": 1,
     "flux.distributed.gradients": 1,
     "flux.conditioning": 2,

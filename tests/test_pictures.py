@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flux import images
 from flux.data import pictures, samples
 from flux.errors import FluxError
 from tests.datasets import OPTIONS, random_picture, write_pictures
@@ -51,7 +52,7 @@ def test_alpha_is_a_mask_or_lies_over_white(tmp_path):
     picture, mask = pictures.prepare(placed(tmp_path, alpha_mask=True)[0], 0, 0)
     assert np.array_equal(picture, rgba[..., :3])
     assert np.array_equal(mask, rgba[..., 3])
-    half = pictures.over_white(np.zeros((1, 1, 3), np.uint8), np.full((1, 1), 51, np.uint8))
+    half = images.over_white(np.zeros((1, 1, 3), np.uint8), np.full((1, 1), 51, np.uint8))
     assert np.all(half == 204)
 
 

@@ -1,6 +1,11 @@
 """Quantization: the right layers, near the original, and files that load ready-quantized to the bit."""
 
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,6 +14,7 @@ import pytest
 from flux.errors import FluxError
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
+from flux.pipeline import FluxPipeline
 from flux.weights import checkpoints, quantize, save
 from tests import tiny
 
@@ -65,13 +71,14 @@ def test_the_network_still_runs():
     assert mx.linalg.norm(a - b) / mx.linalg.norm(b) < 0.05
 
 
-@pytest.mark.parametrize(("mode", "bits"), [("affine", 4), ("affine", 8), ("mxfp4", 4)])
+@pytest.mark.parametrize(("mode", "bits"), [(mode, bits) for bits, mode in quantize.KINDS.values()])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("kind", ["transformer", "t5"])
 def test_saved_and_loaded_to_the_bit(kind, dtype, mode, bits, tmp_path):
     original = network(kind)
     original.set_dtype(dtype)
-    quantize.quantize(original, bits, 32, mode)
+    group = 16 if mode == "nvfp4" else 32
+    quantize.quantize(original, bits, group, mode)
     config = save.transformer_config(tiny.FLUX) if kind == "transformer" else save.t5_config(T5)
     path = tmp_path / "q.safetensors"
     save.save_network(path, kind, original, config)
@@ -80,7 +87,7 @@ def test_saved_and_loaded_to_the_bit(kind, dtype, mode, bits, tmp_path):
     assert loaded.params == original.params
     assert tiny.same(loaded, original)
     layer = next(layer for _, layer in loaded.named_modules() if isinstance(layer, nn.QuantizedLinear))
-    assert (layer.bits, layer.group_size, layer.mode) == (bits, 32, mode)
+    assert (layer.bits, layer.group_size, layer.mode) == (bits, group, mode)
 
 
 def test_a_whole_quantized_model(tmp_path):
@@ -115,12 +122,12 @@ def test_a_quantized_file_is_checked_too(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((3,), "to 3 bits"),
+        ((2,), "to 2 bits"),
         ((16,), "to 16 bits"),
         ((4, 48), "groups of 48: choose 64 or 32 or 128"),
         ((8, 32, "mxfp4"), "to 8 bits"),
         ((4, 64, "mxfp4"), "groups of 64: choose 32"),
-        ((4, 64, "nf4"), "'nf4': choose affine or mxfp4"),
+        ((4, 64, "nf4"), "'nf4': choose one of 3, 4, 5, 6, 8, mxfp4"),
     ],
 )
 def test_refused(arguments, words):
@@ -154,14 +161,16 @@ def test_the_report():
 
 def test_nothing_is_said():
     narrow = tiny.randomize(T5Encoder(replace(tiny.T5, d_model=48, d_ff=80, d_kv=8)), 3)
-    with pytest.warns(UserWarning, match="nothing was quantized: no layer's input is a multiple of 32 wide"):
+    with pytest.warns(
+        UserWarning, match="nothing was quantized: no layer's input is a multiple of a group wide"
+    ):
         assert quantize.report(4, T5=quantize.quantize(narrow)) == "T5 0 of 14 layers"
 
 
 def test_layers_of_other_bits_are_said():
     flux = network("transformer")
     nn.quantize(flux, 32, 8, class_predicate=lambda path, _: path == "double_blocks.0.img_mlp.0")
-    with pytest.warns(UserWarning, match="1 layers stay in the bits that their file has, not in 4"):
+    with pytest.warns(UserWarning, match="1 layers stay as their file has them, not in 4"):
         assert "1 in 8 bits in groups of 32" in quantize.report(4, transformer=quantize.quantize(flux))
 
 
@@ -181,3 +190,25 @@ def test_different_bits_in_one_file(tmp_path):
     path = tmp_path / "f.safetensors"
     save.save_network(path, "transformer", flux, save.transformer_config(tiny.FLUX))
     assert tiny.same(checkpoints.load_part(checkpoints.Part("transformer", (path,)), mx.float32), flux)
+
+
+# --- The program ---
+
+
+def test_a_model_is_written_quantized_and_makes_the_same_picture(tmp_path):
+    """As --quantize makes it: of weights that are in bfloat16 in both."""
+    run = partial(subprocess.run, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    python = (sys.executable, "-m", "flux.weights", "quantize", "tiny")
+    done = run([*python, str(tmp_path / "q8"), "--bits", "8", "--t5-bits", "mxfp4"])
+    assert (done.returncode, done.stderr.count("quantized")) == (0, 0), done.stderr
+    assert re.search(r"transformer \d+ of \d+ layers, .*8 bits in groups of 64", done.stderr)
+    assert re.search(r"T5 14 of 14 layers, mxfp4 in groups of 32", done.stderr)
+    ours = FluxPipeline("tiny", dtype=mx.bfloat16)
+    quantize.quantize(ours.flow, 8)
+    quantize.quantize(ours.t5, 4, mode="mxfp4")
+    found = FluxPipeline(str(tmp_path / "q8"), dtype=mx.bfloat16)
+    assert tiny.same(found.flow, ours.flow)
+    assert tiny.same(found.t5, ours.t5)
+    assert replace(found.spec, repo="", file="") == ours.spec
+    assert run([*python, str(tmp_path), "--bits", "4"]).returncode == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["q8"]

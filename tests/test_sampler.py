@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flux import sampler
+from flux import sampler, solvers
 from flux.errors import FluxError
 from flux.noise import randn
 
@@ -123,7 +123,7 @@ def test_guidance_interpolates_and_extrapolates():
 def test_euler_follows_a_straight_path_exactly():
     x0, eps = mx.random.normal((2, 6, 64)), mx.random.normal((2, 6, 64))
     times = sampler.timesteps(5, 6, shift=True)
-    path = list(sampler.euler(lambda x, i: eps - x0, eps, times))
+    path = list(solvers.euler(lambda x, i: eps - x0, eps, times))
     assert len(path) == 5
     for x, t in zip(path, times[1:], strict=True):
         assert mx.allclose(x, (1 - t) * x0 + t * eps, atol=1e-5)
@@ -136,7 +136,7 @@ def test_euler_hands_over_float32_and_the_step():
         seen.append((i, x.dtype))
         return mx.ones_like(x).astype(mx.bfloat16)
 
-    path = list(sampler.euler(predict, mx.zeros((1, 2, 4), dtype=mx.float16), [1.0, 0.7, 0.0]))
+    path = list(solvers.euler(predict, mx.zeros((1, 2, 4), dtype=mx.float16), [1.0, 0.7, 0.0]))
     assert seen == [(0, mx.float32), (1, mx.float32)]
     assert all(x.dtype == mx.float32 for x in path)
     assert mx.allclose(path[0], mx.full((1, 2, 4), -0.3))

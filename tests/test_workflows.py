@@ -210,7 +210,7 @@ def test_unknown_nodes_on_the_way_are_all_named(tmp_path, form):
     ("change", "message"),
     [
         (("16", "sampler_name", "dpmpp_2m"), r"KSamplerSelect \(node 16\): the sampler dpmpp_2m"),
-        (("17", "scheduler", "beta"), r"BasicScheduler \(node 17\): the scheduler beta is not here; simple"),
+        (("17", "scheduler", "ddim_uniform"), r"node 17\): the scheduler ddim_uniform is not here; simple"),
         (("17", "denoise", 0.5), r"denoise 0.5 begins with a picture"),
         (("17", "steps", "many"), r"steps should be a whole number, not 'many'"),
         (("17", "steps", True), r"steps should be a whole number, not True"),

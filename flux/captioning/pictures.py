@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image
 
 from flux import images
-from flux.data.pictures import over_white
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ def load(path: str | Path) -> Image.Image:
 
     Raises FluxError for a file that is absent or no picture.
     """
-    return Image.fromarray(over_white(*images.load(path)))
+    return Image.fromarray(images.over_white(*images.load(path)))
 
 
 def prepare(pictures: list[Image.Image], params: PictureParams | None = None) -> mx.array:

@@ -1,13 +1,19 @@
-"""A picture that is changed: image to image."""
+"""A picture that is changed: image to image, inpainting, outpainting."""
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from flux import images
+from flux.conditioning import canvas, masks
+from flux.conditioning.canvas import Canvas, Sides, Size
 from flux.conditioning.pictures import Picture
 from flux.errors import FluxError
+from flux.jsonfiles import shown
+
+ALPHA, AUTO = "alpha", "auto"
 
 
 @dataclass(frozen=True)
@@ -15,10 +21,25 @@ class Edit:
     """A picture that is changed instead of one made from noise alone.
 
     strength: from 0, the picture as it is, to 1, as from noise alone: the share of the steps that are made.
+    mask: where it changes, white, or "alpha" for where the picture is transparent; greys change less, see
+    `masks`. None: everywhere. expand: pixels to add, (top, right, bottom, left), which change.
+    fit: how the picture becomes one of another size, of `images.FITS`.
+    grow: pixels by which what changes grows, or shrinks where negative. feather: pixels around it over which
+    the result goes over into the picture.
+    crop_mask: work on the part around the mask, with so many pixels around it or "auto", at the model's best
+    size, and put it back. None: work on the whole picture.
+    keep: leave the picture as it is, to the bit, outside mask and feather; False: as the autoencoder has it.
     """
 
     image: Picture
     strength: float = 1.0
+    mask: Picture | str | None = None
+    expand: Sides | None = None
+    fit: str = "crop"
+    grow: int = 0
+    feather: int = 0
+    crop_mask: int | str | None = None
+    keep: bool = True
 
     def check(self) -> None:
         """FluxError, naming the value, where no picture can be made."""
@@ -26,7 +47,87 @@ class Edit:
             raise FluxError(
                 f"the strength must lie between 0 (the picture itself) and 1, not {self.strength}"
             )
+        if self.fit not in images.FITS:
+            raise FluxError(f"a picture is fitted by {', '.join(images.FITS)}, not {self.fit!r}")
+        if self.feather < 0:
+            raise FluxError(f"the feather must be 0 or more pixels, not {self.feather}")
+        self._check_mask()
+        if self.expand is not None and (min(self.expand) < 0 or max(self.expand) == 0):
+            raise FluxError(
+                f"a picture is expanded by 0 or more pixels at each side, at one by more, not {self.expand}"
+            )
 
-    def canvas(self, size: tuple[int, int]) -> np.ndarray:
-        """The picture at a size (height, width): (H, W, 3), uint8."""
-        return images.fit(self.image.pixels, size)
+    def _check_mask(self) -> None:
+        if isinstance(self.mask, str) and self.mask != ALPHA:
+            raise FluxError(f"the mask is a picture or {ALPHA!r}, not {self.mask!r}")
+        padding = self.crop_mask
+        if padding not in (None, AUTO) and not (isinstance(padding, int) and padding >= 0):
+            raise FluxError(f"the crop's padding is {AUTO!r} or 0 or more pixels, not {shown(padding)}")
+        if self.mask is None and self.expand is None:
+            needing = {"grow": self.grow, "feather": self.feather, "crop_mask": self.crop_mask is not None}
+            for name in (name for name, given in needing.items() if given):
+                raise FluxError(f"{name} has no effect without a mask: the whole picture changes")
+            if not self.keep:
+                raise FluxError("without a mask nothing of the picture is kept")
+
+    def default_size(self, best: Size) -> Size:
+        """The size (height, width) to take where none is given.
+
+        It is the picture's; of the part that is worked on `best`, the model's. FluxError for a picture that
+        is far too large for a model of that size.
+        """
+        if self.crop_mask is not None:
+            return best
+        height, width = self.image.size
+        top, right, bottom, left = self.expand or (0, 0, 0, 0)
+        name = self.image.name or "the picture"
+        canvas.check_size((height + top + bottom, width + left + right), best, name)
+        return self.image.size
+
+    def canvas(self, size: Size, step: int) -> Canvas:
+        """What the model works on for a size (height, width), its sides being multiples of `step`.
+
+        size: the picture's, before it is expanded; with `crop_mask` that of the part that is worked on.
+        FluxError for a mask of another aspect than the picture's, or one that changes nothing.
+        """
+        return _canvas(self, size, step)
+
+    def read_mask(self) -> np.ndarray | None:
+        """The mask at the picture's size, (H, W), uint8."""
+        if self.mask is None:
+            return None
+        if isinstance(self.mask, Picture):
+            name = self.mask.name or "given"
+            mask = masks.read(self.mask.pixels, self.mask.alpha)
+            masks.check_changes(mask, name)
+            return masks.align(mask, self.image.size, name)
+        alpha = self.image.alpha
+        if alpha is None or (alpha > masks.WHITE - masks.NOISE).all():
+            raise FluxError(f"{self.image.name or 'the picture'} has no transparent part to be its mask")
+        return masks.clean(masks.WHITE - alpha)
+
+
+@lru_cache(maxsize=2)  # a request asks several times, and pictures may be large
+def _canvas(edit: Edit, size: Size, step: int) -> Canvas:
+    edit.check()
+    if min(size) < 1:
+        raise FluxError(f"a picture's height and width must be positive, not {size[0]}x{size[1]}")
+    picture = images.over_white(edit.image.pixels, edit.image.alpha)
+    mask = edit.read_mask()
+    if edit.crop_mask is None:
+        picture = images.fit(picture, size, edit.fit)
+        mask = None if mask is None else canvas.fit_mask(mask, size, edit.fit)
+    if edit.expand is not None:
+        mask = canvas.expand_mask(mask, (picture.shape[0], picture.shape[1]), edit.expand)
+        picture = canvas.expand(picture, edit.expand)
+    if mask is None:
+        return canvas.make(picture, None, None, (0, 0, *size), size, step)
+    mask = masks.grow(mask, edit.grow)
+    if not mask.any():
+        raise FluxError(f"the mask, shrunk by {-edit.grow} pixels, is empty: nothing changes")
+    whole = (mask.shape[0], mask.shape[1])
+    share = masks.feather(mask, edit.feather) if edit.keep else None
+    if edit.crop_mask is None:
+        return canvas.make(picture, mask, share, (0, 0, *whole), whole, step)
+    padding = edit.crop_mask if isinstance(edit.crop_mask, int) else None
+    return canvas.make(picture, mask, share, masks.crop_box(mask, padding, size[0] / size[1]), size, step)

@@ -11,7 +11,8 @@ class PictureConditioning(NamedTuple):
     A tuple of arrays, so that `mx.eval` takes it. L is the number of the latent's tokens.
     channels (1, L, C'): beside the noise's channels. tokens (1, Lr, C): after the noise's tokens, at
     positions (1, Lr, 3). known (1, L, C): the latent of the picture that is changed. mask (1, L, C) or
-    (1, L, 1): 1 where it changes, 0 where it is put back after each step; None: it changes everywhere.
+    (1, L, 1): 1 where it changes, 0 where it is put back after each step, v between them where it is put back
+    until the last v of the steps; None: it changes everywhere.
     """
 
     channels: mx.array | None = None
@@ -24,9 +25,12 @@ class PictureConditioning(NamedTuple):
         """What sampling starts with at time t: noise (B, L, C), or with a picture the picture under it."""
         return noise if self.known is None else (1 - t) * self.known + t * noise
 
-    def put_back(self, x: mx.array, noise: mx.array, t: float) -> mx.array:
-        """x (B, L, C) with the picture, as noisy as it is at time t, where the mask is 0."""
-        return x if self.mask is None else self.mask * x + (1 - self.mask) * self.start(noise, t)
+    def put_back(self, x: mx.array, noise: mx.array, t: float, left: float) -> mx.array:
+        """x (B, L, C) with the picture, as noisy as it is at time t, where it does not change yet.
+
+        left: the share of the steps from which on a place must change to be left as it is; see `mask`.
+        """
+        return x if self.mask is None else mx.where(self.mask >= left, x, self.start(noise, t))
 
 
 NO_PICTURES = PictureConditioning()

@@ -155,7 +155,7 @@ def prepare(placed: Placed, seed: int, repeat: int) -> tuple[np.ndarray, np.ndar
     if sample.mask is not None:
         mask = read_mask(sample.mask, mask_content, picture.shape[:2])
     if not sample.subset.alpha_mask:
-        picture = over_white(picture, alpha)
+        picture = images.over_white(picture, alpha)
     # From the content, not from the position in the list: more pictures must not change those there were.
     origin = [seed, int(placed.digest[:16], 16), repeat]
     if sample.subset.color_aug:
@@ -185,14 +185,6 @@ def read_mask(path: Path, content: bytes, size: Size) -> np.ndarray:
     if alpha is not None:  # what is transparent in a mask is not trained
         mask = Image.fromarray(np.minimum(np.array(mask), alpha))
     return np.array(mask.resize((size[1], size[0]), Image.Resampling.BILINEAR))
-
-
-def over_white(picture: np.ndarray, alpha: np.ndarray | None) -> np.ndarray:
-    """A picture (H, W, 3) with its alpha (H, W), if any, laid over white."""
-    if alpha is None:
-        return picture
-    share = alpha[..., None].astype(np.float32) / 255
-    return np.rint(share * picture + (1 - share) * 255).astype(np.uint8)
 
 
 def vary_colours(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -82,7 +82,7 @@ class Files:
         """The picture (H, W, 3), uint8, over white. FluxError where it cannot be read."""
         found = self.paths[index]
         file = pictures.NamedBytes(found, self.names[index]) if isinstance(found, bytes) else found
-        return pictures.over_white(*images.load(file))
+        return images.over_white(*images.load(file))
 
 
 def open_folder(
@@ -161,7 +161,7 @@ class Rows:
         name = f"{self.path}[{index}]"
         content = value.get("bytes")
         file = pictures.NamedBytes(content, name) if content else Path(value.get("path") or name)
-        return pictures.over_white(*images.load(file))
+        return images.over_white(*images.load(file))
 
 
 def open_drawn(source: str) -> Pictures:

@@ -16,7 +16,7 @@ import numpy as np
 
 from flux import images
 from flux.data.files import some
-from flux.data.pictures import NamedBytes, over_white
+from flux.data.pictures import NamedBytes
 from flux.errors import FluxError
 
 
@@ -52,7 +52,7 @@ class Samples:
     def picture(self, index: int) -> np.ndarray:
         """The upright picture (H, W, 3), uint8, over white. FluxError where it cannot be read."""
         member = self.members[index]
-        return over_white(*images.load(NamedBytes(member.read(), f"{member.shard}: {member.name}")))
+        return images.over_white(*images.load(NamedBytes(member.read(), f"{member.shard}: {member.name}")))
 
 
 def open_shards(path: str | Sequence[str], image_key: str, caption_key: str) -> Samples:

@@ -13,7 +13,7 @@ from flux.evaluation.grid import STRENGTHS, grid
 from flux.evaluation.grid import read as read_adapters
 from flux.generation import Request
 from flux.pipeline import FluxPipeline
-from flux.weights.quantize import report
+from flux.weights.quantize import KINDS, report
 
 
 def parser() -> Parser:
@@ -55,7 +55,7 @@ def add_grid(commands: argparse._SubParsersAction) -> None:
     add("--seed", nargs="+", type=int, default=[0], metavar="N", help="a row for each (default 0)")
     add("--image-size", type=size, metavar="HxW", help="in pixels; default: the model's")
     add("--steps", type=int, metavar="N", help="denoising steps; default: the model's")
-    add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="the model to 4 or 8 bits a weight")
+    add("--quantize", choices=KINDS, help="the model to so few bits a weight")
     add("--output", type=Path, default=Path("grid.png"), metavar="FILE", help="*.png (default grid.png)")
     show.set_defaults(run=run_grid)
 

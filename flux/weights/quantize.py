@@ -24,14 +24,16 @@ QUANTIZED = (
     *("double_blocks.", "single_blocks.", "encoder.block."),
     *("vision_tower.blocks.", "language_model.encoder.layers.", "language_model.decoder.layers."),
 )
-BITS = (4, 8)
-GROUP_SIZES = {"affine": (64, 32, 128), "mxfp4": (32,)}  # by mode, the default first
+KINDS = {  # what people ask for -> bits and MLX's mode
+    **{str(bits): (bits, "affine") for bits in (3, 4, 5, 6, 8)},
+    **{"mxfp4": (4, "mxfp4"), "mxfp8": (8, "mxfp8"), "nvfp4": (4, "nvfp4")},
+}
+GROUP_SIZES = {"affine": (64, 32, 128), "mxfp4": (32,), "mxfp8": (32,), "nvfp4": (16,)}  # the default first
 METADATA = "quantization"  # the key in a safetensors header, and in a config.json beside one
 PARTS = ("weight", "scales", "biases")  # of a quantized layer
 
-# What is read beyond what is written: the bits and the size of a group in each of MLX's modes.
+# The bits that are read, in each of MLX's modes.
 READ_BITS = {"affine": (2, 3, 4, 5, 6, 8), "mxfp4": (4,), "nvfp4": (4,), "mxfp8": (8,)}
-READ_GROUPS = {"affine": (64, 32, 128), "mxfp4": (32,), "nvfp4": (16,), "mxfp8": (32,)}
 
 
 def quantize(
@@ -39,15 +41,14 @@ def quantize(
 ) -> nn.Module:
     """Quantizes the blocks of a transformer, a T5 encoder or a captioner itself, lazily, and returns it.
 
-    bits: 4 or 8 a weight. mode: "affine", where 64 (or 32, or 128: group_size) weights share a scale and an
-    offset, or "mxfp4", 4-bit floats of which 32 share a scale. A layer whose input size is not a multiple of
-    64 is quantized in groups of 32 unless group_size is given; of 32 neither, it stays as it is, and so does
-    one that its file has quantized. `report` says what became of them. FluxError for other values.
+    bits, mode: a value of `KINDS`. In the mode "affine" 64 (or 32, or 128: group_size) weights share a scale
+    and an offset; the others are floats of few bits, of which 32 (nvfp4: 16) share a scale. A layer whose
+    input size is not a multiple of 64 is quantized in groups of 32 unless group_size is given; where no group
+    fits, it stays as it is, as does one that its file has quantized. `report` says what became of them.
+    FluxError for other values.
     """
-    if mode not in GROUP_SIZES:
-        raise FluxError(f"cannot quantize by {mode!r}: choose {' or '.join(GROUP_SIZES)}")
-    if bits not in BITS or (mode == "mxfp4" and bits != 4):
-        raise FluxError(f"cannot quantize to {bits} bits: choose 4 or 8 (mxfp4: 4 only)")
+    if (bits, mode) not in KINDS.values():
+        raise FluxError(f"cannot quantize to {bits} bits by {mode!r}: choose one of {', '.join(KINDS)}")
     sizes = GROUP_SIZES[mode]
     if group_size is not None and group_size not in sizes:
         raise FluxError(f"cannot quantize in groups of {group_size}: choose {' or '.join(map(str, sizes))}")
@@ -63,13 +64,20 @@ def quantize(
     return network
 
 
+def read_kind(text: str | int) -> tuple[int, str]:
+    """Bits and mode of one of `KINDS`; FluxError for another."""
+    if str(text) not in KINDS:
+        raise FluxError(f"cannot quantize to {text}: choose one of {', '.join(KINDS)}")
+    return KINDS[str(text)]
+
+
 def group_size_of(width: int, mode: str = "affine") -> int | None:
-    """The first size of a group, of 64 and 32, that divides a layer's input; None where neither does."""
+    """The first size of a group of the mode that divides a layer's input; None where none does."""
     return next((size for size in GROUP_SIZES[mode] if width % size == 0), None)
 
 
-def report(bits: int, **networks: nn.Module) -> str:
-    """How many layers of each network are quantized and how, after `quantize` to these bits, as one line.
+def report(bits: int | str, **networks: nn.Module) -> str:
+    """How many layers of each network are quantized and how, as one line; bits: what they were to be.
 
     "transformer 494 of 504 layers, 4 bits in groups of 64; T5 ...". Warns where none of any network is, and
     where layers have other bits, those of their file.
@@ -77,9 +85,10 @@ def report(bits: int, **networks: nn.Module) -> str:
     layers = {name: [layer for _, layer in network.named_modules()] for name, network in networks.items()}
     packed = {name: [m for m in all_ if isinstance(m, nn.QuantizedLinear)] for name, all_ in layers.items()}
     if not any(packed.values()):
-        warnings.warn("nothing was quantized: no layer's input is a multiple of 32 wide", stacklevel=2)
-    if other := sum(layer.bits != bits for found in packed.values() for layer in found):
-        warnings.warn(f"{other} layers stay in the bits that their file has, not in {bits}", stacklevel=2)
+        warnings.warn("nothing was quantized: no layer's input is a multiple of a group wide", stacklevel=2)
+    kind = read_kind(bits)
+    if other := sum((layer.bits, layer.mode) != kind for found in packed.values() for layer in found):
+        warnings.warn(f"{other} layers stay as their file has them, not in {bits}", stacklevel=2)
     return "; ".join(
         f"{name} {len(found)} of {len(found) + sum(isinstance(m, nn.Linear) for m in layers[name])} layers"
         + _kinds(found)
@@ -89,7 +98,10 @@ def report(bits: int, **networks: nn.Module) -> str:
 
 def _kinds(layers: Sequence[nn.QuantizedLinear]) -> str:
     """ ", 4 bits in groups of 64", or each kind with its count where there are several."""
-    kinds = Counter(f"{layer.bits} bits in groups of {layer.group_size}" for layer in layers)
+    kinds = Counter(
+        f"{f'{layer.bits} bits' if layer.mode == 'affine' else layer.mode} in groups of {layer.group_size}"
+        for layer in layers
+    )
     counted = len(kinds) > 1
     return "".join(f", {f'{n} in ' if counted else ''}{kind}" for kind, n in kinds.most_common())
 
@@ -173,10 +185,10 @@ def _description(metadata: Mapping[str, str], config: Mapping[str, Any]) -> dict
 def _layout(how: Mapping[str, Any]) -> tuple[int, str]:
     """The size of a group and MLX's mode that a description tells."""
     mode = how.get("mode", "affine")
-    if not isinstance(mode, str) or mode not in READ_GROUPS:
+    if not isinstance(mode, str) or mode not in GROUP_SIZES:
         raise ValueError(f"its {METADATA} has the mode {jsonfiles.shown(mode)}")
-    size, bits = how.get("group_size", READ_GROUPS[mode][0]), how.get("bits", READ_BITS[mode][0])
-    if size not in READ_GROUPS[mode] or bits not in READ_BITS[mode]:
+    size, bits = how.get("group_size", GROUP_SIZES[mode][0]), how.get("bits", READ_BITS[mode][0])
+    if size not in GROUP_SIZES[mode] or bits not in READ_BITS[mode]:
         size, bits = jsonfiles.shown(size), jsonfiles.shown(bits)
         raise ValueError(f"its {METADATA} has groups of {size} and {bits} bits, which MLX does not have")
     return size, mode

@@ -103,7 +103,10 @@ def save_network(
     kind: "transformer", "ae", "clip" or "t5". config: kept in the header.
     """
     metadata = {"config": json.dumps(config), **quantize.metadata_of(network)}
-    tensors.save(path, _weights(kind, network, dtype, diffusers=False), metadata)
+    weights = _weights(kind, network, dtype, diffusers=False)
+    for tensor in weights.values():  # one by one: all at once would have the wide weights in memory together
+        mx.eval(tensor)
+    tensors.save(path, weights, metadata)
 
 
 def _weights(kind: str, network: nn.Module, dtype: mx.Dtype | None, diffusers: bool) -> dict[str, mx.array]:

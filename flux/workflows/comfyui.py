@@ -17,7 +17,7 @@ from flux.workflows.graph import Graph, Link, Node
 
 T5_LENGTH = 256  # ComfyUI pads a prompt to so many of T5's tokens, and cuts none
 GUIDANCE = 3.5  # where no node says another
-SAMPLERS = ("euler", "ddim")  # ComfyUI's ddim takes Euler's steps
+SAMPLERS = {"euler": "euler", "ddim": "euler", "heun": "heun"}  # ComfyUI's names of our solvers
 SAVERS = ("SaveImage", "PreviewImage", "SaveImageWebsocket")  # the best first
 # The folders of ComfyUI's models/ in which a kind of file is looked for.
 FOLDERS = {
@@ -45,6 +45,7 @@ class Workflow:
     guidance: float = GUIDANCE
     cfg_scale: float = 1.0
     steps: int = 20
+    solver: str = "euler"
     schedule: str = "simple"
     shift: float | None = None
     seed: int = 0
@@ -199,7 +200,8 @@ class _Reader:
     def sampler(self, node: Node, _: int) -> None:
         name = self.value(node, "sampler_name", str)
         if name not in SAMPLERS:
-            raise FluxError(f"{node}: the sampler {name} is not here; {' and '.join(SAMPLERS)} are")
+            raise FluxError(f"{node}: the sampler {name} is not here; {', '.join(SAMPLERS)} are")
+        self.found.solver = SAMPLERS[name]
 
     def scheduler(self, node: Node, _: int) -> None:
         self.times(node)

@@ -42,6 +42,7 @@ def to_options(workflow: Workflow, model: str | None, given: Collection[str] = (
         "guidance": workflow.guidance,
         "cfg_scale": workflow.cfg_scale,
         "steps": workflow.steps,
+        "solver": workflow.solver,
         "schedule": workflow.schedule,
         "shift": None if workflow.shift is None else repr(math.exp(workflow.shift)),
         "image_size": workflow.image_size,

@@ -37,7 +37,9 @@ MANY = (
 )
 MANY = (*MANY, "--cfg-scale", "2", "--negative-prompt", "two green birds", "--decoding-batch-size", "2")
 SPLIT = ("--model", "tiny", "--steps", "2", "--force-shard", *COMMON, "--output", "split.png", PROMPT)
+EDIT = ("--image", "photo.png", "--mask", "mask.png", "--strength", "0.8")  # rank 0 alone has these
 ONE = (
+    *EDIT,
     "--model",
     "model",
     "--steps",
@@ -51,6 +53,7 @@ ONE = (
     PROMPT,
 )
 FOLDER = (
+    *EDIT,
     "--model",
     "model",
     "--steps",
@@ -107,6 +110,11 @@ def prepare(folder: Path, rank: int, model: Path) -> None:
     if rank == 0:
         shutil.copy(next((model / "vae").glob("*.safetensors")), folder / "only0.safetensors")
         (folder / "prompts.txt").write_text(f"{PROMPT}\ntwo green birds\n")
+        photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)
+        images.save(folder / "photo.png", photo)
+        images.save(
+            folder / "mask.png", np.where(photo[:1] > 100, 255, 0).repeat(40, axis=0).astype(np.uint8)
+        )
         (folder / "prompts").mkdir()
         for name in "abc":
             (folder / f"prompts/{name}.txt").write_text(f"{PROMPT} {name}\n")

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from flux import sampler
@@ -20,6 +21,13 @@ def reference(schedule: str, steps: int, factor: float | None) -> list[float]:
     if schedule == "simple":
         stride = len(sigmas) / steps
         return [float(sigmas[-(1 + int(i * stride))]) for i in range(steps)] + [0.0]
+    if schedule == "karras":
+        ramp, ends = torch.linspace(0, 1, steps), [float(sigmas[i]) ** (1 / 7) for i in (-1, 0)]
+        return [*((ends[0] + ramp * (ends[1] - ends[0])) ** 7).tolist(), 0.0]
+    if schedule == "beta":
+        scipy = pytest.importorskip("scipy.stats")
+        quantiles = scipy.beta.ppf(1 - np.linspace(0, 1, steps, endpoint=False), 0.6, 0.6)
+        return [*(float(sigmas[int(i)]) for i in np.rint(quantiles * (len(sigmas) - 1))), 0.0]
     if schedule == "sgm_uniform":
         times = torch.linspace(float(sigmas[-1]), float(sigmas[0]), steps + 1)[:-1]
     else:
@@ -34,7 +42,7 @@ def reference(schedule: str, steps: int, factor: float | None) -> list[float]:
 def test_times_are_comfyuis(schedule, factor, steps):
     ours, expected = sampler.comfyui_times(schedule, steps, factor), reference(schedule, steps, factor)
     assert len(ours) == steps + 1
-    if schedule == "simple":
+    if schedule in ("simple", "beta"):
         assert ours == expected  # to the bit
     assert ours == pytest.approx(expected, abs=5e-7)
 

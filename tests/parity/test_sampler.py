@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flux import sampler
+from flux import sampler, solvers
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -58,7 +58,7 @@ def test_euler_steps_are_diffusers(shift):
     predictions = rng.normal(size=(6, 2, 24, 64)).astype(np.float32)
     reference = scheduler(6, 24, shift)
     expected = torch.from_numpy(x)
-    path = sampler.euler(lambda x, i: mx.array(predictions[i]), mx.array(x), sampler.timesteps(6, 24, shift))
+    path = solvers.euler(lambda x, i: mx.array(predictions[i]), mx.array(x), sampler.timesteps(6, 24, shift))
     for ours, t, prediction in zip(path, reference.timesteps, predictions, strict=True):
         expected = reference.step(torch.from_numpy(prediction), t, expected).prev_sample
         np.testing.assert_allclose(np.array(ours), expected.numpy(), rtol=1e-6, atol=1e-6)

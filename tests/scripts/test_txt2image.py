@@ -178,7 +178,7 @@ BAD_ARGUMENTS = [
     ([PROMPT, "--n-images", "2", "--n-rows", "3"], r"n-rows 3 .*\(2\)"),
     ([PROMPT, "--decoding-batch-size", "0"], "decoding-batch-size: .*0"),
     ([PROMPT, "--guidance", "nan"], "guidance: .*nan"),
-    ([PROMPT, "--quantize", "5"], "quantize .*5"),
+    ([PROMPT, "--quantize", "7"], "quantize: .*7"),
     ([PROMPT, "--seed", "-1"], "seed .*-1"),
     ([PROMPT, "--seed", str(2**64)], f"seed .*{2**64}"),
     ([PROMPT, "--cfg-scale", "0.5"], r"cfg scale .*0\.5"),

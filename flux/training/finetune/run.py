@@ -146,9 +146,8 @@ def say_whether_it_fits(options: Options, base: Base, plan: Plan, ranks: Ranks, 
     sharing = ranks.size if options.shard_base else 1
     line, advice = fit.describe(options, flow.params, shape, machine.memory(), sharing)
     console.say(line)
-    bits, _ = options.quantization
-    if bits is not None:
-        console.say(f"quantized: {quantize.report(bits, transformer=flow)}")
+    if options.quantize is not None:
+        console.say(f"quantized: {quantize.report(options.quantize, transformer=flow)}")
     if advice and ranks.is_rank_zero:
         warnings.warn(advice, stacklevel=2)
 

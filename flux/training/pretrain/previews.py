@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 
 from flux import generation, images
-from flux.data.pictures import over_white
 from flux.generation import Request
 from flux.known_words import KnownWords
 from flux.pipeline import FluxPipeline, Parts
@@ -66,7 +65,7 @@ def originals(config: Config, batches: Batches, size: tuple[int, int]) -> list[n
     files = config.output.test_image_address
     if not files:
         return batches.first(config.output.samples_per_checkpoint, size)
-    return [images.fit(over_white(*images.load(Path(file).expanduser())), size) for file in files]
+    return [images.fit(images.over_white(*images.load(Path(file).expanduser())), size) for file in files]
 
 
 def sample_sizes(config: Config) -> list[tuple[int, int]]:
