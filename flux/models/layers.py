@@ -1,7 +1,6 @@
 """The parts of the Flux transformer, smallest first. Attribute names are those of the BFL checkpoint."""
 
 import math
-import platform
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -30,7 +29,7 @@ def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 # Of exponents: it moves no value by more than 1e-34 |x|, and an infinite exp would make a gradient NaN.
 BOUND = 80
-IS_X86 = platform.machine() in ("x86_64", "AMD64")
+IS_X86 = mx.device_info(mx.Device(mx.cpu)).get("architecture") in ("x86_64", "AMD64")
 
 
 def _exp(x: mx.array) -> mx.array:

@@ -41,8 +41,14 @@ from flux.recipes.emoji import (
     subjects,
 )
 from flux.recipes.tiny import recipe
-from flux.recipes.tiny.autoencoder import reconstruct
-from flux.recipes.tiny.judge import SubjectJudge, likeness, natural_prompts, page_prompts, scene_of
+from flux.recipes.tiny.judge import (
+    SubjectJudge,
+    likeness,
+    natural_prompts,
+    page_prompts,
+    reconstruct,
+    scene_of,
+)
 
 
 class Judge:

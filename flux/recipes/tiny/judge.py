@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+from flux import images
 from flux.evaluation.likeness import psnr, ssim
+from flux.models.autoencoder import AutoEncoder
 from flux.recipes.emoji import Composition, Renderer, subjects
 from flux.recipes.tiny import recipe
 from flux.recipes.tiny.scenes import Scene, Size, render
@@ -66,6 +68,15 @@ def natural_prompts(count: int, seed: int = 0) -> list[tuple[str, str]]:
         template = NATURAL[rng.integers(len(NATURAL))]
         chosen.append((template.format(noun=noun, a=article(noun)), name))
     return chosen
+
+
+def reconstruct(model: AutoEncoder, pictures: np.ndarray, batch: int = 32) -> np.ndarray:
+    """(B, H, W, 3) uint8 through encoder and decoder, rounded to uint8 again."""
+    decoded = []
+    for start in range(0, len(pictures), batch):
+        x = images.normalize(pictures[start : start + batch])
+        decoded.append(images.to_uint8(images.denormalize(model.decoder(model.moments(x)[0]))))
+    return np.concatenate(decoded)
 
 
 class SubjectJudge:

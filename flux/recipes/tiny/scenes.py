@@ -129,11 +129,13 @@ class Scenes:
 
     @cached_property
     def captions(self) -> list[str]:
-        """Wordings of the first scenes, and one with each name that a subject has, of all subjects."""
-        named = [noun for name in subjects() for noun in wording.nouns(name)]
+        """Wordings of the first scenes; besides, every name of every subject, every number and colour."""
+        words = [wording.article(noun) for name in subjects() for noun in wording.nouns(name)]
+        words += [f"two {wording.plural(noun)}" for name in subjects() for noun in wording.nouns(name)]
+        colours = [word for name in COLOURS for word in wording.COLOUR_WORDS.get(name, (name,))]
         return [
             *(text for index in range(min(self.SHOWN, len(self))) for text in self.texts(index)),
-            *(f"a {noun} on a {colour} background" for noun in named for colour in wording.COLOUR_WORDS),
+            *(f"{word} on a {colour} background" for word in words for colour in colours),
         ]
 
     def texts(self, index: int) -> list[str]:
