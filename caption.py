@@ -59,7 +59,7 @@ def build_parser() -> Parser:
     add = parser.add_argument_group("the model").add_argument
     known = ", ".join(CAPTIONERS)
     add("--model", default="base", help=f"{known}, a folder, a Hub repository (default: base)")
-    add("--quantize", type=int, choices=quantize.BITS, metavar="BITS", help="to 4 or 8 bits a weight")
+    add("--quantize", type=int, choices=(4, 8), metavar="BITS", help="to 4 or 8 bits a weight")
     add("--batch-size", type=count, default=4, metavar="N", help="pictures at once on each rank (default: 4)")
 
     group = parser.add_argument_group("what to ask (beams and tokens: where not given, the model's)")

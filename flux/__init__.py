@@ -1,10 +1,12 @@
 """FLUX.1 in Apple MLX. The public names; importing the package loads OpenBLAS on Linux and nothing else."""
 
+from flux.interrupts import end_silently
 from flux.openblas import preload
 from flux.version import __version__
 
 __all__ = ["FluxPipeline", "__version__"]
 
+end_silently()  # in our programs, while they import the rest
 preload()  # must come before the first import of mlx.core
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from flux import images, sampler
+from flux import images, interrupts, sampler
 from flux.distributed.ranks import Ranks, print_error
 from flux.errors import FluxError
 from flux.jsonfiles import shown
@@ -32,11 +32,8 @@ def run_program(program: Callable[[Ranks], int]) -> int:
     _open_streams()
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        try:
+        with interrupts.raised(), _flushed():
             return _run(program)
-        finally:
-            sys.stdout.flush()  # here, where an error can still be told
-            sys.stderr.flush()
     except KeyboardInterrupt:
         return INTERRUPTED
     except OSError as error:
@@ -47,6 +44,16 @@ def run_program(program: Callable[[Ranks], int]) -> int:
             return UNREAD
         print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _flushed() -> Iterator[None]:
+    """What the block prints is written when it ends, where an error can still be told."""
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 def _run(program: Callable[[Ranks], int]) -> int:

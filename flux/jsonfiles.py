@@ -23,6 +23,7 @@ MAX_VALUES = 1_000_000  # of about 100 bytes each; CLIP's tokenizer has 200,000
 MAX_NUMBER = 3e38  # of float32
 MAX_COUNT = 2**24  # rows, pixels, tokens: no config comes near
 MAX_LIST = 64
+NOT_JSON = "not JSON"  # what the line begins with where `json` cannot read a text
 OPENING, CLOSING = (np.frombuffer(signs, np.uint8) for signs in (b"[{", b"]}"))
 
 
@@ -67,46 +68,47 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
         raise FluxError(f"{path}: {error}") from None
 
 
-def parse_object(text: bytes | str) -> dict[str, Any]:
+def parse_object(text: bytes | str, infinite: bool = False) -> dict[str, Any]:
     """As `parse`, and ValueError too where it is not an object."""
-    value = parse(text)
+    value = parse(text, infinite)
     if not isinstance(value, dict):
         raise ValueError(f"should hold a JSON object, not {_kind(value)}")
     return value
 
 
-def parse(text: bytes | str) -> Any:
+def parse(text: bytes | str, infinite: bool = False, max_values: int = MAX_VALUES) -> Any:
     """The value of a JSON text in UTF-8. ValueError, in one line, for what is not JSON or beyond bounds.
 
-    Refused, other than by `json`: deep nesting, very many values, a key that comes twice in an object, NaN
-    and numbers beyond a float, and text with half of a surrogate pair.
+    Refused, other than by `json`: deep nesting, very many values, a key that comes twice in an object, text
+    with half of a surrogate pair, and, unless they may be `infinite`, NaN and numbers beyond a float.
     """
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
-    _check_structure(data)
+    _check_structure(data, max_values)
+    read_number = float if infinite else _float
     try:
         value = json.loads(
             data.decode("utf-8-sig"),
             object_pairs_hook=_object,
-            parse_constant=_float,
-            parse_float=_float,
+            parse_constant=read_number,
+            parse_float=read_number,
         )
         if rb"\ud" in data.lower():
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeError:
-        raise ValueError("not JSON: its text is not UTF-8, or holds half of a surrogate pair") from None
+        raise ValueError("its text is not UTF-8, or holds half of a surrogate pair") from None
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from None
+        raise ValueError(f"{NOT_JSON}: {error}") from None
     return value
 
 
-def _check_structure(data: bytes) -> None:
-    """Depth and count from the signs outside of strings, at numpy's speed."""
-    if data.count(b'"') > 8 * MAX_VALUES:  # two around each text, and a key before each value
-        raise ValueError(f"more than {MAX_VALUES} values")
-    bare = data.replace(rb"\\", b"").replace(rb"\"", b"")
-    signs = np.frombuffer(b"".join(bare.split(b'"')[::2]), np.uint8)
-    if np.count_nonzero(signs == ord(",")) > MAX_VALUES:
-        raise ValueError(f"more than {MAX_VALUES} values")
+def _check_structure(data: bytes, max_values: int) -> None:
+    """Depth and count from the signs outside of texts, at numpy's speed; short ones need no look."""
+    if data.count(b"[") + data.count(b"{") <= MAX_DEPTH and data.count(b",") <= max_values:
+        return
+    signs = np.frombuffer(data.replace(rb"\\", b"").replace(rb"\"", b""), np.uint8)
+    signs = signs[~np.bitwise_xor.accumulate(signs == ord('"'))]
+    if np.count_nonzero(signs == ord(",")) > max_values:
+        raise ValueError(f"more than {max_values} values")
     steps = np.isin(signs, OPENING).astype(np.int8) - np.isin(signs, CLOSING)
     if (depth := np.cumsum(steps[steps != 0], dtype=np.int32).max(initial=0)) > MAX_DEPTH:
         raise ValueError(f"nested {depth} deep; {MAX_DEPTH} is the most that is read")

@@ -6,7 +6,6 @@ fields, so nothing is admitted that is then not understood. Every fault is colle
 
 import dataclasses
 import difflib
-import json
 import math
 import types
 import typing
@@ -15,7 +14,15 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from flux import jsonfiles
 from flux.errors import FluxError
+from flux.jsonfiles import shown
+
+MAX_BYTES = 2**18  # of a file of options: tomllib and PyYAML take seconds for more
+MAX_YAML = 2**16
+MAX_DOTS = 64  # in a line of TOML: for a key of n parts tomllib keeps n ** 2 / 2 of them, 10 GB for 100 KB
+TOO_DEEP = "its tables and lists are nested too deeply"
+MAX_VALUES = 100_000  # of a file, where YAML's aliases are as many values as they stand for
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -24,14 +31,13 @@ def read_file(path: Path) -> dict[str, Any]:
         ".yaml": _yaml,
         ".yml": _yaml,
         ".toml": parse_toml,
-        ".json": json.loads,
+        ".json": jsonfiles.parse,
     }
     if path.suffix not in readers:
         raise FluxError(f"{path}: the suffix of a file of options must be one of {', '.join(readers)}")
     try:
-        tables = readers[path.suffix](path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FluxError(f"{path}: cannot be read: {error.strerror}") from None
+        text = jsonfiles.read_bytes(path, MAX_BYTES).decode("utf-8-sig")
+        tables = readers[path.suffix](text)
     except ValueError as error:  # also FluxError and UnicodeDecodeError
         raise FluxError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(tables, dict):
@@ -40,7 +46,17 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The tables of a TOML text. ValueError where it is not TOML, FluxError without a reader for it."""
+    """The tables of a TOML text. ValueError where it is not TOML or beyond bounds.
+
+    FluxError without a reader for it.
+    """
+    if len(text) > MAX_BYTES:
+        raise ValueError(f"it has {len(text)} letters; {MAX_BYTES} are the most that is read")
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.count(".") > MAX_DOTS:
+            raise ValueError(
+                f"line {number} has {line.count('.')} dots; {MAX_DOTS} are the most that is read"
+            )
     try:
         import tomllib
     except ImportError:  # Python 3.10
@@ -48,7 +64,10 @@ def parse_toml(text: str) -> dict[str, Any]:
             import tomli as tomllib  # type: ignore[no-redef]  # the same functions
         except ImportError:
             raise FluxError("TOML needs Python 3.11 or newer, or `pip install tomli`") from None
-    return tomllib.loads(text)
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
 
 
 def _yaml(text: str) -> Any:
@@ -56,10 +75,28 @@ def _yaml(text: str) -> Any:
         import yaml  # comes with huggingface-hub
     except ImportError:
         raise FluxError("YAML needs `pip install pyyaml`; TOML and JSON do not") from None
+    if len(text) > MAX_YAML:
+        raise ValueError(f"it has {len(text)} letters; {MAX_YAML} are the most that is read of YAML")
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(error) from None
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    _check_count(value)
+    return value
+
+
+def _check_count(value: Any) -> None:
+    """ValueError for more values than a file can have without aliases, also of one that holds itself."""
+    waiting, found = [value], 0
+    while waiting:
+        each = waiting.pop()
+        inner = list(each.values()) if isinstance(each, dict) else each if isinstance(each, list) else []
+        found += len(inner)
+        if found > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values")
+        waiting += inner
 
 
 class Faults:
@@ -117,7 +154,7 @@ def faults_of(instance: Any) -> dict[str, str]:
         value = getattr(instance, f.name)
         text = f.metadata.get("bounds", Bounds()).fault(value) if value is not None else None
         if text:
-            found[f.name] = f"{value!r} {text}"
+            found[f.name] = f"{shown(value)} {text}"
     return found
 
 
@@ -137,13 +174,13 @@ def read(cls: type, table: Any, where: str, faults: Faults, derived: tuple[str, 
     `derived` fields follow from other parts of the file and are not keys. A key that is null is not given.
     """
     if not isinstance(table, Mapping):
-        faults.add(where, f"must be a table of keys, not {table!r}")
+        faults.add(where, f"must be a table of keys, not {shown(table)}")
         return None
     fields = {f.name: f for f in dataclasses.fields(cls) if f.name not in derived}
     before = len(faults.lines)
     for name in table:
         if name not in fields:
-            faults.add(where, f"unknown key {name!r}{nearest(str(name), fields)}")
+            faults.add(where, f"unknown key {shown(name)}{nearest(str(name), fields)}")
     table = {name: table[name] for name in fields if table.get(name) is not None}
     values = given(cls, table, where, faults)
     for name, f in fields.items():
@@ -225,11 +262,11 @@ def _fits(hint: Any, value: Any) -> bool:
 
 def _table(hint: Any, value: Any, bounds: Bounds, where: str, faults: Faults) -> Any:
     if not isinstance(value, Mapping):
-        faults.add(where, f"must be a table by name, not {value!r}")
+        faults.add(where, f"must be a table by name, not {shown(value)}")
         return None
     for name in value:
         if bounds.choices and name not in bounds.choices:
-            faults.add(where, f"unknown name {name!r}{nearest(str(name), bounds.choices)}")
+            faults.add(where, f"unknown name {shown(name)}{nearest(str(name), bounds.choices)}")
     inner = dataclasses.replace(bounds, choices=())
     given = {n: v for n, v in value.items() if v is not None}
     return {n: _value(hint, v, inner, f"{where}.{n}", faults) for n, v in given.items()}
@@ -237,7 +274,7 @@ def _table(hint: Any, value: Any, bounds: Bounds, where: str, faults: Faults) ->
 
 def _sequence(arguments: tuple, value: Any, bounds: Bounds, where: str, faults: Faults) -> Any:
     if not isinstance(value, (list, tuple)):
-        faults.add(where, f"must be a list, not {value!r}")
+        faults.add(where, f"must be a list, not {shown(value)}")
         return None
     if arguments[-1] is not Ellipsis and len(value) != len(arguments):
         faults.add(where, f"must have {len(arguments)} elements, not {len(value)}")
@@ -249,12 +286,12 @@ def _kind(value: Any, kinds: Mapping[str, type], where: str, faults: Faults) -> 
     """One of several classes: `{type: NAME, ...}`, or the name alone."""
     table = {"type": value} if isinstance(value, str) else value
     if not isinstance(table, Mapping) or "type" not in table:
-        faults.add(where, f"must be a table with the key 'type' ({', '.join(kinds)}), not {value!r}")
+        faults.add(where, f"must be a table with the key 'type' ({', '.join(kinds)}), not {shown(value)}")
         return None
     names = {name.lower(): cls for name, cls in kinds.items()}
     kind = str(table["type"]).lower().replace("-", "_")
     if kind not in names:
-        faults.add(where, f"unknown type {table['type']!r}{nearest(kind, kinds)}")
+        faults.add(where, f"unknown type {shown(table['type'])}{nearest(kind, kinds)}")
         return None
     return read(names[kind], {k: v for k, v in table.items() if k != "type"}, where, faults)
 
@@ -265,10 +302,10 @@ def _scalar(hint: type, value: Any, bounds: Bounds, where: str, faults: Faults) 
     right = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}[hint]
     if not isinstance(value, right) or (isinstance(value, bool) and hint is not bool):
         words = {float: "a number", int: "a whole number", str: "a text", bool: "true or false"}
-        faults.add(where, f"must be {words[hint]}, not {value!r}")
+        faults.add(where, f"must be {words[hint]}, not {shown(value)}")
         return None
     if text := bounds.fault(value):
-        faults.add(where, f"{value!r} {text}")
+        faults.add(where, f"{shown(value)} {text}")
     return float(value) if hint is float else value
 
 

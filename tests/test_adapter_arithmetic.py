@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flux.adapters import Adapter, Adapters, Delta, Dense, Kronecker, LowRank
+from flux.adapters import Adapter, Adapters, Delta, Dense, Kronecker, LowRank, save
 from flux.adapters.arithmetic import extract, merge, nearest, resize, share_kept
 from flux.adapters.beside import dense_weight
 from flux.adapters.lora import linears
@@ -170,3 +170,12 @@ def test_checkpoints_that_are_equal_or_not_alike():
     other.single_blocks = other.single_blocks[:-1]
     with pytest.raises(FluxError, match=r"differ in what they have: .*single_blocks"):
         extract(tiny.randomize(Flux(tiny.FLUX), 3), other, 2)
+
+
+def test_a_sum_that_is_infinite_is_not_written(tmp_path):
+    """Strengths that each can be written, beyond the type together; the file would be refused by all."""
+    one = Adapter({PROJ: Delta(low_rank())})
+    merged = merge([("a", one, 1e308), ("b", one, 1e308)])
+    with pytest.raises(FluxError, match=r"a\.safetensors is not written: .* would be NaN or infinity"):
+        save(tmp_path / "a.safetensors", merged, "native")
+    assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from flux.captioning import files, records
-from flux.data import batches, check, pictures, samples
+from flux.data import batches, check, lists, pictures, samples
 from flux.data.sources import open_folder
 from flux.errors import FluxError
 from tests import kinds
@@ -357,3 +357,13 @@ def test_a_link_that_leads_back_is_followed_once(tmp_path):
     draw(tmp_path / "sub/a.png")
     os.symlink(tmp_path, tmp_path / "sub/again")
     assert len(samples.load(tmp_path, {**OPTIONS, "class_tokens": "x"}).samples) == 1
+
+
+def test_a_small_parquet_file_of_very_many_rows(tmp_path):
+    """Its columns are runs of one value: some kilobytes, and gigabytes as rows."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(2_000_000, np.int32)), pa.array(["a.png"]))
+    parquet.write_table(pa.table({"image": column, "text": column}), tmp_path / "metadata.parquet")
+    assert (tmp_path / "metadata.parquet").stat().st_size < 1_000_000
+    with pytest.raises(FluxError, match="its rows are very much larger than the file"):
+        lists.read_objects(tmp_path / "metadata.parquet")

@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
 
 
 def shell(folder: Path, command: str, after: str) -> tuple[int, str, str]:
@@ -61,14 +61,20 @@ def shell(folder: Path, command: str, after: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("command", [INSPECT, DRAW, EMOJI], ids=["inspect", "draw", "emoji"])
-def test_nobody_reads_what_is_printed(folder: Path, command: str):
+@pytest.mark.parametrize("buffer", ["", "-u"])
+def test_nobody_reads_what_is_printed(folder: Path, command: str, buffer: str):
     """Neither a traceback nor Python's complaint at its end; 141 is what other programs end with."""
-    status, out, err = shell(folder, f"-u {command} 2>&1", "| (exec 0<&-; sleep 0.1)")
+    status, out, err = shell(folder, f"{buffer} {command} 2>&1", "| (exec 0<&-; sleep 0.1)")
     assert (status, out, err) == (141, "", "")
 
 
 def test_nobody_reads_an_error(folder: Path):
     status, out, err = shell(folder, "-m flux.adapters inspect none.safetensors 2>&1", "| (exec 0<&-)")
+    assert (status, out, err) == (141, "", "")
+
+
+def test_nobody_reads_what_is_printed_but_errors(folder: Path):
+    status, out, err = shell(folder, INSPECT, "| (exec 0<&-)")
     assert (status, out, err) == (141, "", "")
 
 
@@ -129,11 +135,13 @@ import sys, runpy, time
 import flux, flux.{module}
 def slow(*args, **kwargs):
     open({started!r}, "w").close()
-    time.sleep(600)
+    while True:  # no long sleep: Python does not see a signal that comes just before it until it ends
+        time.sleep(0.05)
 flux.{module}.{name} = slow
 sys.argv = {argv!r}
 sys.exit(runpy.run_module({argv[0]!r})["main"]())
 """
+GRID = "grid --model tiny --adapter a.safetensors --prompt apple"
 
 
 @pytest.mark.parametrize(
@@ -141,6 +149,10 @@ sys.exit(runpy.run_module({argv[0]!r})["main"]())
     [
         ("flux.adapters merge a.safetensors b.safetensors out.safetensors", "adapters.arithmetic", "merge"),
         ("flux.adapters resize a.safetensors out.safetensors --rank 1", "adapters.arithmetic", "resize"),
+        (f"flux.adapters {GRID}", "pipeline", "FluxPipeline.prepare"),
+        (f"flux.evaluation {GRID}", "pipeline", "FluxPipeline.prepare"),
+        ("caption pictures --model tiny", "captioning.captioner", "Captioner.answers"),
+        ("txt2image --model tiny apple", "pipeline", "FluxPipeline.prepare"),
     ],
 )
 def test_ctrl_c(folder: Path, tmp_path: Path, command: str, module: str, name: str):
@@ -152,6 +164,46 @@ def test_ctrl_c(folder: Path, tmp_path: Path, command: str, module: str, name: s
     assert status == 130, err
     assert "Traceback" not in err
     assert sorted(folder.rglob("*")) == before
+
+
+IMPORTING = """
+import os, signal, sys
+sys.argv = {argv!r}
+{orig}
+import flux
+os.kill(os.getpid(), signal.SIGINT)
+import time
+while True:
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize(
+    "argv", [["txt2image.py"], ["flux-caption"], ["-m", "flux.adapters"], ["-m", "other"]]
+)
+def test_ctrl_c_while_a_program_is_imported(tmp_path: Path, argv: list[str]):
+    """It ends as programs in C do; in others that import this package it is Python's KeyboardInterrupt."""
+    orig = f"sys.orig_argv = ['python', *{argv!r}]" if argv[0] == "-m" else ""
+    source = IMPORTING.format(argv=argv[:1], orig=orig)
+    ended = subprocess.run(
+        [sys.executable, "-c", source], cwd=tmp_path, env=environment(), capture_output=True, timeout=TIMEOUT
+    )
+    assert ended.returncode == -signal.SIGINT
+    assert (ended.stderr == b"") == ("other" not in argv)
+
+
+def test_ctrl_c_is_an_exception_in_a_program(monkeypatch):
+    def program(_: object) -> int:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.05)
+        return 0
+
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as flux.interrupts leaves it
+    try:
+        assert run_program(program) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_in_a_pretraining(folder: Path):

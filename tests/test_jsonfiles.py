@@ -166,3 +166,12 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert [path.name for path in file.parent.iterdir()] == ["run.json"]
     with pytest.raises(FluxError, match=r"run\.json/x\.json: cannot be written"):
         jsonfiles.write(file / "x.json", {})
+
+
+def test_infinite_numbers_where_they_may_be():
+    assert jsonfiles.parse("[NaN, -Infinity, 1e999]", infinite=True)[1:] == [float("-inf"), float("inf")]
+
+
+def test_more_values_where_there_may_be():
+    text = "[" + "0," * 1_000_001 + "0]"
+    assert len(jsonfiles.parse(text, max_values=2_000_000)) == 1_000_002

@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import tarfile
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from flux.training.pretrain.batches import Batches, Shard
 from flux.training.pretrain.config import ConfigError
 from flux.training.pretrain.datasets import open_dataset
 
-from . import pretraining
+from . import fuzzing, pretraining
 
 
 def png(value: int, size: tuple[int, int] = (6, 4), mode: str = "RGB") -> bytes:
@@ -128,6 +129,25 @@ def test_shards_with_a_fault(two_shards):
     write_shard(two_shards / "packed.tar", {"1.png": png(1)}, "w:gz")
     with pytest.raises(FluxError, match=r"packed\.tar: not an uncompressed tar file"):
         open_shards(str(two_shards / "packed.tar"), "png", "txt")
+    with pytest.raises(FluxError, match="names too many shards"):
+        shards(["x-{0..9999999999}.tar"])
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (b"[" * 100_000, "nested 100000 deep"),
+        (b'{"prompt": "a", "prompt": "b"}', "the key 'prompt' comes twice"),
+        (b'{"prompt": "\\ud800"}', "half of a surrogate pair"),
+        (b'{"prompt": ["a"]}', "has no caption 'prompt'"),
+        (b'{"prompt": "' + b"a" * 2**20 + b'"}', "1048576 are the most that is read"),
+    ],
+    ids=range(5),
+)
+def test_captions_of_shards_from_strangers(tmp_path, text, line):
+    write_shard(tmp_path / "a.tar", {"1.png": png(1), "1.json": text})
+    with pytest.raises(FluxError, match=line):
+        open_shards(str(tmp_path / "a.tar"), "png", "prompt")
 
 
 # --- Hugging Face ---
@@ -148,6 +168,25 @@ def test_a_saved_data_set_of_hugging_face(tmp_path):
         open_hugging_face(str(tmp_path / "set"), None, "train", "n", "text")
     with pytest.raises(FluxError, match="the data set nobody/nothing, split 'train', cannot be loaded"):
         open_hugging_face("nobody/nothing", None, "train", "image", "text")
+
+
+def test_a_saved_data_set_that_is_damaged(tmp_path):
+    """40 of its files: each is a line, or the captions as they were."""
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"image": [Image.new("RGB", (5, 3))], "text": ["a"]})
+    table.save_to_disk(tmp_path / "set")
+    sound = {name: (tmp_path / "set" / name).read_bytes() for name in ("state.json", "dataset_info.json")}
+    lines = 0
+    for case in range(40):
+        rng = random.Random(case)
+        name = rng.choice(list(sound))
+        (tmp_path / "set" / name).write_bytes(fuzzing.mutate_json(json.loads(sound[name]), rng))
+        arguments = str(tmp_path / "set"), None, "train", "image", "text"
+        found = fuzzing.outcome(lambda: open_hugging_face(*arguments).captions, f"case {case}")  # noqa: B023
+        assert isinstance(found, FluxError) or found == ["a"], f"case {case}"
+        lines += isinstance(found, FluxError)
+        (tmp_path / "set" / name).write_bytes(sound[name])
+    assert 10 < lines < 40
 
 
 # --- batches ---

@@ -412,3 +412,14 @@ def test_progress_as_json_is_itself_again():
     again = Progress.from_json(json.loads(json.dumps(asdict(progress))))
     assert again == progress
     assert again.epoch.take() == {"loss": pytest.approx(0.15), "r1": 3.0}
+
+
+def test_all_damaged_pictures_are_named_before_a_run_begins(tmp_path):
+    """A resumed run has seen them; what is damaged since then is met at its batch."""
+    config = pretraining.config(tmp_path, VAE)
+    for name in ("3.png", "7.png"):
+        path = tmp_path / "data" / name
+        path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(FluxError, match=r"2 picture\(s\) cannot be used: .*3\.png.*; .*7\.png") as error:
+        Run(config, quiet=True)
+    assert "\n" not in str(error.value)

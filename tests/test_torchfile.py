@@ -244,3 +244,13 @@ def test_the_number_of_steps(tmp_path):
         ("memo of 2^32", "something else"),
     ):
         assert line in fault(files.write_zip(tmp_path / "f.bin", HOSTILE[name], STORAGE))
+
+
+def test_a_directory_of_very_many_files(tmp_path):
+    """zipfile makes a kilobyte of each 47 bytes."""
+    entry = b"PK\1\2" + bytes(24) + b"\1" + bytes(17) + b"a"
+    directory = entry * 200_000
+    end = struct.pack("<4sHHHHIIH", b"PK\5\6", 0, 0, 65535, 65535, len(directory), 0, 0)
+    (tmp_path / "f.bin").write_bytes(directory + end)
+    with pytest.raises(FluxError, match=r"f\.bin: .*a directory of more than 8388608 bytes"):
+        torchfile.load([tmp_path / "f.bin"])

@@ -55,6 +55,8 @@ def save(
             f"unknown facts of an adapter: {', '.join(sorted(unknown))}; known are {', '.join(FACTS)}"
         )
     tensors, metadata = WRITERS[format](adapter)
+    if wrong := [name for name, tensor in tensors.items() if not mx.isfinite(tensor).all().item()]:
+        raise FluxError(f"{path} is not written: {some(wrong)} would be NaN or infinity")
     entries = {
         OWN + name: str(value) for name, value in {**read_facts(adapter.metadata), **(facts or {})}.items()
     }

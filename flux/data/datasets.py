@@ -4,15 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flux import jsonfiles
 from flux.data.files import some
 from flux.data.folders import Part, Reading
 from flux.data.lists import CAPTION_KEYS, IMAGE_KEYS, Row, captions_of
 from flux.errors import FluxError
 
+TABLES = ("state.json", "dataset_dict.json", "dataset_info.json")  # beside the data in a saved folder
+
 
 def is_saved_table(folder: Path) -> bool:
     """Whether `Dataset.save_to_disk` wrote this folder."""
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return any((folder / name).is_file() for name in TABLES[:2])
 
 
 def load_table(path: str, name: str | None, split: str) -> Any:
@@ -25,10 +28,14 @@ def load_table(path: str, name: str | None, split: str) -> Any:
     folder = Path(path).expanduser()
     try:
         if is_saved_table(folder):
+            for file in (path for name in TABLES for path in folder.rglob(name)):
+                jsonfiles.read(file)  # the package believes them
             table = datasets.load_from_disk(str(folder))
             return table[split] if isinstance(table, Mapping) else table
         return datasets.load_dataset(path, name, split=split)
-    except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except FluxError:
+        raise
+    except Exception as error:  # of all kinds: the package does not look before it takes
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise FluxError(f"the data set {path}, split {split!r}, cannot be loaded: {reason}") from None
 

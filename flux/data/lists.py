@@ -2,12 +2,12 @@
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flux import jsonfiles
 from flux.data import files
 from flux.data.files import Disk, some
 from flux.errors import FluxError
@@ -20,8 +20,19 @@ LISTS = (
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 IMAGE_KEYS = ("image", "file_name", "image_path", "filename", "file", "path", "img")
 CAPTION_KEYS = ("prompt", "text", "caption", "captions", "prompts", "description", "tags")
-TOO_MANY = object()  # a line of a CSV with more values than columns
 DELIMITERS = (",", "\t", ";")
+MAX_VALUES = 20 * jsonfiles.MAX_VALUES  # of a list in one JSON text
+PARQUET_GROWTH, PARQUET_LEAST = 32, 2**26  # the bytes in memory to one of the file, and of any file
+ROW_BYTES = 300  # of Python's objects for a row
+TOO_MANY = "has more values than there are columns: put quotes around a text with commas"
+NO_OBJECT = "should be one object, with a picture's file and its caption"
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A line that cannot be read, and why."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -60,10 +71,8 @@ def read(path: Path, folder: Path, disk: Disk, column: str | None, errors: list[
 
 
 def _row(where: str, entry: Any, folder: Path, disk: Disk, column: str | None) -> Row:
-    if entry is TOO_MANY:
-        raise FluxError("has more values than there are columns: put quotes around a text with commas")
     if not isinstance(entry, Mapping):
-        raise FluxError("should be one object, with a picture's file and its caption")
+        raise FluxError(entry.reason if isinstance(entry, Unread) else NO_OBJECT)
     image = next((entry[key] for key in IMAGE_KEYS if entry.get(key)), None)
     captions = captions_of(entry, column)
     if isinstance(image, Mapping):  # a parquet file with the pictures in it
@@ -108,7 +117,7 @@ def _columns(path: Path, entries: list[Any], rows: list[Row], column: str | None
 
 
 def read_objects(path: Path) -> list[tuple[str, Any]]:
-    """What a list holds, each with its line in the file; what is not JSON comes as None.
+    """What a list holds, each with its line in the file; what is not JSON comes as `Unread`.
 
     FluxError for a file that cannot be read at all.
     """
@@ -125,11 +134,11 @@ def read_objects(path: Path) -> list[tuple[str, Any]]:
 
 
 def parse(text: str) -> Any:
-    """The value of a JSON text; None where it is not JSON."""
+    """The value of a JSON text; `Unread` where it is not JSON. Infinite numbers are other columns' matter."""
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+        return jsonfiles.parse(text, infinite=True, max_values=MAX_VALUES)
+    except ValueError as error:
+        return Unread(NO_OBJECT if str(error).startswith(jsonfiles.NOT_JSON) else str(error))
 
 
 def _document(path: Path, document: Any) -> list[tuple[str, Any]]:
@@ -139,6 +148,8 @@ def _document(path: Path, document: Any) -> list[tuple[str, Any]]:
     if isinstance(document, list):
         return [(f"entry {i}", entry) for i, entry in enumerate(document, 1)]
     if not isinstance(document, Mapping):
+        if isinstance(document, Unread) and document.reason != NO_OBJECT:
+            raise FluxError(f"{path}: {document.reason}")
         raise FluxError(
             f'{path}: should be [{{"image": file, "text": caption}}, ...], {{"data": [...]}} or '
             f'{{file: {{"caption": text}}, ...}}'
@@ -174,7 +185,8 @@ def _separated(path: Path, text: str) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for number, row in rows:
         too_many = len(row) > len(header)
-        found.append((f"line {number}", TOO_MANY if too_many else dict(zip(header, row, strict=False))))
+        entry = Unread(TOO_MANY) if too_many else dict(zip(header, row, strict=False))
+        found.append((f"line {number}", entry))
     if not set(header) & set(IMAGE_KEYS):
         raise FluxError(
             f"{path}: its first line should name the columns, such as image,prompt; it is {first.strip()!r}"
@@ -189,8 +201,16 @@ def _pair(name: str, tab: str, caption: str) -> dict[str, str] | None:
 def _parquet(path: Path) -> list[tuple[str, Any]]:
     import pyarrow.parquet  # comes with `datasets`
 
+    rows: list[dict[str, Any]] = []
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        left = PARQUET_GROWTH * path.stat().st_size + PARQUET_LEAST
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(256):  # rows
+                columns = [c.dictionary_decode() if hasattr(c, "dictionary") else c for c in batch.columns]
+                left -= sum(column.nbytes for column in columns) + batch.num_rows * ROW_BYTES
+                if left < 0:
+                    raise ValueError("its rows are very much larger than the file")
+                rows += batch.to_pylist()
     except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
         raise FluxError(f"{path}: cannot be read as parquet: {str(error).splitlines()[0]}") from None
     return [(f"row {i}", row) for i, row in enumerate(rows, 1)]

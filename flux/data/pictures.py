@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +75,14 @@ def fit(dataset: Dataset) -> list[Placed]:
     looks, faults = look_at_all(dataset)
     if dataset.errors:
         raise FluxError("; ".join([*dataset.errors, *faults[:SHOWN]]))
+    refuse(faults)
+    return [look.placed for look in looks]
+
+
+def refuse(faults: Sequence[str]) -> None:
+    """FluxError with what is wrong with pictures, where anything is."""
     if faults:
         raise FluxError(f"{len(faults)} picture(s) cannot be used: {'; '.join(faults[:SHOWN])}")
-    return [look.placed for look in looks]
 
 
 def look_at_all(dataset: Dataset) -> tuple[list[Look], list[str]]:

@@ -102,8 +102,6 @@ def read_toml(path: Path, defaults: Mapping[str, Any], faults: Faults) -> tuple[
         document = tables.parse_toml(text)
     except ValueError as error:  # FluxError and TOMLDecodeError are ValueErrors
         raise FluxError(f"{path}: {error}") from None
-    except RecursionError:
-        raise FluxError(f"{path}: its tables and lists are nested too deeply") from None
     within = Faults()
     found = parse(document, defaults, within)
     for line in within.lines:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
 from flux import images
 from flux.data import datasets, pictures, samples
@@ -25,6 +26,7 @@ from flux.data.lists import captions_of
 from flux.errors import FluxError
 
 THREADS = 8  # that decode
+AT_ONCE = 256
 
 
 class Pictures(Protocol):
@@ -44,8 +46,11 @@ class Pictures(Protocol):
         """The picture (H, W, 3), uint8, in its size."""
 
 
-def unreadable(source: Pictures) -> list[str]:
-    """Decodes all pictures; what is wrong with those that cannot be read."""
+def unreadable(source: Pictures, rows: Sequence[int] | None = None, quiet: bool = True) -> list[str]:
+    """Decodes all pictures, or those of some rows; what is wrong with those that cannot be read.
+
+    A bar shows how far it is, after a second.
+    """
 
     def fault(index: int) -> str | None:
         try:
@@ -54,8 +59,15 @@ def unreadable(source: Pictures) -> list[str]:
             return str(error)
         return None
 
-    with ThreadPoolExecutor(THREADS) as pool:
-        return [each for each in pool.map(fault, range(len(source))) if each]
+    rows = range(len(source)) if rows is None else rows
+    bar = tqdm(total=len(rows), desc="checking pictures", unit="", delay=1, disable=quiet or None)
+    found: list[str] = []
+    with bar, ThreadPoolExecutor(THREADS) as pool:
+        for start in range(0, len(rows), AT_ONCE):  # pool.map begins with all that it is given
+            part = rows[start : start + AT_ONCE]
+            found += [each for each in pool.map(fault, part) if each]
+            bar.update(len(part))
+    return found
 
 
 @dataclass(frozen=True)

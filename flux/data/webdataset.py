@@ -3,7 +3,6 @@
 The shards are read through once for the offsets of their members; after that any sample is at hand.
 """
 
-import json
 import os
 import re
 import tarfile
@@ -14,23 +13,31 @@ from pathlib import Path
 
 import numpy as np
 
-from flux import images
+from flux import images, jsonfiles
 from flux.data.files import some
 from flux.data.pictures import NamedBytes
 from flux.errors import FluxError
 
+MAX_PICTURE = 2**30  # bytes; pictures that are larger when decoded are refused by flux.images
+MAX_SHARDS = 100_000
+MAX_TEXT = 2**20  # bytes of a caption, or of the .json that it is in
+
 
 @dataclass(frozen=True)
 class Member:
-    """Where a picture's bytes are."""
+    """Where a picture's or a text's bytes are."""
 
     shard: Path
     name: str
     offset: int
     size: int
 
-    def read(self) -> bytes:
-        """The picture's bytes."""
+    def read(self, most: int = MAX_PICTURE) -> bytes:
+        """The member's bytes. FluxError where there are more than are read."""
+        if self.size > most:
+            raise FluxError(
+                f"{self.shard}: {self.name} has {self.size} bytes; {most} are the most that is read"
+            )
         with self.shard.open("rb") as file:
             return os.pread(file.fileno(), self.size, self.offset)
 
@@ -100,6 +107,8 @@ def _expand(pattern: str) -> list[str]:
     if match is None:
         return [pattern]
     first, last = match.groups()
+    if max(len(first), len(last)) > 9 or int(last) - int(first) >= MAX_SHARDS:
+        raise FluxError(f"{pattern} names too many shards: {MAX_SHARDS} are the most that are read")
     numbers = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
     before, after = pattern[: match.start()], pattern[match.end() :]
     return [name for number in numbers for name in _expand(before + number + after)]
@@ -126,10 +135,16 @@ def _samples(shard: Path) -> list[tuple[str, dict[str, Member]]]:
 
 def _caption(shard: Path, key: str, sample: dict[str, Member], caption_key: str) -> str:
     if caption_key in sample:
-        return sample[caption_key].read().decode("utf-8", "replace").strip()
+        return sample[caption_key].read(MAX_TEXT).decode("utf-8", "replace").strip()
+    table = {}
     if "json" in sample:
         try:
-            return str(json.loads(sample["json"].read())[caption_key])
-        except (ValueError, KeyError, TypeError):
-            pass
-    raise FluxError(f"{shard}: the sample {key} has no caption {caption_key!r}, as a file or in its .json")
+            table = jsonfiles.parse_object(sample["json"].read(MAX_TEXT), infinite=True)
+        except ValueError as error:  # a FluxError is one
+            raise FluxError(f"{shard}: the .json of the sample {key}: {error}") from None
+    caption = table.get(caption_key)
+    if isinstance(caption, bool) or not isinstance(caption, str | int):
+        raise FluxError(
+            f"{shard}: the sample {key} has no caption {caption_key!r}, as a file or in its .json"
+        )
+    return str(caption)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flux import images, outputs
+from flux import images, jsonfiles, outputs
 from flux.errors import FluxError
 from flux.training.plots import Curve, figure
 
@@ -48,7 +48,7 @@ def read_lines(path: Path) -> list[Line]:
     found = []
     for text in path.read_bytes().split(b"\n"):
         try:
-            line = json.loads(text)
+            line = jsonfiles.parse(text, infinite=True)
         except ValueError:  # cut short, or not even UTF-8
             continue
         if isinstance(line, dict):

@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
+from flux import jsonfiles
 from flux.errors import FluxError
 from flux.outputs import flush
 from flux.weights import tensors
@@ -111,7 +112,8 @@ class States:
 def _checked(path: Path, parse: Callable[[dict[str, Any]], Value]) -> Value:
     """A state's JSON object, parsed. FluxError, naming the state, for any damage to it or to the arrays."""
     try:
-        table = json.loads((path / PROGRESS).read_bytes())
+        text = jsonfiles.read_bytes(path / PROGRESS, jsonfiles.MAX_BYTES)
+        table = jsonfiles.parse_object(text, infinite=True)  # as the best loss is at first
         checksums = table.pop(CHECKSUMS, None)
         if checksums is not None and checksums["table"] != _table_checksum(table):
             raise FluxError(f"{PROGRESS} is not what was written: its checksum differs")

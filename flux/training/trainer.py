@@ -5,6 +5,7 @@ step and a loss is handed a key made from it, so a stopped and resumed run is th
 """
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,7 +16,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_map, tree_map_with_path
 
-from flux import outputs
+from flux import jsonfiles, outputs
 from flux.errors import FluxError
 from flux.training.ema import EMA
 from flux.trees import named_arrays
@@ -200,7 +201,7 @@ class Trainer:
         """Goes on from a file of `save`. The networks and optimizers must be those that it was saved from."""
         try:
             arrays, metadata = cast(tuple[dict, dict], mx.load(str(path), return_metadata=True))
-            step = json.loads(metadata["step"])
+            step = jsonfiles.count(jsonfiles.parse(metadata["step"]), "its step", least=0, most=sys.maxsize)
         except (RuntimeError, KeyError, ValueError) as error:
             raise FluxError(f"{path} is damaged or not a state of a training: {error}") from None
         expected = {name: array.shape for name, array in named_arrays(self._trees())}

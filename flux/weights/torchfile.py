@@ -14,7 +14,7 @@ import sys
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from io import BytesIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ TENSORS = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor")
 KNOWN = {TABLE, PARAMETER, *TENSORS, *(f"torch {kind}" for kind in TYPES)}  # all that weights ask for
 MAGIC = 0x1950A86A20F9469CFC6C  # what the older format begins with
 MAX_PICKLE = 16 * 2**20  # bytes; Florence-2-large's has 130,000
+MAX_DIRECTORY = 8 * 2**20  # bytes of an archive's; it has about 100 a tensor
+MAX_READ = 2**40
 MAX_STEPS = 500_000  # of a pickle, which has about 30 a tensor
 MAX_COPIES = 4  # how often the views of a file may hold its bytes: tied weights are views of the same
 NOT_WEIGHTS = (
@@ -196,6 +198,18 @@ def _made(function: Any, arguments: Any) -> Any:
 # --- The file ---
 
 
+class Bounded(FileIO):
+    """A file of which at most so many bytes are read at once: zipfile reads an archive's directory so."""
+
+    most = MAX_DIRECTORY
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As of other files. ValueError for more; what zipfile reads without a number is the last 64 KiB."""
+        if size is not None and size > self.most:
+            raise ValueError(f"a directory of more than {self.most} bytes")
+        return super().read(size)
+
+
 def load(files: Iterable[Path]) -> dict[str, mx.array]:
     """All tensors of some files. FluxError, naming the file, where one is damaged or holds other things."""
     out: dict[str, mx.array] = {}
@@ -221,7 +235,8 @@ def _tensors(content: Any) -> dict[str, Tensor]:
 
 def _read_zip(path: Path) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
     """The tensors that the pickle names, and the numbers of each storage by its key."""
-    with zipfile.ZipFile(path) as archive:
+    with Bounded(path) as file, zipfile.ZipFile(file) as archive:
+        file.most = MAX_READ
         index = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
         if index is None:
             raise ValueError("no data.pkl in it")

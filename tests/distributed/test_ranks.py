@@ -2,9 +2,13 @@
 
 import json
 import platform
+import random
+import re
 import shutil
 import signal
+import subprocess
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -310,8 +314,82 @@ def test_a_rank_that_does_not_come(tmp_path, monkeypatch):
             assert err == f"error: rank {rank} ({platform.node()}): {why}\n"
 
 
+COMING_ONLY = """
+import mlx.core as mx, os, time
+if os.environ["MLX_RANK"] == "1":
+    mx.distributed.init()
+    time.sleep(600)
+"""
+
+
+def test_a_rank_that_comes_and_says_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUX_MEETING_TIMEOUT", "3")
+    with by_hand(2, ["-c", COMING_ONLY + WORKING], tmp_path) as ranks:
+        _, err = ranks[0].communicate(timeout=60)
+        assert (ranks[0].returncode, err.count("\n")) == (2, 1)
+    assert "rank 0 of 2" in err
+    assert "no word from another rank in" in err
+
+
 def test_a_bound_that_is_no_number(monkeypatch):
     for text in ("soon", "0", "-1", "nan", "inf"):
         monkeypatch.setenv("FLUX_MEETING_TIMEOUT", text)
         with pytest.raises(FluxError, match=f"FLUX_MEETING_TIMEOUT is '{text}'; it should be a"):
             Ranks()
+
+
+MARKING = """
+import os
+def mark(stage):
+    open(f"{stage}-{os.environ['MLX_RANK']}", "w").close()
+mark("begun")
+import flux, sys, time
+from flux.arguments import run_program
+mark("imported")
+def run(ranks):
+    mark("met")
+    for number in range(10**6):
+        ranks.barrier(patience=4)
+        if number == 3:
+            mark("working")
+        time.sleep(0.01)
+sys.exit(run_program(run))
+"""
+STAGES = ("", "begun", "imported", "met", "working")  # of a rank; "": it has only been started
+SECOND = 0.3  # at most, to the other kill
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists() and process.poll() is None:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_that_are_killed(tmp_path, monkeypatch, stage):
+    """Two groups of three at each stage, two kills in each: twenty in all. The third rank ends by itself.
+
+    Stages and not seconds, in which a slow machine has not even begun. The bound is in the line that the
+    third one ends with; a test that waits for ever would be this one's failure.
+    """
+    monkeypatch.setenv("FLUX_MEETING_TIMEOUT", "2")
+    chance = random.Random(STAGES.index(stage))
+    left: list[tuple[int, subprocess.Popen]] = []
+    with ExitStack() as stack:
+        for number in range(2):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            group = stack.enter_context(by_hand(3, ["-c", MARKING], folder))
+            first, second, third = chance.sample(range(3), 3)
+            if stage:
+                wait_for(folder / f"{stage}-{first}", group[first])
+            group[first].kill()
+            time.sleep(chance.uniform(0, SECOND))
+            group[second].kill()
+            left.append((third, group[third]))
+        for third, process in left:
+            _, err = process.communicate(timeout=TIMEOUT)
+            assert process.returncode == 2, err
+            (line,) = [line for line in err.splitlines() if not line.startswith("[ring]")]  # MLX's
+            assert line.startswith(f"error: rank {third} "), err
+            ends = "have not come in 2 s|no word from another rank in|another rank has ended|cannot meet"
+            assert re.search(ends, line), err

@@ -10,9 +10,10 @@ import mlx.core as mx
 import numpy as np
 
 from flux import known_words
+from flux.data import pictures
 from flux.data.buckets import Size
-from flux.data.sources import Pictures
-from flux.distributed.ranks import Ranks
+from flux.data.sources import Pictures, unreadable
+from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
 from flux.known_words import KnownWords
 from flux.training.matmul_convolution import use_products
@@ -42,8 +43,11 @@ class Prepared:
     perceptual: lpips.LPIPS | None
 
 
-def prepare(config: Config, folder: Path, ranks: Ranks) -> Prepared:
-    """Opens the data, trains vocabularies that are not there yet, makes networks with random weights."""
+def prepare(config: Config, folder: Path, ranks: Ranks, is_new: bool, quiet: bool) -> Prepared:
+    """Opens the data, trains vocabularies that are not there yet, makes networks with random weights.
+
+    is_new: whether the run begins, so that all pictures are looked at; else they have been seen.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -53,6 +57,8 @@ def prepare(config: Config, folder: Path, ranks: Ranks) -> Prepared:
     )
     used = dict.fromkeys(config.dataset_of(step) for step in config.steps)
     sources = {name: open_dataset(config.datasets[name]) for name in used}
+    if is_new:
+        ranks.on_all_ranks(lambda: check_pictures(sources, ranks, quiet), DOWNLOAD)
     tokenizers = open_tokenizers(config, folder, sources, ranks)
     mx.random.seed(config.training.seed)
     networks = Networks(config, tokenizers)
@@ -64,6 +70,17 @@ def prepare(config: Config, folder: Path, ranks: Ranks) -> Prepared:
         if perceptual is not None:
             use_products(perceptual)
     return Prepared(sources, tokenizers, networks, perceptual)
+
+
+def check_pictures(sources: dict[str, Pictures], ranks: Ranks, quiet: bool) -> None:
+    """FluxError with all pictures that cannot be read, before hours of training; each rank takes its part."""
+    pictures.refuse(
+        [
+            fault
+            for source in sources.values()
+            for fault in unreadable(source, range(ranks.rank, len(source), ranks.size), quiet)
+        ]
+    )
 
 
 # --- vocabularies ---

@@ -65,7 +65,7 @@ class Run:
             self.progress.session += 1
             for damage in found.damaged if self.first else ():
                 warnings.warn(f"{damage}: going on from {found.path}", stacklevel=2)
-        self._prepared = prepare(config, self.folder, self._ranks)
+        self._prepared = prepare(config, self.folder, self._ranks, found is None, self._quiet)
         self.networks = self._prepared.networks
 
     def execute(self) -> Path:
