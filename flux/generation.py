@@ -93,13 +93,6 @@ class Request:
         if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
-        if pipeline.known_words is not None:
-            for note in (
-                pipeline.known_words.of_prompt(self.prompt),
-                pipeline.known_words.of_size(request.image_size),
-            ):
-                if note is not None:
-                    warnings.warn(note, stacklevel=1)
         return request
 
     def _sizes(self, pipeline: "FluxPipeline") -> tuple[tuple[int, int], tuple[int, int]]:
@@ -332,9 +325,11 @@ def generate(
     keep_models: leave everything in memory. Otherwise the text encoders, the transformer's modulation and,
     unless streaming, the transformer are taken out of the pipeline, which can then make no other picture.
     progress: show a bar of rank 0's steps. stages: collects times and peak memory.
-    FluxError, before any work, for settings that make no picture.
+    FluxError, before any work, for settings that make no picture. Warns of what a small model does not know.
     """
     resolved = [request.resolved(pipeline) for request in requests]
+    if pipeline.known_words is not None:
+        pipeline.known_words.warn((request.prompt, request.image_size) for request in resolved)
     run = _Run(pipeline, ranks or Ranks.alone(), on_step, keep_models, progress, stages or Stages())
     batches = split(resolved, decoding_batch_size)
     return run.streamed(batches) if stream else run.by_stages(batches)

@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,13 @@ class KnownWords:
             f"the model was trained on sides of {least} to {greatest} pixels: "
             f"{size[0]}x{size[1]} may show no whole subject"
         )
+
+    def warn(self, wanted: Iterable[tuple[str, tuple[int, int]]]) -> None:
+        """Warns, once of each, of the prompts and sizes (height, width) that lie beyond the training."""
+        notes = (note for prompt, size in wanted for note in (self.of_prompt(prompt), self.of_size(size)))
+        for note in dict.fromkeys(notes):
+            if note is not None:
+                warnings.warn(note, stacklevel=1)
 
     def write(self, folder: Path) -> None:
         """Writes the file into a model's folder."""

@@ -58,6 +58,8 @@ class FluxPipeline:
     model was trained on, if its folder says so.
     """
 
+    known_words: KnownWords | None = None
+
     def __init__(
         self,
         name: str,
@@ -109,7 +111,7 @@ class FluxPipeline:
         if shift is not None:
             self.spec: ModelSpec = replace(self.spec, shift=sampler.read_shift(shift))
         self._adapters = [file for file, _ in adapters]
-        if not adapters and not files:  # these may know others
+        if not adapters and not any(files.values()):  # these may know others
             self.known_words = known_words.read(self.checkpoint.t5_tokenizer.parent)
 
     @classmethod
@@ -127,7 +129,6 @@ class FluxPipeline:
         self.noise_kind = noise
         self.rounding = "bfloat16"
         self._split = False
-        self.known_words: KnownWords | None = None
         # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
         self.downscale = 2 ** (len(self.ae.params.ch_mult) - 1)
 

@@ -1,6 +1,8 @@
 """What a small model does not know is named, with what is near."""
 
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -8,9 +10,10 @@ import pytest
 
 from flux import FluxPipeline, known_words
 from flux.errors import FluxError
-from flux.generation import Request
+from flux.generation import Request, generate
 from flux.known_words import KnownWords, split
 
+ROOT = Path(__file__).parents[1]
 CAPTIONS = ["a dog on a red background", "Three apples, t-shirt"]
 KNOWN = KnownWords.of(CAPTIONS, {"dog face": ("dog", "puppy"), "red apple": ("apple",)}, (64, 128))
 
@@ -78,13 +81,13 @@ def test_another_file_is_refused(tmp_path, table):
         known_words.read(tmp_path)
 
 
-def test_the_built_in_model_says_it_once_a_request():
+def test_the_built_in_model_says_it_once():
     pipeline = FluxPipeline("tiny")
 
     def said(prompt: str, size: tuple[int, int] = (64, 64)) -> list[str]:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            Request(prompt, image_size=size).resolved(pipeline)
+            generate(pipeline, [Request(prompt, image_size=size, steps=1)] * 2, keep_models=True)
         return [str(warning.message) for warning in found]
 
     assert said("a red apple on a blue background") == []
@@ -103,3 +106,20 @@ def test_a_model_with_an_adapter_or_of_parts_may_know_more():
     assert (
         FluxPipeline("tiny", clip=str(Path(pipeline.checkpoint.parts["clip"].files[0]))).known_words is None
     )
+
+
+def test_the_program_says_it_in_one_line_and_draws(tmp_path):
+    program = [
+        sys.executable,
+        "txt2image.py",
+        "--model",
+        "tiny",
+        "--steps",
+        "1",
+        "--output",
+        str(tmp_path / "a.png"),
+    ]
+    done = subprocess.run([*program, "a cute puppy"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "the model was not trained on: cute, puppy; nearest subjects: dog face" in done.stderr
+    assert (tmp_path / "a.png").is_file()

@@ -8,7 +8,7 @@ squared distance in RGB over all pixels. Intervals are Wilson's, 95 %.
 
 The caption of a picture determines its rendering: SSIM and PSNR to that, in the box of the subject, say how
 good a drawing it is, beside what the autoencoder alone makes of the rendering. Natural prompts are wordings
-that no training caption has. --page draws the prompts of prompts.txt, the same ones with the same seeds.
+that no training caption has. --page draws the prompts of prompts.tsv, the same ones with the same seeds.
 """
 
 import json
@@ -105,6 +105,7 @@ def draw(
     pipeline: FluxPipeline, prompts: Sequence[str], size: tuple[int, int] = (SIDE, SIDE)
 ) -> tuple[np.ndarray, float]:
     """A picture of each prompt, (B, H, W, 3) uint8 of (height, width), and the seconds that one took."""
+    pipeline.known_words = None  # nobody asks what it does not know, as the figures will say it
     requests = [Request(prompt, seeds=(i,), image_size=size) for i, prompt in enumerate(prompts)]
     start = time.perf_counter()
     pictures = list(generate(pipeline, requests, stream=True, keep_models=True, progress=True))
@@ -126,8 +127,8 @@ def evaluate(pipeline: FluxPipeline, count: int) -> tuple[dict[str, Any], np.nda
     figures["autoencoder PSNR"] = (
         f"{values.mean():.2f} dB (95 % interval +-{reach:.2f}; of the mean error {low:.2f} dB)"
     )
-    figures["likeness"] = str(likeness(pictures, scenes))
-    figures["autoencoder likeness"] = str(likeness(decoded, scenes))
+    figures["likeness"] = str(likeness(list(pictures), scenes))
+    figures["autoencoder likeness"] = str(likeness(list(decoded), scenes))
     figures["natural, subject right"] = str(natural(pipeline, count))
     figures["seconds a picture"] = f"{seconds:.2f}"
     return figures, pictures

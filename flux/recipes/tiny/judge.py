@@ -14,7 +14,7 @@ from flux.recipes.tiny import recipe
 from flux.recipes.tiny.scenes import Scene, Size, render
 from flux.recipes.tiny.wording import article, nouns
 
-PROMPTS = Path(__file__).with_name("prompts.txt")  # for a page of pictures, chosen before there were any
+PROMPTS = Path(__file__).with_name("prompts.tsv")  # for a page of pictures, chosen before there were any
 # Wordings that no training caption has: `describe` makes none of them.
 NATURAL = (
     *("{a} please", "please draw {a}", "i want {a}", "one {noun}", "here is {a}", "my {noun}"),

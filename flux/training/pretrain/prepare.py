@@ -20,7 +20,7 @@ from flux.training.matmul_convolution import use_products
 from flux.training.pretrain import lpips
 from flux.training.pretrain.batches import Batches
 from flux.training.pretrain.config import Config, Step
-from flux.training.pretrain.datasets import open_dataset
+from flux.training.pretrain.datasets import Drawn, open_dataset
 from flux.training.pretrain.encoded import Encoded
 from flux.training.pretrain.encoded import identity as encoded_identity
 from flux.training.pretrain.losses import encode
@@ -58,7 +58,8 @@ def prepare(config: Config, folder: Path, ranks: Ranks, is_new: bool, quiet: boo
     used = dict.fromkeys(config.dataset_of(step) for step in config.steps)
     sources = {name: open_dataset(config.datasets[name]) for name in used}
     if is_new:
-        ranks.on_all_ranks(lambda: check_pictures(sources, ranks, quiet), DOWNLOAD)
+        read = {name: s for name, s in sources.items() if not isinstance(config.datasets[name], Drawn)}
+        ranks.on_all_ranks(lambda: check_pictures(read, ranks, quiet), DOWNLOAD)
     tokenizers = open_tokenizers(config, folder, sources, ranks)
     mx.random.seed(config.training.seed)
     networks = Networks(config, tokenizers)
