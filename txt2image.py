@@ -18,13 +18,14 @@ from flux.arguments import check_folder, run_program
 from flux.conditioning import Edit, Picture
 from flux.conditioning.edit import ALPHA
 from flux.conditioning.pictures import read_bytes
+from flux.conditioning.redux import check_strength
 from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
 from flux.generation import Request, ResolvedRequest, Stages, generate
 from flux.metadata import PARTS, Recipe
 from flux.options import build_parser
 from flux.pipeline import FluxPipeline
-from flux.weights import quantize
+from flux.weights import quantize, registry
 from flux.workflows import comfyui
 from flux.workflows.options import shown, to_options
 
@@ -94,7 +95,8 @@ def read_pictures(args: argparse.Namespace, ranks: Ranks) -> dict[str, Picture]:
 def picture_names(args: argparse.Namespace) -> list[str]:
     """The picture files that the arguments name, each once."""
     mask = None if args.mask == ALPHA else args.mask
-    return list(dict.fromkeys(name for name in (args.image, mask) if name))
+    names = [args.image, mask, *(name for name, _ in args.redux or ())]
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
@@ -110,6 +112,8 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
         shift=args.shift,
         noise=args.noise,
         rounding=args.rounding,
+        redux=(args.redux_model or registry.REDUX) if args.redux else None,
+        siglip=args.siglip,
         **{part: getattr(args, part) for part in PARTS},
     )
     if args.quantize and ranks.is_rank_zero:
@@ -132,13 +136,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         recipe, its_prompts = metadata.read(args.remake) if args.remake else read_workflow(args, prompts)
         if prompts or args.seed is not None or args.n_images:
             recipe.pop("picture", None)  # these are other pictures
-        adapters = str(recipe.pop("adapter", "")).splitlines()
-        if not args.adapter:  # not as a default: one that is given would be added to it
-            argv = [*(f"--adapter={text}" for text in adapters), *argv]
+        for name in metadata.REPEATED:
+            lines = str(recipe.pop(name, "")).splitlines()
+            if not getattr(args, name):  # not as a default: one that is given would be added to it
+                argv = [*(f"--{name}={line}" for line in lines), *argv]
         parser.set_defaults(**recipe)
         args = parser.parse_intermixed_args(argv)
         prompts = prompts or its_prompts
-    args.prompts = prompts
+    args.prompts = prompts or ([""] if args.redux and not args.prompts_folder else [])
     args.model = args.model or "schnell"
     args.n_images = args.n_images or 1
     args.output = args.output or ("" if args.prompts_folder else "out.png")
@@ -163,10 +168,14 @@ def check(args: argparse.Namespace) -> None:
     """Raise FluxError for what can be seen to be wrong before anything is loaded."""
     if not args.prompts:
         raise FluxError("no prompt; say what the picture should show, such as 'a red apple'")
-    if not all(prompt.strip() for prompt in args.prompts):
+    if not args.redux and not all(prompt.strip() for prompt in args.prompts):
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
     if args.image is None:
         check_no_edit(args)
+    if not args.redux and (args.redux_blend or args.redux_model or args.siglip):
+        raise FluxError("--redux-blend, --redux-model and --siglip are of pictures; name one with --redux")
+    for name, strength in args.redux or ():
+        check_strength(name, strength)
     if args.fuse_adapter and not args.adapter:
         raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
     pictures = (1 if args.prompts_folder else len(args.prompts)) * args.n_images
@@ -209,6 +218,8 @@ def to_requests(
         clip_prompt=args.clip_prompt,
         edit=to_edit(args, pictures),
         solver=args.solver,
+        redux=tuple((pictures[name], strength) for name, strength in args.redux or ()),
+        redux_blend=args.redux_blend,
     ).resolved(pipeline)
     if args.seed is None:
         print(f"seed: {seed}", flush=True)

@@ -79,8 +79,7 @@ def denoise(flow: Flux, plan: Plan) -> Iterator[mx.array]:
         return sampler.guide(v, branch_velocity(plan.negative, x, step), plan.cfg_scale)
 
     def project(x: mx.array, step: int) -> mx.array:
-        left = 1 - (step + 0.5) / (len(plan.times) - 1)  # in the middle of the step: v is rounded to steps
-        return pictures.put_back(x, noise, plan.times[step + 1], left)
+        return pictures.put_back(x, noise, plan.times, step)
 
     return SOLVERS[plan.solver](velocity, pictures.start(noise, plan.times[0]), plan.times, project)
 

@@ -19,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from flux import images, sampler
-from flux.conditioning import Edit, PictureConditioning
+from flux.conditioning import Edit, Picture, PictureConditioning
 from flux.conditioning.encoded import NO_PICTURES
+from flux.conditioning.redux import appended, blended, check_strength, count_tokens
 from flux.denoising import Conditioning, Plan
 from flux.distributed.ranks import PATIENCE, Ranks
 from flux.errors import FluxError
@@ -41,6 +42,16 @@ class Encoded(NamedTuple):
 
     texts: dict[TextKey, Conditioning]
     pictures: Mapping["ResolvedRequest", PictureConditioning] = MappingProxyType({})  # by `.pictures`
+    redux: Mapping[Picture, mx.array] = MappingProxyType({})  # the tokens (1, N, C) of each picture
+
+    def conditioning(self, request: "ResolvedRequest") -> Conditioning:
+        """A request's texts, the prompt's with the tokens of its pictures; lazily."""
+        texts = self.texts[request.texts]
+        if not request.redux:
+            return texts
+        combine = blended if request.redux_blend else appended
+        pictures = [(self.redux[picture], strength) for picture, strength in request.redux]
+        return texts._replace(positive=combine(texts.positive, pictures))
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class Request:
     times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
     solver: of `flux.solvers.SOLVERS`. edit: a picture that is changed; `image_size` is then what it is fitted
     to, see `Edit.canvas`.
+    redux: pictures that FLUX.1 Redux reads beside the prompt, each with its strength, above 0 to 1; they do
+    not count for the negative prompt. redux_blend: they are mixed into one, instead of one after the other.
     """
 
     prompt: str
@@ -65,6 +78,8 @@ class Request:
     clip_prompt: str | None = None
     edit: Edit | None = None
     solver: str = "euler"
+    redux: tuple[tuple[Picture, float], ...] = ()
+    redux_blend: bool = False
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -87,9 +102,11 @@ class Request:
             clip_prompt=self.clip_prompt,
             edit=self.edit,
             solver=self.solver,
+            redux=self.redux,
+            redux_blend=self.redux_blend,
         )
         request.check()
-        pipeline.check_memory(size, request.steps)
+        pipeline.check_memory(size, request.steps, count_tokens(pipeline.redux, self.redux, self.redux_blend))
         if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
             text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
             warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
@@ -141,7 +158,7 @@ class ResolvedRequest(Request):
     @property
     def pictures(self) -> "ResolvedRequest":
         """What the pictures that are encoded depend on: the request without its prompts and seeds."""
-        return replace(self, prompt="", negative_prompt=None, clip_prompt=None, seeds=())
+        return replace(self, prompt="", negative_prompt=None, clip_prompt=None, seeds=(), redux=())
 
     @property
     def texts(self) -> TextKey:
@@ -166,6 +183,8 @@ class ResolvedRequest(Request):
         if self.solver not in SOLVERS:
             raise FluxError(f"the solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
         sampler.check_seeds(self.seeds)
+        for picture, strength in self.redux:
+            check_strength(picture.name, strength)
 
 
 # What is called after each step with the request of one picture, the step (from 0) and its latent (1, L, C).
@@ -217,8 +236,11 @@ def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Enc
         for request in dict.fromkeys(request.pictures for request in requests)
         if request.has_pictures
     }
-    mx.eval(texts, list(pictures.values()))
-    return Encoded(texts, pictures)
+    read = pipeline.redux
+    given = dict.fromkeys(picture for request in requests for picture, _ in request.redux)
+    tokens = {} if read is None else {picture: read(picture) for picture in given}
+    mx.eval(texts, list(pictures.values()), list(tokens.values()))
+    return Encoded(texts, pictures, tokens)
 
 
 def denoiser(
@@ -239,7 +261,7 @@ def denoiser(
     @lru_cache(maxsize=max(1, len(plans)) if ahead else 1)
     def plan(request: ResolvedRequest) -> Plan:
         return pipeline.prepare(
-            conditioning=encoded.texts[request.texts],
+            conditioning=encoded.conditioning(request),
             noise=None,
             latent_size=request.latent_size,
             num_steps=request.steps,
@@ -386,6 +408,7 @@ class _Run:
             encoded = encode(self.pipeline, self.ranks.local_items(items))
         if not self.keep_models:
             del self.pipeline.t5, self.pipeline.clip
+            self.pipeline.redux = None
             mx.clear_cache()
         return encoded
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,10 +23,12 @@ OPTIONS = (
     *("cfg_scale", "guidance"),
     *("solver", "schedule", "shift", "steps"),
     *("image", "strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"),
+    *("redux", "redux_blend", "redux_model", "siglip"),
     "pictures",
     *("image_size", "noise", "seed", "n_images", "n_rows", "decoding_batch_size"),
 )
-FLAGS = ("fuse_adapter", "no_t5_padding", "no_keep")
+FLAGS = ("fuse_adapter", "no_t5_padding", "no_keep", "redux_blend")
+REPEATED = ("adapter", "redux")  # a file and a strength in each line
 DEFAULTS = {  # not written
     "rounding": "bfloat16",
     "solver": "euler",
@@ -76,8 +79,9 @@ class Recipe:
 
     def text(self, prompts: Sequence[str], seeds: Sequence[int], picture: int | None) -> dict[str, str]:
         """What is written into a file of these prompts and seeds; `read` reads it."""
-        values = dict(self.options)
-        values["adapter"] = "\n".join(f"{file}:{strength}" for file, strength in self.adapter) or None
+        values: dict[str, Any] = dict(self.options)
+        for name, pairs in (("adapter", self.adapter), ("redux", values.get("redux") or ())):
+            values[name] = "\n".join(f"{file}:{strength}" for file, strength in pairs) or None
         values["pictures"] = "\n".join(f"{digest} {name}" for name, digest in self.pictures.items()) or None
         values["image_size"] = "x".join(map(str, self.image_size))
         values |= {"seed": self.seed, "n_images": self.n_images}
@@ -102,8 +106,8 @@ class Recipe:
         images.check_output(self.files(output, raw)[-1][0], (rows * height, columns * width))
 
     def sources(self) -> list[str]:
-        """What the pictures are made with: the names of the model, of its parts and of the adapters."""
-        names = [self.options.get(name) for name in ("model", *PARTS)]
+        """What the pictures are made with: the names of models, their parts, adapters and pictures."""
+        names = [self.options.get(name) for name in ("model", *PARTS, "redux_model", "siglip")]
         return [*(str(name) for name in names if name), *(file for file, _ in self.adapter), *self.pictures]
 
     def save(

@@ -23,6 +23,7 @@ def build_parser() -> Parser:
 
     _add_prompts(parser)
     _add_edit(parser)
+    _add_redux(parser)
     _add_model(parser)
     _add_sampling(parser)
     _add_output(parser)
@@ -107,6 +108,29 @@ def _add_edit(parser: Parser) -> None:
         action="store_true",
         help="take all of the result; else the picture stays, to the bit, outside mask and feather",
     )
+
+
+def _add_redux(parser: Parser) -> None:
+    add = parser.add_argument_group("pictures beside the prompt (FLUX.1 Redux)").add_argument
+    add(
+        "--redux",
+        action="append",
+        type=adapter,
+        metavar="PICTURE[:X]",
+        help="make variations of PICTURE, X (1) times as strong, up to 1; several are put together; the "
+        "prompt may then be left out, and --negative-prompt has no pictures",
+    )
+    add(
+        "--redux-blend",
+        action="store_true",
+        help="mix the pictures into one, as diffusers does, not one after the other: faster",
+    )
+    add(
+        "--redux-model",
+        metavar="FILE",
+        help="Redux's file, folder or owner/name, with SigLIP beside it (default: black-forest-labs's)",
+    )
+    add("--siglip", metavar="FILE", help="SigLIP's file, folder or owner/name, where it is elsewhere")
 
 
 def _add_model(parser: Parser) -> None:

@@ -18,9 +18,10 @@ import numpy as np
 from flux import denoising, generation, images, known_words, machine, sampler
 from flux.adapters import Weighted, attach, evaluate, read_weighted
 from flux.adapters.attach import fingerprint
-from flux.conditioning import Edit, PictureConditioning, TextConditioning, encode_texts, masks
+from flux.conditioning import Edit, Picture, PictureConditioning, TextConditioning, encode_texts, masks
 from flux.conditioning.canvas import Canvas
 from flux.conditioning.encoded import NO_PICTURES
+from flux.conditioning.redux import Redux
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard
@@ -72,6 +73,8 @@ class FluxPipeline:
         shift: str | float | None = None,
         noise: str = "mlx",
         rounding: str = "bfloat16",
+        redux: str | None = None,
+        siglip: str | None = None,
         **files: str | None,
     ):
         """Find a model and load it lazily.
@@ -92,6 +95,8 @@ class FluxPipeline:
         noise: whose random numbers a seed stands for: "mlx", "torch" (ComfyUI's and diffusers' in float32) or
         "diffusers" (PyTorch's, rounded to `dtype`), made as by PyTorch's CPU generator.
         rounding: of time and guidance in 16-bit types, one of `ROUNDINGS`.
+        redux, siglip: FLUX.1 Redux's file, folder or repository, for requests with pictures of it, and its
+        encoder's where that is elsewhere; see `Redux.load`. None: no such requests.
         files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
         Raises FluxError for a model that cannot be found or loaded, and for an adapter that cannot or does
         not fit it; warns of what else of an adapter is left out.
@@ -113,6 +118,9 @@ class FluxPipeline:
         self._adapters = [file for file, _ in adapters]
         if not adapters and not any(files.values()):  # these may know others
             self.known_words = known_words.read(self.checkpoint.t5_tokenizer.parent)
+        if redux is not None:
+            self.redux: Redux | None = Redux.load(redux, siglip, dtype)
+            self.redux.check_fit(self.flow.params.context_in_dim, self.checkpoint.parts["transformer"].label)
 
     @classmethod
     def from_parts(cls, parts: Parts, t5_padding: bool | int = True, noise: str = "mlx") -> "FluxPipeline":
@@ -129,6 +137,7 @@ class FluxPipeline:
         self.noise_kind = noise
         self.rounding = "bfloat16"
         self._split = False
+        self.redux = None
         # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
         self.downscale = 2 ** (len(self.ae.params.ch_mult) - 1)
 
@@ -145,10 +154,13 @@ class FluxPipeline:
             warnings.warn(text, stacklevel=2)
         return h, w
 
-    def check_memory(self, latent_size: tuple[int, int], steps: int = 1) -> None:
-        """FluxError where the largest arrays of a step, a picture or all steps exceed the memory."""
+    def check_memory(self, latent_size: tuple[int, int], steps: int = 1, more_tokens: int = 0) -> None:
+        """FluxError where the largest arrays of a step, a picture or all steps exceed the memory.
+
+        more_tokens: beside the picture's and the text's.
+        """
         (h, w), params = latent_size, self.flow.params
-        tokens = h // 2 * (w // 2) + self.spec.t5_length
+        tokens = h // 2 * (w // 2) + self.spec.t5_length + more_tokens
         hidden = tokens * params.hidden_size * int(4 + params.mlp_ratio) * self.flow.dtype.size
         on_cpu = mx.default_device().type == mx.DeviceType.cpu  # where attention writes its scores down
         scores = 4 * params.num_heads * tokens**2 if on_cpu else 0
@@ -161,11 +173,13 @@ class FluxPipeline:
     def fingerprints(self) -> dict[str, str]:
         """A digest of each file of weights, by what it is: the same on ranks that have the same files."""
         adapters = {f"adapter {file}": fingerprint(file) for file in self._adapters}
-        return self.checkpoint.fingerprints() | adapters
+        pictures = {} if self.redux is None else self.redux.files.fingerprints()
+        return self.checkpoint.fingerprints() | adapters | pictures
 
     def ensure_models_are_loaded(self) -> None:
         """Read all weights now rather than when they are first needed."""
-        for part in (self.flow, self.ae, self.clip, self.t5):
+        pictures = () if self.redux is None else (self.redux.siglip, self.redux.encoder)
+        for part in (self.flow, self.ae, self.clip, self.t5, *pictures):
             self._read(part)
             mx.eval(part.parameters())
 
@@ -190,6 +204,8 @@ class FluxPipeline:
         clip_prompt: str | None = None,
         edit: Edit | None = None,
         solver: str = "euler",
+        redux: Sequence[tuple[Picture, float]] = (),
+        redux_blend: bool = False,
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
@@ -199,7 +215,7 @@ class FluxPipeline:
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
-        schedule, clip_prompt, edit, solver: see `Request`.
+        schedule, clip_prompt, edit, solver, redux, redux_blend: see `Request`.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -215,6 +231,8 @@ class FluxPipeline:
             clip_prompt=clip_prompt,
             edit=edit,
             solver=solver,
+            redux=tuple(redux),
+            redux_blend=redux_blend,
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))

@@ -20,6 +20,7 @@ from flux.captioning.wording import Wording
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2, Florence2Params, GenerationParams, LanguageParams, VisionParams
+from flux.preprocessing import PictureParams
 from flux.weights import checkpoints, quantize, registry
 
 
@@ -347,7 +348,7 @@ def captioner() -> Captioner:
         LanguageParams(60, 64, 1, 1, 2, 2, 128, 128, max_position_embeddings=30),
     )
     mx.random.seed(0)
-    return Captioner(Florence2(shape), None, pictures.PictureParams(), GenerationParams())
+    return Captioner(Florence2(shape), None, PictureParams(), GenerationParams())
 
 
 def test_search():

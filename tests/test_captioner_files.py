@@ -8,8 +8,8 @@ import mlx.core as mx
 import pytest
 
 from flux.captioning.captioner import Captioner, picture_params
-from flux.captioning.pictures import PictureParams
 from flux.errors import FluxError
+from flux.preprocessing import PictureParams
 from flux.weights import registry
 
 

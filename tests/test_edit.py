@@ -1,5 +1,6 @@
 """A picture that is changed: what the model is given, what is refused, and the result of a tiny pipeline."""
 
+import warnings
 from dataclasses import replace
 
 import mlx.core as mx
@@ -115,6 +116,13 @@ def test_a_fitted_picture_and_its_mask():
     assert not canvas.mask[:, 16:].any()
 
 
+def test_a_mask_that_is_cut_off_with_the_picture_is_refused():
+    edit = Edit(picture(40, 80), mask=mask(0, 0, 40, 10, size=(40, 80)))
+    with pytest.raises(FluxError, match=r"cut with the picture \(fit pad cuts none\), is empty"):
+        edit.canvas((64, 64), 16)
+    assert replace(edit, fit="pad").canvas((64, 64), 16).mask.any()
+
+
 def test_a_crop_around_the_mask_is_worked_on_at_the_models_size():
     large = picture(300, 500)
     canvas = Edit(large, mask=mask(100, 200, 20, 30, size=(300, 500)), crop_mask=5).canvas((64, 64), 16)
@@ -123,20 +131,27 @@ def test_a_crop_around_the_mask_is_worked_on_at_the_models_size():
     assert canvas.whole.shape == (300, 500, 3)
 
 
+def test_a_large_part_made_small_is_blurred_and_that_is_said():
+    large = picture(300, 500)
+    edit = Edit(large, mask=mask(10, 20, 90, 90, size=(300, 500)), crop_mask=5)
+    with pytest.warns(UserWarning, match="is 100x100 pixels and made as 64x64, .* --image-size"):
+        edit.canvas((64, 64), 16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        edit.canvas((96, 96), 16)
+
+
 # --- Steps ---
 
 
 def test_a_grey_place_is_put_back_until_its_share_of_the_steps():
-    """Of 4 steps white changes in all, half in the last two, a quarter in the last, black in none."""
-    values = mx.array([1.0, 0.5, 0.25, 0.0])[None, :, None]
-    pictures = PictureConditioning(known=mx.zeros((1, 4, 1)), mask=values)
-    x, noise = mx.full((1, 4, 1), 7.0), mx.full((1, 4, 1), 1.0)
-    put_back = [
-        [pictures.put_back(x, noise, 0.5, 1 - (step + 0.5) / 4)[0, i, 0].item() == 0.5 for step in range(4)]
-        for i in range(4)
-    ]
-    # After the step before its first own one a place is put back for the last time.
-    assert put_back == [[False] * 4, [True, True, False, False], [True, True, True, False], [True] * 4]
+    """Of 4 steps white changes in all, 0.65 in three, half in two, a quarter in one, black in none."""
+    values = mx.array([1.0, 0.65, 0.5, 0.25, 0.0])[None, :, None]
+    pictures = PictureConditioning(known=mx.full((1, 5, 1), 3.0), mask=values)
+    x, noise, times = mx.full((1, 5, 1), 7.0), mx.full((1, 5, 1), 1.0), [1.0, 0.75, 0.5, 0.25, 0.0]
+    after = [pictures.put_back(x, noise, times, step)[0, :, 0].tolist() for step in range(4)]
+    # The picture is 3 and the noise 1: as noisy as x is, 1.5, 2, 2.5, 3. Put back before the first free step.
+    assert after == [[7, 1.5, 1.5, 1.5, 1.5], [7, 7, 2, 2, 2], [7, 7, 7, 2.5, 2.5], [7, 7, 7, 7, 3]]
 
 
 # --- Results ---

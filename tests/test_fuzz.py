@@ -22,10 +22,10 @@ from flux.adapters import save as save_adapter
 from flux.adapters.beside import dense_weight
 from flux.adapters.lora import linears
 from flux.captioning.captioner import Captioner
-from flux.captioning.pictures import prepare
 from flux.captioning.tokenizer import BartTokenizer
 from flux.errors import FluxError
 from flux.models.transformer import Flux
+from flux.preprocessing import prepare
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer, byte_letters
 from flux.weights import checkpoints, registry, save, tensors, torchfile
 from flux.weights.layouts import FOLDERS, Part

@@ -28,6 +28,7 @@ LEVELS = {
     "flux.known_words": 1,
     "flux.sampler": 1,
     "flux.solvers": 1,
+    "flux.preprocessing": 1,
     "flux.distributed.ranks": 1,
     "flux.distributed.gradients": 1,
     "flux.conditioning": 2,

@@ -104,6 +104,21 @@ def test_no_feather_reaches_further_than_asked(pixels):
     assert (share > 0).sum() > (mask > 0).sum()
 
 
+@pytest.mark.parametrize("pixels", [49, 50, 10**7])
+def test_a_feather_as_wide_as_the_picture_still_falls(pixels):
+    row = masks.feather(mask_of(10, 10, 10, 10), pixels)[15].astype(int)
+    assert (row[10:20] == 255).all()
+    assert (np.diff(row[:11]) > 0).all()
+    assert (np.diff(row[19:]) < 0).all()
+
+
+def test_feather_at_the_pictures_edge_is_as_elsewhere():
+    """Beside a mask that reaches from edge to edge, every row is the same."""
+    share = masks.feather(mask_of(0, 0, 40, 20), 8)
+    assert (share == share[20]).all()
+    assert share[0, 20:28].tolist() == masks.feather(mask_of(15, 10, 10, 10), 8)[20, 20:28].tolist()
+
+
 def test_without_feather_greys_change_as_a_whole():
     """A grey mask says how much the model changes; half of both pictures over each other it does not mean."""
     mask = np.array([[0, 1, 128, 255]], np.uint8)

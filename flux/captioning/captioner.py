@@ -6,16 +6,14 @@ from pathlib import Path
 import mlx.core as mx
 from PIL import Image
 
-from flux import jsonfiles
-from flux.captioning.pictures import PictureParams, prepare
 from flux.captioning.tasks import Answer, Task
 from flux.captioning.tokenizer import BartTokenizer
 from flux.errors import FluxError
 from flux.models.florence2 import Florence2, GenerationParams, generate
+from flux.preprocessing import PictureParams, params_of, prepare
 from flux.weights import florence2
 
 MOST_BEAMS = 100
-MAX_SIDE = 4096  # of the pictures that a captioner may ask for; Florence-2 asks for 768
 
 
 @dataclass
@@ -82,21 +80,4 @@ def picture_params(folder: Path) -> PictureParams:
     """What preprocessor_config.json, or the newer processor_config.json, says; else Florence-2's."""
     combined = florence2.read_json(folder, "processor_config.json").get("image_processor", {})
     config = florence2.read_json(folder, "preprocessor_config.json") or combined
-    known = PictureParams()
-    try:
-        size = dict(config.get("size", {}))
-        height, width = (
-            jsonfiles.count(size.get(side, getattr(known, side)), side, most=MAX_SIDE)
-            for side in ("height", "width")
-        )
-        mean, deviation = (
-            tuple(jsonfiles.number(value, name) for value in config.get(name, default))
-            for name, default in (("image_mean", known.mean), ("image_std", known.deviation))
-        )
-    except (AttributeError, TypeError, ValueError) as error:
-        raise FluxError(f"{folder}: the settings for pictures make no sense: {error}") from None
-    if len(mean) != 3 or len(deviation) != 3 or not min(deviation) > 0:
-        raise FluxError(
-            f"{folder}: image_mean and image_std should be three numbers each, the latter above 0"
-        )
-    return PictureParams(height, width, mean, deviation)
+    return params_of(config, PictureParams(), str(folder))

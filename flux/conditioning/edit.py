@@ -1,6 +1,7 @@
 """A picture that is changed: image to image, inpainting, outpainting."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,6 +15,7 @@ from flux.errors import FluxError
 from flux.jsonfiles import shown
 
 ALPHA, AUTO = "alpha", "auto"
+COARSE = 1.5  # times that a part may be larger than the model makes it before that is said
 
 
 @dataclass(frozen=True)
@@ -112,22 +114,44 @@ def _canvas(edit: Edit, size: Size, step: int) -> Canvas:
     edit.check()
     if min(size) < 1:
         raise FluxError(f"a picture's height and width must be positive, not {size[0]}x{size[1]}")
-    picture = images.over_white(edit.image.pixels, edit.image.alpha)
-    mask = edit.read_mask()
+    picture, mask = _fitted(edit, size)
+    whole = (picture.shape[0], picture.shape[1])
+    if mask is None:
+        return canvas.make(picture, None, None, (0, 0, *whole), whole, step)
+    mask = _grown(edit, mask)
+    share = masks.feather(mask, edit.feather) if edit.keep else None
+    if edit.crop_mask is None:
+        return canvas.make(picture, mask, share, (0, 0, *whole), whole, step)
+    padding = edit.crop_mask if isinstance(edit.crop_mask, int) else None
+    made = canvas.make(picture, mask, share, masks.crop_box(mask, padding, size[0] / size[1]), size, step)
+    _warn_if_coarse(made)
+    return made
+
+
+def _fitted(edit: Edit, size: Size) -> tuple[np.ndarray, np.ndarray | None]:
+    """The picture (H, W, 3) and its mask (H, W), at the size unless a part is cropped, and expanded."""
+    picture, mask = images.over_white(edit.image.pixels, edit.image.alpha), edit.read_mask()
     if edit.crop_mask is None:
         picture = images.fit(picture, size, edit.fit)
         mask = None if mask is None else canvas.fit_mask(mask, size, edit.fit)
     if edit.expand is not None:
         mask = canvas.expand_mask(mask, (picture.shape[0], picture.shape[1]), edit.expand)
         picture = canvas.expand(picture, edit.expand)
-    if mask is None:
-        return canvas.make(picture, None, None, (0, 0, *size), size, step)
+    return picture, mask
+
+
+def _grown(edit: Edit, mask: np.ndarray) -> np.ndarray:
     mask = masks.grow(mask, edit.grow)
     if not mask.any():
-        raise FluxError(f"the mask, shrunk by {-edit.grow} pixels, is empty: nothing changes")
-    whole = (mask.shape[0], mask.shape[1])
-    share = masks.feather(mask, edit.feather) if edit.keep else None
-    if edit.crop_mask is None:
-        return canvas.make(picture, mask, share, (0, 0, *whole), whole, step)
-    padding = edit.crop_mask if isinstance(edit.crop_mask, int) else None
-    return canvas.make(picture, mask, share, masks.crop_box(mask, padding, size[0] / size[1]), size, step)
+        shrunk = f"shrunk by {-edit.grow} pixels"
+        cause = shrunk if edit.grow < 0 else "cut with the picture (fit pad cuts none)"
+        raise FluxError(f"the mask, {cause}, is empty: nothing changes")
+    return mask
+
+
+def _warn_if_coarse(made: Canvas) -> None:
+    """Warn of a part around a mask that the model makes much smaller than it is."""
+    (height, width), (h, w) = made.box[2:], made.inner
+    if height > COARSE * h:
+        text = f"the part around the mask is {height}x{width} pixels and made as {h}x{w}, so it is blurred"
+        warnings.warn(f"{text}; --image-size makes it larger", stacklevel=2)

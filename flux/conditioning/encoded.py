@@ -1,5 +1,6 @@
 """What pictures bring to every step."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -25,12 +26,16 @@ class PictureConditioning(NamedTuple):
         """What sampling starts with at time t: noise (B, L, C), or with a picture the picture under it."""
         return noise if self.known is None else (1 - t) * self.known + t * noise
 
-    def put_back(self, x: mx.array, noise: mx.array, t: float, left: float) -> mx.array:
-        """x (B, L, C) with the picture, as noisy as it is at time t, where it does not change yet.
+    def put_back(self, x: mx.array, noise: mx.array, times: Sequence[float], step: int) -> mx.array:
+        """x (B, L, C) after a step of those between times, with the picture where it does not change yet.
 
-        left: the share of the steps from which on a place must change to be left as it is; see `mask`.
+        The picture is as noisy as x is. Where the mask is v it is put back until the last v of the steps,
+        rounded to whole steps.
         """
-        return x if self.mask is None else mx.where(self.mask >= left, x, self.start(noise, t))
+        if self.mask is None:
+            return x
+        left = 1 - (step + 0.5) / (len(times) - 1)
+        return mx.where(self.mask >= left, x, self.start(noise, times[step + 1]))
 
 
 NO_PICTURES = PictureConditioning()

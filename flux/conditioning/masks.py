@@ -89,15 +89,17 @@ def _spread(mask: np.ndarray, pixels: int) -> np.ndarray:
 def feather(mask: np.ndarray, pixels: int) -> np.ndarray:
     """The share of the new picture in the result, (H, W), uint8: 255 where the mask is not black.
 
-    From there it falls evenly to 0 over so many pixels.
+    From there it falls evenly to 0 over so many pixels, or over the picture's longer side if that is less.
     """
     changed = np.where(mask > 0, WHITE, 0).astype(np.uint8)
+    pixels = min(pixels, max(mask.shape))
     if pixels <= 0:
         return changed
     # A box around each pixel: centred on the mask it is full, further away than `pixels` it is empty.
-    reach = pixels / 2
-    wide = grow(changed, int(np.ceil(reach)))
-    ramp = np.array(Image.fromarray(wide).filter(ImageFilter.BoxBlur(reach)))
+    reach = (pixels + 1) // 2
+    wide = grow(np.pad(changed, 2 * reach), reach)  # beyond the picture too, where boxes reach
+    ramp = np.array(Image.fromarray(wide).filter(ImageFilter.BoxBlur(pixels / 2)))
+    ramp = cut(ramp, (2 * reach, 2 * reach, *mask.shape))
     return np.where(grow(changed, pixels) > 0, np.maximum(ramp, changed), 0).astype(np.uint8)
 
 

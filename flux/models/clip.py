@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from flux.errors import FluxError
+from flux.models.layers import gelu
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def quick_gelu(x: mx.array) -> mx.array:
     return x * mx.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": nn.gelu}
+# By transformers' names; the third is SigLIP's.
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": nn.gelu, "gelu_pytorch_tanh": gelu}
 
 
 class CLIPTextEmbeddings(nn.Module):

@@ -253,6 +253,22 @@ def find_adapter(name: str) -> Path:
     return _snapshot(name, repositories.adapter_patterns(name, list(files)), offline=False)
 
 
+def find_files(name: str, choose: Callable[[list[str]], list[str]]) -> Path:
+    """A file or folder by its path, as `owner/name:file` of the Hub, or as the folder of a repository.
+
+    choose: from the names of a repository's files to the patterns of those that are downloaded. FluxError
+    where nothing can be had; what is no path and no repository's name comes back as it is.
+    """
+    if Path(name).expanduser().exists() or not re.fullmatch(REPOSITORY, name):
+        return local_file(name)
+    files = _list_files(name)
+    if files is None:
+        return _snapshot(name, choose([]), offline=True)
+    patterns = choose(list(files))
+    _check_disk(name, files, patterns)
+    return _snapshot(name, patterns, offline=False)
+
+
 def find_captioner(model: str) -> Path:
     """The folder of a captioner: by its name in the registry, a folder, or a repository.
 

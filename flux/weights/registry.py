@@ -75,6 +75,8 @@ CAPTIONERS = {  # by name: their repositories on the Hub, "" for the built-in on
     name: f"florence-community/Florence-2-{name}" for name in ("base", "large", "base-ft", "large-ft")
 } | {"tiny": ""}
 
+REDUX = "black-forest-labs/FLUX.1-Redux-dev"  # the repository of its two networks
+
 TINY_FOLDER = Path(__file__).parents[1] / "assets" / "tiny"
 TOKENIZERS_FOLDER = TINY_FOLDER.with_name("tokenizers")
 TINY_CAPTIONER_FOLDER = TINY_FOLDER.with_name("tiny-captioner")

@@ -47,3 +47,11 @@ def adapter_patterns(repo: str, files: list[str]) -> list[str]:
         shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
         raise FluxError(f"{repo}: {shown or 'no adapter'} there; choose a file with --adapter {repo}:FILE")
     return [*found, "adapter_config.json"]
+
+
+def redux_patterns(files: list[str]) -> list[str]:
+    """What to download of a repository of Redux or SigLIP: diffusers' folders, else what lies at the top."""
+    folders = ("image_embedder", "image_encoder", "feature_extractor")
+    if any(file.startswith(folders) for file in files):
+        return [f"{folder}/*" for folder in folders]
+    return [file for file in files if "/" not in file and file.endswith((*contents.SUFFIXES, ".json"))]

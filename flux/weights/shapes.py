@@ -5,6 +5,7 @@ the check that follows instead of bending the whole network. Quantized weights a
 axis: sizes come from first axes, biases and norms.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from statistics import mode
@@ -16,12 +17,14 @@ from flux import jsonfiles
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoderParams
 from flux.models.clip import CLIPTextParams
+from flux.models.redux import ReduxParams
+from flux.models.siglip import SiglipParams
 from flux.models.t5 import T5Params
 from flux.models.transformer import FluxParams
 from flux.weights.headers import MAX_BLOCKS, MAX_LEVELS, block_count
 
 Tensors = Mapping[str, mx.array]
-Params = FluxParams | AutoEncoderParams | CLIPTextParams | T5Params
+Params = FluxParams | AutoEncoderParams | CLIPTextParams | T5Params | SiglipParams | ReduxParams
 
 # What is taken from config.json (diffusers' and transformers' words): our name, and how it is checked.
 FROM_CONFIG: dict[str, dict[str, tuple[str, Callable[[Any, str], Any]]]] = {
@@ -40,11 +43,18 @@ FROM_CONFIG: dict[str, dict[str, tuple[str, Callable[[Any, str], Any]]]] = {
         "relative_attention_max_distance": ("relative_attention_max_distance", jsonfiles.count),
         "layer_norm_epsilon": ("layer_norm_epsilon", jsonfiles.positive),
     },
+    "siglip": {
+        "image_size": ("image_size", jsonfiles.count),
+        "num_attention_heads": ("num_attention_heads", jsonfiles.count),
+        "hidden_act": ("hidden_act", jsonfiles.text),
+        "layer_norm_eps": ("layer_norm_eps", jsonfiles.positive),
+    },
+    "redux": {},
 }
 
 
 def params(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Params:
-    """The shape of a part ("transformer", "ae", "clip", "t5") with these tensors (our names and axes).
+    """The shape of a network, by its key in FROM_CONFIG, with these tensors (our names and axes).
 
     FluxError for a config whose values make no network.
     """
@@ -58,6 +68,8 @@ def params(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Params:
         "ae": autoencoder_params,
         "clip": clip_params,
         "t5": t5_params,
+        "siglip": siglip_params,
+        "redux": redux_params,
     }
     return readers[part](tensors, known)
 
@@ -206,5 +218,49 @@ def t5_params(tensors: Tensors, known: Mapping[str, Any]) -> T5Params:
         num_layers=_count(tensors, "encoder.block"),
         num_heads=heads,
         relative_attention_num_buckets=buckets,
+        **known,
+    )
+
+
+def siglip_params(tensors: Tensors, known: Mapping[str, Any]) -> SiglipParams:
+    """The picture's size and the heads are so400m-patch14-384's without a config, where the rest is.
+
+    Else patches cover a picture without rest, and heads have size 64.
+    """
+    usual = SiglipParams()
+    layer, patch_embedding = "encoder.layers.0", "embeddings.patch_embedding"
+    hidden = _size(
+        tensors,
+        usual.hidden_size,
+        ("post_layernorm.weight", 0),
+        (f"{patch_embedding}.bias", 0),
+        (f"{layer}.layer_norm1.weight", 0),
+        (f"{layer}.mlp.fc2.bias", 0),
+    )
+    patch = _size(tensors, usual.patch_size, *((f"{patch_embedding}.weight", axis) for axis in (1, 2)))
+    patches = _size(tensors, usual.tokens, ("embeddings.position_embedding.weight", 0))
+    heads = usual.num_attention_heads if hidden == usual.hidden_size else max(1, hidden // 64)
+    is_usual = (patch, patches) == (usual.patch_size, usual.tokens)
+    sizes: dict[str, Any] = {
+        "hidden_size": hidden,
+        "intermediate_size": _size(tensors, usual.intermediate_size, (f"{layer}.mlp.fc1.bias", 0)),
+        "num_hidden_layers": _count(tensors, "encoder.layers"),
+        "num_attention_heads": heads,
+        "image_size": usual.image_size if is_usual else math.isqrt(patches) * patch,
+        "patch_size": patch,
+    }
+    sizes |= known
+    _divided(hidden, sizes["num_attention_heads"], "num_attention_heads")
+    return SiglipParams(**sizes)
+
+
+def redux_params(tensors: Tensors, known: Mapping[str, Any]) -> ReduxParams:
+    """Both widths, from the weights of the two layers."""
+    usual = ReduxParams()
+    return ReduxParams(
+        redux_dim=_size(tensors, usual.redux_dim, ("redux_up.weight", 1)),
+        txt_in_features=_size(
+            tensors, usual.txt_in_features, ("redux_down.bias", 0), ("redux_down.weight", 0)
+        ),
         **known,
     )

@@ -25,6 +25,7 @@ MODELS: tuple[tuple[str, str], ...] = (
     ("Qwen-Image", r"transformer_blocks\.\d+\.img_mod\."),
     ("HunyuanVideo", r"individual_token_refiner"),
     ("HiDream", r"double_stream_blocks\."),
+    ("SigLIP or CLIP's vision encoder", r"^(?:vision_model\.)?embeddings\.patch_embedding\."),
     ("Wan", r"(?:^|\.)patch_embedding\.|time_projection\.1\."),
     ("UMT5", r"encoder\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias"),
     ("Florence-2", r"^(?:model\.)?vision_tower\."),

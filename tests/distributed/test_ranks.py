@@ -20,7 +20,7 @@ from flux import __version__, images
 from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard_range
 from flux.errors import FluxError
-from tests import tiny_pipeline
+from tests import redux_files, tiny_pipeline
 
 from .launch import ROOT, TIMEOUT, by_hand, run_program
 
@@ -40,6 +40,7 @@ MANY = (
     "many.png",
 )
 MANY = (*MANY, "--cfg-scale", "2", "--negative-prompt", "two green birds", "--decoding-batch-size", "2")
+REDUX = ("--redux", "cat.png:0.8", "--redux-model", "redux")  # rank 0 alone has the picture
 SPLIT = ("--model", "tiny", "--steps", "2", "--force-shard", *COMMON, "--output", "split.png", PROMPT)
 EDIT = ("--image", "photo.png", "--mask", "mask.png", "--strength", "0.8")  # rank 0 alone has these
 ONE = (
@@ -54,6 +55,7 @@ ONE = (
     "32x48",
     "--output",
     "one.png",
+    *REDUX,
     PROMPT,
 )
 FOLDER = (
@@ -67,6 +69,7 @@ FOLDER = (
     "--n-images",
     "2",
     *COMMON,
+    *REDUX,
     "--output",
     "made",
 )
@@ -108,10 +111,12 @@ def prepare(folder: Path, rank: int, model: Path) -> None:
     """What a rank's machine has; prompts are on rank 0 alone."""
     folder.mkdir()
     (folder / "model").symlink_to(model)
+    redux_files.write_diffusers(folder / "redux")
     own = mx.load(str(next((model / "transformer").glob("*.safetensors"))))
     own["x_embedder.bias"] = own["x_embedder.bias"] + (rank == 1)
     mx.save_safetensors(str(folder / "own.safetensors"), own)
     if rank == 0:
+        images.save(folder / "cat.png", np.arange(40 * 32 * 3, dtype=np.uint8).reshape(40, 32, 3))
         shutil.copy(next((model / "vae").glob("*.safetensors")), folder / "only0.safetensors")
         (folder / "prompts.txt").write_text(f"{PROMPT}\ntwo green birds\n")
         photo = np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8)

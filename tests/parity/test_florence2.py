@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from flux.captioning.captioner import Captioner
-from flux.captioning.pictures import PictureParams, prepare
 from flux.captioning.tasks import TASKS
 from flux.models.florence2 import GenerationParams, generate
+from flux.preprocessing import PictureParams, prepare
 from tests import florence2_reference as reference
 
 torch = pytest.importorskip("torch")

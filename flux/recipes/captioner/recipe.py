@@ -3,10 +3,10 @@
 import math
 from pathlib import Path
 
-from flux.captioning.pictures import PictureParams
 from flux.captioning.tasks import TASKS
 from flux.captioning.tokenizer import BartTokenizer
 from flux.models.florence2 import Florence2Params, GenerationParams, LanguageParams, VisionParams
+from flux.preprocessing import PictureParams
 from flux.recipes.emoji import COLOURS, PAIR, PLACES, SIDE, SIZES, Composition, captions, subjects
 from flux.training.vocabularies import save_bart, train_bart
 
