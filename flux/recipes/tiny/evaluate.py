@@ -129,7 +129,6 @@ def evaluate(pipeline: FluxPipeline, count: int) -> tuple[dict[str, Any], np.nda
     )
     figures["likeness"] = str(likeness(list(pictures), scenes))
     figures["autoencoder likeness"] = str(likeness(list(decoded), scenes))
-    figures["natural, subject right"] = str(natural(pipeline, count))
     figures["seconds a picture"] = f"{seconds:.2f}"
     return figures, pictures
 
@@ -172,18 +171,23 @@ def run(ranks: Ranks) -> int:
     )
     parser.add_argument("--page", type=Path, help="draw the fixed prompts into this picture, and end")
     parser.add_argument(
-        "--size",
+        "--sizes",
+        nargs="+",
         type=height_and_width,
-        default=(SIDE, SIDE),
+        default=[(SIDE, SIDE)],
         metavar="HxW",
-        help="of the page's pictures (default: 64x64)",
+        help="of the natural prompts' pictures; the page has the first (default: 64x64)",
     )
     arguments = parser.parse_args()
     if arguments.page:
-        page(FluxPipeline(arguments.model), arguments.size).save(arguments.page)
+        page(FluxPipeline(arguments.model), arguments.sizes[0]).save(arguments.page)
         print(arguments.page)
         return 0
-    figures, pictures = evaluate(FluxPipeline(arguments.model), arguments.count)
+    pipeline = FluxPipeline(arguments.model)
+    figures, pictures = evaluate(pipeline, arguments.count)
+    for height, width in arguments.sizes:
+        right = natural(pipeline, arguments.count, (height, width))
+        figures[f"natural {height}x{width}, right"] = str(right)
     print(f"{arguments.model}: {arguments.count} held-out prompts, {recipe.SUBJECTS} subjects")
     for name, value in figures.items():
         print(f"  {name:20} {value}")

@@ -5,8 +5,10 @@ on the grid of the latents, 8 pixels.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -110,10 +112,27 @@ def render(renderer: Renderer, scene: Scene) -> np.ndarray:
     return picture
 
 
+@dataclass(frozen=True)
+class Wordings(Sequence[str]):
+    """Descriptions of a scene, each made when it is asked for."""
+
+    scene: Scene
+    seed: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        return wording.describe(self.scene, np.random.default_rng((*self.seed, number)))
+
+
 class Scenes:
     """A fixed number of random scenes as a data set (`flux.data.sources.Pictures`), drawn when asked for."""
 
-    WORDINGS = 12  # of a scene
     SHOWN = 8000  # scenes of whose wordings the vocabularies are made
 
     def __init__(self, count: int, seed: int = 0):
@@ -138,11 +157,9 @@ class Scenes:
             *(f"{word} on a {colour} background" for word in words for colour in colours),
         ]
 
-    def texts(self, index: int) -> list[str]:
+    def texts(self, index: int) -> "Wordings":
         """Wordings of the scene's description."""
-        rng = np.random.default_rng((self._seed, index))
-        scene = self._scenes[index]
-        return [wording.describe(scene, rng) for _ in range(self.WORDINGS)]
+        return Wordings(self._scenes[index], (self._seed, index))
 
     def picture(self, index: int) -> np.ndarray:
         """The picture (H, W, 3), uint8."""
