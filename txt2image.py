@@ -13,18 +13,18 @@ import flux  # noqa: F401  before mlx.core, so that OpenBLAS is there first
 import mlx.core as mx
 from tqdm import tqdm
 
-from flux import arguments, images, metadata, sampler
+from flux import arguments, images, inputs, metadata, sampler
 from flux.arguments import check_folder, run_program
-from flux.conditioning import Edit, Picture
-from flux.conditioning.edit import ALPHA
+from flux.conditioning import Picture
 from flux.conditioning.pictures import read_bytes
-from flux.conditioning.redux import check_strength
 from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
-from flux.generation import Request, ResolvedRequest, Stages, generate
+from flux.generation import Stages, generate
 from flux.metadata import PARTS, Recipe
+from flux.models.nag import Nag
 from flux.options import build_parser
 from flux.pipeline import FluxPipeline
+from flux.requests import Request, ResolvedRequest
 from flux.weights import quantize, registry
 from flux.workflows import comfyui
 from flux.workflows.options import shown, to_options
@@ -43,12 +43,12 @@ def run(ranks: Ranks) -> int:
     args = argparse.Namespace(**ranks.broadcast_result(lambda: vars(parse(sys.argv[1:]))))
     few = len(args.prompts) * args.n_images < ranks.size
     ranks.model_parallel = ranks.size > 1 and (args.force_shard or few)
-    inputs = read_pictures(args, ranks)
+    given = read_pictures(args, ranks)
     stages = Stages()
     with ranks.waiting(None):
         with stages("load"):
             pipeline = ranks.on_all_ranks(lambda: load(args, ranks), DOWNLOAD)
-            requests = ranks.on_all_ranks(lambda: to_requests(args, inputs, pipeline))
+            requests = ranks.on_all_ranks(lambda: to_requests(args, given, pipeline))
             if ranks.size > 1:
                 ranks.agree(ranks.on_all_ranks(pipeline.fingerprints))
             if args.preload_models:
@@ -62,7 +62,7 @@ def run(ranks: Ranks) -> int:
             progress=True,
             stages=stages,
         )
-        recipe = to_recipe(args, requests[0], inputs, pipeline.flow.dtype)
+        recipe = to_recipe(args, requests[0], given, pipeline.flow.dtype)
         if args.prompts_folder:
             make_folder(args, recipe, requests, draw, ranks)
         else:
@@ -84,19 +84,12 @@ def read_pictures(args: argparse.Namespace, ranks: Ranks) -> dict[str, Picture]:
     FluxError for one that is gone, or another than the picture that --remake names was made from.
     """
     pictures = {}
-    for name in picture_names(args):
+    for name in inputs.names(vars(args)):
         data = ranks.broadcast_bytes(partial(read_bytes, name))
         pictures[name] = ranks.on_all_ranks(partial(Picture.from_bytes, name, data))
         if args.pictures.get(name, pictures[name].sha256) != pictures[name].sha256:
             raise FluxError(f"{name} is another picture than the one that {args.remake} was made from")
     return pictures
-
-
-def picture_names(args: argparse.Namespace) -> list[str]:
-    """The picture files that the arguments name, each once."""
-    mask = None if args.mask == ALPHA else args.mask
-    names = [args.image, mask, *(name for name, _ in args.redux or ())]
-    return list(dict.fromkeys(name for name in names if name))
 
 
 def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
@@ -112,12 +105,15 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
         shift=args.shift,
         noise=args.noise,
         rounding=args.rounding,
+        controlnets=args.controlnet or (),
         redux=(args.redux_model or registry.REDUX) if args.redux else None,
         siglip=args.siglip,
         **{part: getattr(args, part) for part in PARTS},
     )
     if args.quantize and ranks.is_rank_zero:
-        line = quantize.report(args.quantize, transformer=pipeline.flow, T5=pipeline.t5)
+        networks = {"transformer": pipeline.flow, "T5": pipeline.t5}
+        networks |= {f"ControlNet {i + 1}": n for i, n in enumerate(pipeline.controlnets.networks)}
+        line = quantize.report(args.quantize, **networks)
         print(f"quantized: {line}", file=sys.stderr)
     return pipeline
 
@@ -139,7 +135,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         for name in metadata.REPEATED:
             lines = str(recipe.pop(name, "")).splitlines()
             if not getattr(args, name):  # not as a default: one that is given would be added to it
-                argv = [*(f"--{name}={line}" for line in lines), *argv]
+                argv = [*(f"--{name.replace('_', '-')}={line}" for line in lines), *argv]
         parser.set_defaults(**recipe)
         args = parser.parse_intermixed_args(argv)
         prompts = prompts or its_prompts
@@ -155,7 +151,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def read_workflow(args: argparse.Namespace, prompts: list[str]) -> tuple[dict[str, object], list[str]]:
     """A workflow's options and prompt; shows them as a command line, and what ComfyUI does otherwise."""
     workflow = comfyui.read(args.workflow)
-    given = [name for name in (*PARTS, "adapter") if getattr(args, name)]
+    given = [name for name in (*PARTS, "adapter", "reference") if getattr(args, name)]
     options = to_options(workflow, args.model, given)
     its_prompts = arguments.find_prompts([workflow.prompt], None, None)
     for note in workflow.notes:
@@ -170,12 +166,7 @@ def check(args: argparse.Namespace) -> None:
         raise FluxError("no prompt; say what the picture should show, such as 'a red apple'")
     if not args.redux and not all(prompt.strip() for prompt in args.prompts):
         raise FluxError("the prompt is empty; say what the picture should show, such as 'a red apple'")
-    if args.image is None:
-        check_no_edit(args)
-    if not args.redux and (args.redux_blend or args.redux_model or args.siglip):
-        raise FluxError("--redux-blend, --redux-model and --siglip are of pictures; name one with --redux")
-    for name, strength in args.redux or ():
-        check_strength(name, strength)
+    inputs.check(vars(args), vars(build_parser().parse_args([])))
     if args.fuse_adapter and not args.adapter:
         raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
     pictures = (1 if args.prompts_folder else len(args.prompts)) * args.n_images
@@ -188,14 +179,6 @@ def check(args: argparse.Namespace) -> None:
         check_folder(args.output, max(stems, key=len))
     else:
         images.check_output(args.output)
-
-
-def check_no_edit(args: argparse.Namespace) -> None:
-    """Raise FluxError for what only a picture that is changed has."""
-    parser = build_parser()
-    for name in ("strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"):
-        if getattr(args, name) != parser.get_default(name):
-            raise FluxError(f"--{name.replace('_', '-')} needs the picture that is changed: --image")
 
 
 # --- Pictures ---
@@ -216,7 +199,13 @@ def to_requests(
         cfg_scale=args.cfg_scale,
         schedule=args.schedule,
         clip_prompt=args.clip_prompt,
-        edit=to_edit(args, pictures),
+        edit=inputs.to_edit(vars(args), pictures),
+        cfg_end=args.cfg_end,
+        nag=None if args.nag is None else Nag(args.nag),
+        references=tuple(pictures[name] for name in args.reference or ()),
+        control=pictures[args.control[0]] if args.control and not args.controlnet else None,
+        control_edges=args.control_edges and not args.controlnet,
+        controlnets=inputs.to_controls(vars(args), pictures),
         solver=args.solver,
         redux=tuple((pictures[name], strength) for name, strength in args.redux or ()),
         redux_blend=args.redux_blend,
@@ -224,23 +213,6 @@ def to_requests(
     if args.seed is None:
         print(f"seed: {seed}", flush=True)
     return [replace(request, prompt=prompt) for prompt in args.prompts]
-
-
-def to_edit(args: argparse.Namespace, pictures: Mapping[str, Picture]) -> Edit | None:
-    """The picture that is changed, if any."""
-    if args.image is None:
-        return None
-    return Edit(
-        image=pictures[args.image],
-        strength=1.0 if args.strength is None else args.strength,
-        mask=pictures.get(args.mask, args.mask),
-        expand=args.expand and tuple(map(int, args.expand.split(","))),
-        fit=args.fit,
-        grow=args.grow,
-        feather=args.feather,
-        crop_mask=args.crop_mask,
-        keep=not args.no_keep,
-    )
 
 
 def to_recipe(

@@ -15,8 +15,9 @@ import numpy as np
 
 from flux import generation, solvers
 from flux.arguments import described
-from flux.generation import Encoded, Request
+from flux.encoding import Encoded
 from flux.pipeline import FluxPipeline
+from flux.requests import Request
 
 PROMPTS = (
     *("a red apple on a blue background", "a dog face on a green background"),

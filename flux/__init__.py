@@ -4,7 +4,7 @@ from flux.interrupts import end_silently
 from flux.openblas import preload
 from flux.version import __version__
 
-__all__ = ["FluxPipeline", "__version__"]
+__all__ = ["FluxPipeline", "Guide", "Nag", "__version__"]
 
 end_silently()  # in our programs, while they import the rest
 preload()  # must come before the first import of mlx.core
@@ -16,4 +16,12 @@ def __getattr__(name: str) -> object:
         from flux.pipeline import FluxPipeline
 
         return FluxPipeline
+    if name == "Guide":
+        from flux.conditioning import Guide
+
+        return Guide
+    if name == "Nag":
+        from flux.models.nag import Nag
+
+        return Nag
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,8 +6,12 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from flux import sampler
-from flux.conditioning import PictureConditioning, TextConditioning
-from flux.models.transformer import Flux, ModulationVectors
+from flux.conditioning import ControlNets, PictureConditioning, TextConditioning
+from flux.conditioning.controlnets import NO_CONTROLNETS, Control
+from flux.conditioning.guides import BoundGuide
+from flux.models.layers import Attend
+from flux.models.nag import Nag, NagAttention, join_vectors
+from flux.models.transformer import Flux, ModulationVectors, Residuals
 from flux.solvers import SOLVERS
 
 
@@ -25,9 +29,26 @@ class Branch(NamedTuple):
     positions: mx.array  # rotary tables
     modulation: list[ModulationVectors]  # one a step
 
+    def step(self, i: int) -> "Told":
+        """What the transformer is told in step i."""
+        return Told(self.text, self.positions, self.modulation[i])
+
+
+class Told(NamedTuple):
+    """What the transformer is told in one step besides the latent; of a batch of 1."""
+
+    text: mx.array
+    positions: mx.array
+    vectors: ModulationVectors
+    attend: Attend | None = None  # in the place of the blocks' attention
+
 
 class Plan(NamedTuple):
-    """All that `denoise` needs; `mx.eval` takes it."""
+    """All that `denoise` needs; `mx.eval` takes it.
+
+    cfg_end: the share of the steps, from the first, that have true guidance. nag: how attention is led away
+    from the negative prompt. guide: leads by a loss.
+    """
 
     x: mx.array | None  # (B, L, channels), the noise
     times: list[float]
@@ -36,6 +57,10 @@ class Plan(NamedTuple):
     cfg_scale: float
     pictures: PictureConditioning
     solver: str  # of SOLVERS
+    controls: tuple[Control, ...] = ()  # of each ControlNet
+    cfg_end: float = 1.0
+    nag: Nag | None = None
+    guide: BoundGuide | None = None
 
 
 def prepare_branch(
@@ -57,31 +82,61 @@ def prepare_branch(
     )
 
 
-def denoise(flow: Flux, plan: Plan) -> Iterator[mx.array]:
+def denoise(flow: Flux, plan: Plan, controlnets: ControlNets = NO_CONTROLNETS) -> Iterator[mx.array]:
     """Yield the packed latent (B, L, channels), float32, after each step.
 
-    With a negative prompt every step is two passes rather than one batch of two: this takes half the
-    memory, and the prompts may differ in length.
+    With true guidance a step is two passes rather than one batch of two: this takes half the memory, and the
+    prompts may differ in length. ControlNets are told the prompt alone, and what they add serves both passes,
+    as in diffusers.
     """
     noise, pictures = plan.x, plan.pictures
     if noise is None:
         raise ValueError("the plan was prepared without noise: plan._replace(x=noise)")
 
-    def branch_velocity(branch: Branch, x: mx.array, step: int) -> mx.array:
-        text = mx.broadcast_to(branch.text, (len(x), *branch.text.shape[1:]))
-        v = flow.denoise(with_pictures(x, pictures), text, branch.positions, branch.modulation[step])
+    def pass_through(x: mx.array, told: Told, added: Residuals | None) -> mx.array:
+        text = mx.broadcast_to(told.text, (len(x), *told.text.shape[1:]))
+        x_and_pictures = with_pictures(x, pictures)
+        v = flow.denoise(x_and_pictures, text, told.positions, told.vectors, added, told.attend)
         return v[:, : x.shape[1]].astype(mx.float32)
 
-    def velocity(x: mx.array, step: int) -> mx.array:
-        v = branch_velocity(plan.positive, x, step)
-        if plan.negative is None:
+    def of_prompts(x: mx.array, step: int) -> mx.array:
+        added = controlnets.residuals(plan.controls, flow.params, x, step)
+        v = pass_through(x, prompts(flow, plan, step), added)
+        if plan.negative is None or not has_true_guidance(plan, step):
             return v
-        return sampler.guide(v, branch_velocity(plan.negative, x, step), plan.cfg_scale)
+        return sampler.guide(v, pass_through(x, plan.negative.step(step), added), plan.cfg_scale)
+
+    def velocity(x: mx.array, step: int) -> mx.array:
+        v = of_prompts(x, step)
+        if plan.guide is None:
+            return v
+        return plan.guide.velocity(v, x, plan.times[step], step, len(plan.times) - 1)
 
     def project(x: mx.array, step: int) -> mx.array:
         return pictures.put_back(x, noise, plan.times, step)
 
     return SOLVERS[plan.solver](velocity, pictures.start(noise, plan.times[0]), plan.times, project)
+
+
+def has_true_guidance(plan: Plan, step: int) -> bool:
+    """Whether a step, from 0, is guided by a pass of its own for the negative prompt."""
+    return plan.cfg_scale != 1 and step < plan.cfg_end * (len(plan.times) - 1)
+
+
+def prompts(flow: Flux, plan: Plan, step: int) -> Told:
+    """What the transformer is told of the prompt in a step; with NAG, of both prompts.
+
+    Made anew for each step: the vectors of every token take much memory.
+    """
+    positive, negative = plan.positive.step(step), plan.negative and plan.negative.step(step)
+    if plan.nag is None or negative is None:
+        return positive
+    lengths = (positive.text.shape[1], negative.text.shape[1])
+    text = mx.concatenate([positive.text, negative.text], axis=1)
+    # Tables of positive text, negative text and picture: the last two stand together in the negative's.
+    tables = mx.concatenate([positive.positions[..., : lengths[0], :], negative.positions], axis=-2)
+    vectors = join_vectors(positive.vectors, negative.vectors, lengths, tables.shape[-2] - sum(lengths))
+    return Told(text, tables, vectors, NagAttention(plan.nag, lengths, flow.over_heads))
 
 
 def with_pictures(x: mx.array, pictures: PictureConditioning) -> mx.array:

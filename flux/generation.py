@@ -4,187 +4,31 @@ A picture depends on its request and seed only: it comes out the same alone, amo
 rank. So pictures are denoised one by one: in a batch, sums would be in another order.
 """
 
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
-from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from flux import images, sampler
-from flux.conditioning import Edit, Picture, PictureConditioning
+from flux import images
 from flux.conditioning.encoded import NO_PICTURES
-from flux.conditioning.redux import appended, blended, check_strength, count_tokens
-from flux.denoising import Conditioning, Plan
+from flux.denoising import Plan
 from flux.distributed.ranks import PATIENCE, Ranks
+from flux.encoding import Encoded, encode
 from flux.errors import FluxError
-from flux.jsonfiles import shown
-from flux.solvers import SOLVERS
+from flux.requests import Request, ResolvedRequest
+from flux.stages import Stages
 
 if TYPE_CHECKING:
     from flux.pipeline import FluxPipeline
 
 # Up to so many plans, their modulation takes less memory than the weights that it is made with.
 MAX_PLANS = 16
-
-TextKey = tuple[str, str | None, str | None]
-
-
-class Encoded(NamedTuple):
-    """What encoders say of requests, evaluated: of texts, by `ResolvedRequest.texts`, and of pictures."""
-
-    texts: dict[TextKey, Conditioning]
-    pictures: Mapping["ResolvedRequest", PictureConditioning] = MappingProxyType({})  # by `.pictures`
-    redux: Mapping[Picture, mx.array] = MappingProxyType({})  # the tokens (1, N, C) of each picture
-
-    def conditioning(self, request: "ResolvedRequest") -> Conditioning:
-        """A request's texts, the prompt's with the tokens of its pictures; lazily."""
-        texts = self.texts[request.texts]
-        if not request.redux:
-            return texts
-        combine = blended if request.redux_blend else appended
-        pictures = [(self.redux[picture], strength) for picture, strength in request.redux]
-        return texts._replace(positive=combine(texts.positive, pictures))
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture for each seed, all of the same prompt and settings; the model's settings where None.
-
-    image_size: (height, width) in pixels. guidance: FLUX's, an input of the network. cfg_scale: true
-    classifier-free guidance, away from `negative_prompt` (empty where None); 1 has no effect. schedule: how
-    times are laid, see `sampler.timesteps`. clip_prompt: what CLIP reads, where it is not the prompt.
-    solver: of `flux.solvers.SOLVERS`. edit: a picture that is changed; `image_size` is then what it is fitted
-    to, see `Edit.canvas`.
-    redux: pictures that FLUX.1 Redux reads beside the prompt, each with its strength, above 0 to 1; they do
-    not count for the negative prompt. redux_blend: they are mixed into one, instead of one after the other.
-    """
-
-    prompt: str
-    seeds: tuple[int, ...] = (0,)
-    negative_prompt: str | None = None
-    image_size: tuple[int, int] | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    cfg_scale: float | None = None
-    schedule: str = "model"
-    clip_prompt: str | None = None
-    edit: Edit | None = None
-    solver: str = "euler"
-    redux: tuple[tuple[Picture, float], ...] = ()
-    redux_blend: bool = False
-
-    def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
-        """The request with every setting filled in, of a size that the model can make.
-
-        Warns of a size that is rounded, and of guidance that has no effect. FluxError, naming the value, for
-        settings that make no picture.
-        """
-        spec = pipeline.spec
-        image_size, size = self._sizes(pipeline)
-        request = ResolvedRequest(
-            prompt=self.prompt,
-            seeds=self.seeds,
-            negative_prompt=self.negative_prompt,
-            image_size=image_size,
-            steps=spec.steps if self.steps is None else self.steps,
-            guidance=spec.guidance if self.guidance is None else self.guidance,
-            cfg_scale=spec.cfg_scale if self.cfg_scale is None else self.cfg_scale,
-            latent_size=size,
-            schedule=self.schedule,
-            clip_prompt=self.clip_prompt,
-            edit=self.edit,
-            solver=self.solver,
-            redux=self.redux,
-            redux_blend=self.redux_blend,
-        )
-        request.check()
-        pipeline.check_memory(size, request.steps, count_tokens(pipeline.redux, self.redux, self.redux_blend))
-        if request.guidance != spec.guidance and not pipeline.flow.params.guidance_embed:
-            text = f"{spec.name} takes no guidance; {request.guidance} has no effect"
-            warnings.warn(text, stacklevel=1)  # of this line, so that it is shown once
-        return request
-
-    def _sizes(self, pipeline: "FluxPipeline") -> tuple[tuple[int, int], tuple[int, int]]:
-        """`image_size`, as it can be made, and the latent's; each (height, width)."""
-        best = pipeline.spec.image_size
-        if self.edit is None:
-            h, w = pipeline.latent_size(self.image_size or best)
-            return (pipeline.downscale * h, pipeline.downscale * w), (h, w)
-        height, width = self.image_size or self.edit.default_size(best)
-        image_size = (height, width)  # also where a list was given
-        return image_size, pipeline.latent_size(pipeline.canvas(self.edit, image_size).picture.shape[:2])
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResolvedRequest(Request):
-    """A request with every setting filled in for a model; made by `Request.resolved`."""
-
-    image_size: tuple[int, int]
-    steps: int
-    guidance: float
-    cfg_scale: float
-    latent_size: tuple[int, int]
-
-    @property
-    def made_steps(self) -> int:
-        """The steps that are made of `steps`: fewer where a picture is the start."""
-        return len(sampler.from_strength([0.0] * (self.steps + 1), self.strength)) - 1
-
-    def made_size(self, pipeline: "FluxPipeline") -> tuple[int, int]:
-        """(height, width) of the pictures, in pixels: `image_size`, unless another picture is changed."""
-        if self.edit is None:
-            return self.image_size
-        height, width, _ = pipeline.canvas(self.edit, self.image_size).whole.shape
-        return height, width
-
-    @property
-    def strength(self) -> float:
-        """The share of the steps that are made."""
-        return 1.0 if self.edit is None else self.edit.strength
-
-    @property
-    def has_pictures(self) -> bool:
-        """Whether a picture says something to the transformer or the sampler."""
-        return self.edit is not None
-
-    @property
-    def pictures(self) -> "ResolvedRequest":
-        """What the pictures that are encoded depend on: the request without its prompts and seeds."""
-        return replace(self, prompt="", negative_prompt=None, clip_prompt=None, seeds=(), redux=())
-
-    @property
-    def texts(self) -> TextKey:
-        """What is encoded: the prompt, with true guidance the negative prompt, and a text for CLIP alone."""
-        return self.prompt, None if self.cfg_scale == 1 else self.negative_prompt or "", self.clip_prompt
-
-    def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
-        """The request itself."""
-        return self
-
-    def check(self) -> None:
-        """FluxError, naming the value, where no picture can be made."""
-        if self.steps < 1:
-            raise FluxError(f"steps must be at least 1, not {self.steps}")
-        if not self.seeds:
-            raise FluxError("the number of pictures must be at least 1, not 0")
-        if self.cfg_scale < 1:
-            raise FluxError(f"the cfg scale must be at least 1 (no effect), not {self.cfg_scale}")
-        if self.negative_prompt and self.cfg_scale == 1:
-            text = shown(self.negative_prompt)
-            raise FluxError(f"the negative prompt {text} needs a cfg scale above 1 to have an effect")
-        if self.solver not in SOLVERS:
-            raise FluxError(f"the solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
-        sampler.check_seeds(self.seeds)
-        for picture, strength in self.redux:
-            check_strength(picture.name, strength)
 
 
 # What is called after each step with the request of one picture, the step (from 0) and its latent (1, L, C).
@@ -201,46 +45,7 @@ def split(requests: Iterable[ResolvedRequest], size: int) -> list[ResolvedReques
     ]
 
 
-class Stages:
-    """Times and peak memory of the stages: `with stages("decode"): ...`."""
-
-    def __init__(self) -> None:
-        self.rows: list[tuple[str, float, float]] = []  # name, seconds, GB
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        mx.reset_peak_memory()
-        start = time.perf_counter()
-        yield
-        self.rows.append((name, time.perf_counter() - start, mx.get_peak_memory() / 1e9))
-
-    def __str__(self) -> str:
-        rows = [f"{name:8} {seconds:9.2f} {memory:9.3f}" for name, seconds, memory in self.rows]
-        return "\n".join([f"{'stage':8} {'seconds':>9} {'peak GB':>9}", *rows])
-
-
 # --- Stages ---
-
-
-def encode(pipeline: "FluxPipeline", requests: Iterable[ResolvedRequest]) -> Encoded:
-    """What the encoders say of resolved requests, evaluated; each text and picture is encoded once."""
-    requests = list(requests)
-    texts = {
-        request.texts: pipeline.encode(
-            request.prompt, request.negative_prompt, request.cfg_scale, request.clip_prompt
-        )
-        for request in {request.texts: request for request in requests}.values()
-    }
-    pictures = {
-        request: pipeline.encode_pictures(request)
-        for request in dict.fromkeys(request.pictures for request in requests)
-        if request.has_pictures
-    }
-    read = pipeline.redux
-    given = dict.fromkeys(picture for request in requests for picture, _ in request.redux)
-    tokens = {} if read is None else {picture: read(picture) for picture in given}
-    mx.eval(texts, list(pictures.values()), list(tokens.values()))
-    return Encoded(texts, pictures, tokens)
 
 
 def denoiser(
@@ -270,16 +75,21 @@ def denoiser(
             schedule=request.schedule,
             pictures=encoded.pictures.get(request.pictures, NO_PICTURES),
             strength=request.strength,
+            controlnets=request.controlnets,
             solver=request.solver,
         )
 
     if ahead:
         mx.eval([plan(request) for request in plans])
-        pipeline.flow.drop_modulation()
+        for network in (pipeline.flow, *pipeline.controlnets.networks):
+            network.drop_modulation()
 
     def denoise(request: ResolvedRequest) -> mx.array:
         noise = pipeline.noise(request.seeds, request.latent_size)
-        whole = plan(replace(request, seeds=()))._replace(x=noise)
+        guide = None if request.guide is None else request.guide.bound(pipeline.ae, request.latent_size)
+        whole = plan(replace(request, seeds=()))._replace(
+            x=noise, cfg_end=request.cfg_end, nag=request.nag, guide=guide
+        )
         x = whole.pictures.start(noise, whole.times[0])  # finished, where a picture is not to be changed
         for step, x in enumerate(pipeline.denoise(whole)):
             mx.eval(x)
@@ -375,7 +185,7 @@ class _Run:
         with self.stages("denoise"), self._denoiser(singles, encoded) as denoise:
             latents = iter(list(ranks.map(denoise, singles)))
         if not self.keep_models:
-            del self.pipeline.flow
+            del self.pipeline.flow, self.pipeline.controlnets
             mx.clear_cache()
         if ranks.model_parallel and not ranks.is_rank_zero:
             return

@@ -16,29 +16,31 @@ from flux.version import __version__
 
 PROGRAM = "flux-mlx"
 PARTS = ("transformer", "ae", "clip", "t5")
+# One of each ControlNet.
+CONTROLNETS = ("controlnet", "control", "control_mode", "control_strength", "control_start", "control_end")
+LISTS = ("reference", *CONTROLNETS)
 # The options that make pictures what they are, in the order in which they are written.
 OPTIONS = (
     *("model", *PARTS, "dtype", "rounding", "quantize", "adapter", "fuse_adapter", "no_t5_padding"),
-    *("t5_padding", "negative_prompt", "clip_prompt"),
-    *("cfg_scale", "guidance"),
+    *("t5_padding", "negative_prompt", "clip_prompt", "cfg_scale", "cfg_end", "nag", "guidance"),
     *("solver", "schedule", "shift", "steps"),
     *("image", "strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"),
-    *("redux", "redux_blend", "redux_model", "siglip"),
-    "pictures",
+    *("reference", *CONTROLNETS, "control_edges"),
+    *("redux", "redux_blend", "redux_model", "siglip", "pictures"),
     *("image_size", "noise", "seed", "n_images", "n_rows", "decoding_batch_size"),
 )
-FLAGS = ("fuse_adapter", "no_t5_padding", "no_keep", "redux_blend")
-REPEATED = ("adapter", "redux")  # a file and a strength in each line
+FLAGS = ("fuse_adapter", "no_t5_padding", "no_keep", "control_edges", "redux_blend")
+REPEATED = ("adapter", "redux", *LISTS)  # one a line, the first two with a strength
 DEFAULTS = {  # not written
     "rounding": "bfloat16",
     "solver": "euler",
     "schedule": "model",
     "noise": "mlx",
+    "cfg_end": 1.0,
     "fit": "crop",
     "grow": 0,
     "feather": 0,
 }
-
 SAMPLERS = {"euler": "Euler", "heun": "Heun", "dpmpp2m": "DPM++ 2M", "unipc": "UniPC"}  # A1111's names
 
 File = tuple[Path, dict[str, str]]  # a picture's path and the text that is written into it
@@ -80,6 +82,7 @@ class Recipe:
     def text(self, prompts: Sequence[str], seeds: Sequence[int], picture: int | None) -> dict[str, str]:
         """What is written into a file of these prompts and seeds; `read` reads it."""
         values: dict[str, Any] = dict(self.options)
+        values |= {name: "\n".join(map(str, values.get(name) or ())) or None for name in LISTS}
         for name, pairs in (("adapter", self.adapter), ("redux", values.get("redux") or ())):
             values[name] = "\n".join(f"{file}:{strength}" for file, strength in pairs) or None
         values["pictures"] = "\n".join(f"{digest} {name}" for name, digest in self.pictures.items()) or None
@@ -106,9 +109,11 @@ class Recipe:
         images.check_output(self.files(output, raw)[-1][0], (rows * height, columns * width))
 
     def sources(self) -> list[str]:
-        """What the pictures are made with: the names of models, their parts, adapters and pictures."""
-        names = [self.options.get(name) for name in ("model", *PARTS, "redux_model", "siglip")]
-        return [*(str(name) for name in names if name), *(file for file, _ in self.adapter), *self.pictures]
+        """What the pictures are made with: names of models, of their parts, of adapters and of pictures."""
+        names: list[Any] = [self.options.get(name) for name in ("model", *PARTS, "redux_model", "siglip")]
+        controlnets: Any = self.options.get("controlnet") or ()
+        names += [*controlnets, *(file for file, _ in self.adapter), *self.pictures]
+        return [str(name) for name in names if name]
 
     def save(
         self, output: str | Path, raw: bool, pictures: Sequence[np.ndarray], bare: bool = False

@@ -2,6 +2,7 @@
 
 from flux import images, sampler
 from flux.arguments import Parser, adapter, count, finite, padding, pixels, shift, sides, size
+from flux.conditioning.controlnets import MODES
 from flux.metadata import PARTS
 from flux.models.transformer import ROUNDINGS
 from flux.solvers import SOLVERS
@@ -23,6 +24,8 @@ def build_parser() -> Parser:
 
     _add_prompts(parser)
     _add_edit(parser)
+    _add_references(parser)
+    _add_controlnets(parser)
     _add_redux(parser)
     _add_model(parser)
     _add_sampling(parser)
@@ -41,7 +44,7 @@ def _add_prompts(parser: Parser) -> None:
         help="make DIR/NAME.txt's text the picture NAME.png in --output's folder, for every .txt; "
         "go on with what a stopped run has left",
     )
-    add("--negative-prompt", metavar="TEXT", help="what to lead away from; needs a cfg scale above 1")
+    add("--negative-prompt", metavar="TEXT", help="what to lead away from; needs a cfg scale above 1 or NAG")
     add("--clip-prompt", metavar="TEXT", help="what CLIP reads, if not the prompt; T5 reads the prompt")
     add("--remake", metavar="PICTURE", help="make a picture of this program again; other options change it")
     add(
@@ -59,7 +62,7 @@ def _add_edit(parser: Parser) -> None:
         "--strength",
         type=finite,
         metavar="X",
-        help="how much changes: from 0, the picture itself, to 1 (default), as from noise alone",
+        help="how much changes: from 0, the picture itself, to 1, as from noise; default: 0.6, with a mask 1",
     )
     add(
         "--mask",
@@ -110,6 +113,50 @@ def _add_edit(parser: Parser) -> None:
     )
 
 
+def _add_references(parser: Parser) -> None:
+    add = parser.add_argument_group("pictures that the prompt speaks of (--model kontext)").add_argument
+    add(
+        "--reference",
+        action="append",
+        metavar="PICTURE",
+        help="what the prompt changes, or several; the result has the first one's aspect",
+    )
+
+
+def _add_controlnets(parser: Parser) -> None:
+    add = parser.add_argument_group(
+        "control pictures (--model canny or depth, their LoRAs, ControlNets)",
+        "Repeated for several ControlNets, in the same order; a mode, strength, start or end given once is "
+        "for all.",
+    ).add_argument
+    add(
+        "--controlnet",
+        action="append",
+        metavar="FILE",
+        help="a file or folder, or owner/name[:FILE]: InstantX's, Shakker-Labs', jasperai's, XLabs'",
+    )
+    add(
+        "--control",
+        action="append",
+        metavar="PICTURE",
+        help="what is followed: a picture of edges, depth, a pose ...; cut to the size of what is made",
+    )
+    add(
+        "--control-mode",
+        action="append",
+        metavar="MODE",
+        help=f"what a union is told: {', '.join(MODES)} or a number; none for another ControlNet beside it",
+    )
+    add("--control-strength", action="append", type=finite, metavar="X", help="default 1")
+    add("--control-start", action="append", type=finite, metavar="X", help="share of the steps, default 0")
+    add("--control-end", action="append", type=finite, metavar="X", help="share of the steps, default 1")
+    add(
+        "--control-edges",
+        action="store_true",
+        help="the control pictures are photos: take their edges, by OpenCV (requirements-control.txt)",
+    )
+
+
 def _add_redux(parser: Parser) -> None:
     add = parser.add_argument_group("pictures beside the prompt (FLUX.1 Redux)").add_argument
     add(
@@ -137,7 +184,8 @@ def _add_model(parser: Parser) -> None:
     add = parser.add_argument_group("the model").add_argument
     add(
         "--model",
-        help="schnell (default), dev, krea, tiny, a folder or file, owner/name[:FILE]",
+        help="schnell (default), dev, krea, fill, canny, depth, kontext, tiny, a folder or file, "
+        "owner/name[:FILE]",
     )
     for part in PARTS:
         add(f"--{part}", metavar="FILE", help=f"take the {part} from FILE instead of the model's")
@@ -194,6 +242,8 @@ def _add_sampling(parser: Parser) -> None:
         metavar="X",
         help="true guidance, with twice the work if above 1",
     )
+    add("--cfg-end", type=finite, default=1.0, metavar="X", help="share of the steps with true guidance (1)")
+    add("--nag", type=finite, metavar="SCALE", help="lead attention away from the negative prompt; FLUX: 5")
     add("--seed", type=int, metavar="N", help="a prompt's picture i is made from N + i; default: random")
     add(
         "--noise",

@@ -14,6 +14,10 @@ from flux.errors import FluxError
 LOCK = ".flux.lock"  # the file in a folder that a run is writing into
 
 
+class InUse(FluxError):
+    """Another process writes into the folder."""
+
+
 def name_fault(name: str) -> str | None:
     """What is wrong with a name for files of a folder, where they would be elsewhere or have none."""
     if name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
@@ -113,7 +117,7 @@ def _take(file: TextIO, folder: Path) -> None:
         file.seek(0)
         owner = file.read(200) or "another process"
         file.close()
-        raise FluxError(
+        raise InUse(
             f"{folder} is in use by {owner}: wait until it has ended, or give another folder"
         ) from None
     except OSError as error:  # a network's file system may have none

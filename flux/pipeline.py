@@ -9,46 +9,38 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from flux import denoising, generation, images, known_words, machine, sampler
-from flux.adapters import Weighted, attach, evaluate, read_weighted
+from flux.adapters import evaluate, read_weighted
 from flux.adapters.attach import fingerprint
-from flux.conditioning import Edit, Picture, PictureConditioning, TextConditioning, encode_texts, masks
+from flux.conditioning import (
+    ControlInput,
+    ControlNets,
+    Edit,
+    PictureConditioning,
+    TextConditioning,
+    encode_texts,
+)
 from flux.conditioning.canvas import Canvas
 from flux.conditioning.encoded import NO_PICTURES
 from flux.conditioning.redux import Redux
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
-from flux.distributed.sharding import shard
 from flux.errors import FluxError
-from flux.generation import OnStep, Request, ResolvedRequest
+from flux.generation import OnStep
 from flux.known_words import KnownWords
-from flux.models.autoencoder import AutoEncoder
-from flux.models.clip import CLIPTextModel
-from flux.models.t5 import T5Encoder
-from flux.models.transformer import ROUNDINGS, Flux
-from flux.tokenizers import CLIPTokenizer, T5Tokenizer
+from flux.loading import Parts, load
+from flux.models.nag import Nag
+from flux.models.transformer import ROUNDINGS
+from flux.requests import Request
 from flux.weights import checkpoints
-from flux.weights.fit import check_fit
-from flux.weights.quantize import quantize, read_kind
+from flux.weights.quantize import read_kind
 from flux.weights.registry import ModelSpec
-
-
-class Parts(NamedTuple):
-    """The networks and tokenizers of a model, and its row in the registry."""
-
-    spec: ModelSpec
-    flow: Flux
-    ae: AutoEncoder
-    clip: CLIPTextModel
-    t5: T5Encoder
-    clip_tokenizer: CLIPTokenizer
-    t5_tokenizer: T5Tokenizer
 
 
 class FluxPipeline:
@@ -73,6 +65,7 @@ class FluxPipeline:
         shift: str | float | None = None,
         noise: str = "mlx",
         rounding: str = "bfloat16",
+        controlnets: Sequence[str] = (),
         redux: str | None = None,
         siglip: str | None = None,
         **files: str | None,
@@ -95,6 +88,8 @@ class FluxPipeline:
         noise: whose random numbers a seed stands for: "mlx", "torch" (ComfyUI's and diffusers' in float32) or
         "diffusers" (PyTorch's, rounded to `dtype`), made as by PyTorch's CPU generator.
         rounding: of time and guidance in 16-bit types, one of `ROUNDINGS`.
+        controlnets: files, folders or repositories of ControlNets, of which each takes a `ControlInput` of
+        every request; quantized as the transformer is, and whole on each of `ranks`.
         redux, siglip: FLUX.1 Redux's file, folder or repository, for requests with pictures of it, and its
         encoder's where that is elsewhere; see `Redux.load`. None: no such requests.
         files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
@@ -109,9 +104,12 @@ class FluxPipeline:
         count, mode = (None, "affine") if bits is None else read_kind(bits)
         parts = load(self.checkpoint, dtype, count, weighted, fuse_adapters, mode, ranks)
         self._set(parts, t5_padding, noise)
+        self.controlnets = ControlNets.load(controlnets, dtype, count, mode)
+        self.controlnets.check_fit(self.flow, self.ae)
         self.rounding = rounding
-        types = (self.flow.dtype if dtype is None else dtype for dtype in ROUNDINGS[rounding])
-        self.flow.time_dtype, self.flow.guidance_dtype = types
+        types = [self.flow.dtype if dtype is None else dtype for dtype in ROUNDINGS[rounding]]
+        for network in (self.flow, *self.controlnets.networks):
+            network.time_dtype, network.guidance_dtype = types
         self._split = ranks is not None
         if shift is not None:
             self.spec: ModelSpec = replace(self.spec, shift=sampler.read_shift(shift))
@@ -137,6 +135,7 @@ class FluxPipeline:
         self.noise_kind = noise
         self.rounding = "bfloat16"
         self._split = False
+        self.controlnets = ControlNets()
         self.redux = None
         # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
         self.downscale = 2 ** (len(self.ae.params.ch_mult) - 1)
@@ -174,12 +173,13 @@ class FluxPipeline:
         """A digest of each file of weights, by what it is: the same on ranks that have the same files."""
         adapters = {f"adapter {file}": fingerprint(file) for file in self._adapters}
         pictures = {} if self.redux is None else self.redux.files.fingerprints()
-        return self.checkpoint.fingerprints() | adapters | pictures
+        others = adapters | self.controlnets.fingerprints() | pictures
+        return self.checkpoint.fingerprints() | others
 
     def ensure_models_are_loaded(self) -> None:
         """Read all weights now rather than when they are first needed."""
-        pictures = () if self.redux is None else (self.redux.siglip, self.redux.encoder)
-        for part in (self.flow, self.ae, self.clip, self.t5, *pictures):
+        redux = () if self.redux is None else (self.redux.siglip, self.redux.encoder)
+        for part in (self.flow, self.ae, self.clip, self.t5, *self.controlnets.networks, *redux):
             self._read(part)
             mx.eval(part.parameters())
 
@@ -202,23 +202,24 @@ class FluxPipeline:
         keep_models: bool = True,
         schedule: str = "model",
         clip_prompt: str | None = None,
-        edit: Edit | None = None,
-        solver: str = "euler",
-        redux: Sequence[tuple[Picture, float]] = (),
-        redux_blend: bool = False,
+        **others: Any,
     ) -> np.ndarray:
         """Pictures of a prompt, (n_images, H, W, 3), uint8: those of `txt2image.py`, to the bit.
 
         seed: of the first picture; picture i is made from seed + i. None: a random one.
         image_size: (height, width) in pixels. It, num_steps, guidance, cfg_scale: the model's where None.
-        negative_prompt: what to lead away from, with a `cfg_scale` above 1; empty where None.
+        negative_prompt: what to lead away from, with a `cfg_scale` above 1 or `nag`; empty where None.
         on_step: called with the request of one picture, the step and the latent after it.
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
-        schedule, clip_prompt, edit, solver, redux, redux_blend: see `Request`.
+        schedule, clip_prompt, others: fields of `Request`, such as edit, references, control, controlnets,
+        redux, solver, cfg_end, nag and guide.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
+        settings: dict[str, Any] = {
+            name: tuple(x) if isinstance(x, list) else x for name, x in others.items()
+        }
         request = Request(
             prompt=prompt,
             seeds=tuple(range(seed, seed + n_images)),
@@ -229,10 +230,7 @@ class FluxPipeline:
             cfg_scale=cfg_scale,
             schedule=schedule,
             clip_prompt=clip_prompt,
-            edit=edit,
-            solver=solver,
-            redux=tuple(redux),
-            redux_blend=redux_blend,
+            **settings,
         )
         pictures = generation.generate(self, [request], on_step=on_step, keep_models=keep_models)
         return np.stack(list(pictures))
@@ -296,14 +294,17 @@ class FluxPipeline:
         negative_prompt: str | None = None,
         cfg_scale: float = 1.0,
         clip_text: str | None = None,
+        nag: Nag | None = None,
     ) -> Conditioning:
-        """The conditioning of one prompt, not yet evaluated; with the negative one unless cfg_scale is 1.
+        """The conditioning of one prompt, not yet evaluated; with the negative one where guidance needs it.
 
-        clip_text: what CLIP reads of the prompt's, where it is another text.
+        That is true guidance, a cfg_scale other than 1, or NAG. clip_text: what CLIP reads of the prompt's,
+        where it is another text.
         """
         self._read(self.t5)
         positive = self._encode_text(text, clip_text)
-        return Conditioning(positive, self._encode_text(negative_prompt or "") if cfg_scale != 1 else None)
+        guided = cfg_scale != 1 or nag is not None
+        return Conditioning(positive, self._encode_text(negative_prompt or "") if guided else None)
 
     def _encode_text(self, text: str, clip_text: str | None = None) -> TextConditioning:
         return encode_texts(
@@ -334,25 +335,31 @@ class FluxPipeline:
         schedule: str = "model",
         pictures: PictureConditioning = NO_PICTURES,
         strength: float = 1.0,
+        controlnets: Sequence[ControlInput] = (),
         solver: str = "euler",
     ) -> Plan:
         """Compute, lazily, what is the same in all steps and for all seeds; noise (B, L, channels) is packed.
 
-        strength: of a picture that is changed, see `Edit`. Without noise `denoise` takes a plan with
-        another's: `plan._replace(x=noise)`. After the plan's evaluation `flow.drop_modulation()` gives
-        memory back, and `denoise` still works.
+        strength: of a picture that is changed, see `Edit`. controlnets: see `Request`. Without noise
+        `denoise` takes a plan with another's: `plan._replace(x=noise)`. After the plan's evaluation
+        `flow.drop_modulation()` gives memory back, and `denoise` still works.
         """
         self._read(self.flow)
         height, width = latent_size
         times = sampler.timesteps(num_steps, height // 2 * (width // 2), self.spec.shift, schedule)
         times = sampler.from_strength(times, strength)
 
+        seen = self._seen(times[:-1])
+
         def branch(text: TextConditioning) -> Branch:
-            seen = self._seen(times[:-1])
             return prepare_branch(self.flow, text, pictures, latent_size, seen, guidance)
 
-        negative = conditioning.negative and branch(conditioning.negative)
-        return Plan(noise, times, branch(conditioning.positive), negative, cfg_scale, pictures, solver)
+        positive, negative = conditioning
+        controls = self.controlnets.prepare(
+            controlnets, pictures.controls, positive, latent_size, seen, guidance
+        )
+        branches = branch(positive), negative and branch(negative)
+        return Plan(noise, times, *branches, cfg_scale, pictures, solver, controls)
 
     def _seen(self, times: list[float]) -> mx.array:
         """Times as the transformer is told them. diffusers' pipeline rounds their thousandfold first."""
@@ -361,32 +368,20 @@ class FluxPipeline:
 
     def denoise(self, plan: Plan) -> Iterator[mx.array]:
         """Yield the packed latent (B, L, channels), float32, after each step."""
-        return denoising.denoise(self.flow, plan)
-
-    def encode_pictures(self, request: ResolvedRequest) -> PictureConditioning:
-        """What a request's pictures bring to every step, not yet evaluated."""
-        if request.edit is None:
-            return NO_PICTURES
-        canvas = self.canvas(request.edit, request.image_size)
-        known = self.encode_picture(canvas.picture)
-        return PictureConditioning(known=known, mask=self._mask(canvas, known))
+        return denoising.denoise(self.flow, plan, self.controlnets)
 
     def canvas(self, edit: Edit, image_size: tuple[int, int]) -> Canvas:
         """What the model works on for a picture that is changed; image_size: see `Edit.canvas`."""
         return edit.canvas(image_size, 2 * self.downscale)  # a token is a patch of 2x2
 
-    def _mask(self, canvas: Canvas, known: mx.array) -> mx.array | None:
-        """The canvas's mask for its latent `known` (1, L, C): the same shape, in 0..1."""
-        if canvas.mask is None:
-            return None
-        h, w = (side // self.downscale for side in canvas.mask.shape)
-        cells = mx.array(masks.reduce(canvas.mask, (h, w))).astype(mx.float32) / masks.WHITE
-        return sampler.pack(mx.broadcast_to(cells[None, ..., None], (1, h, w, known.shape[2] // 4)))
-
     def encode_picture(self, picture: np.ndarray) -> mx.array:
         """The packed latent (1, L, channels), float32, of a picture (H, W, 3), uint8: the mean, no sample."""
+        return self.encode_pixels(images.normalize(picture[None]))
+
+    def encode_pixels(self, pixels: mx.array) -> mx.array:
+        """The packed latent (1, L, channels), float32, of a picture (1, H, W, 3) in -1..1."""
         self._read(self.ae)
-        x = images.normalize(picture[None]).astype(self.ae.encoder.conv_in.weight.dtype)
+        x = pixels.astype(self.ae.encoder.conv_in.weight.dtype)
         return sampler.pack(self.ae.encode(x, memory=machine.autoencoder_memory())).astype(mx.float32)
 
     def decode(self, x: mx.array, latent_size: tuple[int, int] = (64, 64)) -> mx.array:
@@ -397,37 +392,3 @@ class FluxPipeline:
         latent = sampler.unpack(x, latent_size)  # (B, h, w, z)
         latent = latent.astype(self.ae.decoder.conv_in.weight.dtype)
         return images.denormalize(self.ae.decode(latent, machine.autoencoder_memory()))
-
-
-def load(
-    checkpoint: checkpoints.Checkpoint,
-    dtype: mx.Dtype | None,
-    bits: int | None,
-    adapters: Sequence[Weighted],
-    fuse_adapters: bool,
-    mode: str = "affine",
-    ranks: Ranks | None = None,
-) -> Parts:
-    """Load all parts, lazily. The order of what changes a model stands here, and here alone:
-
-    load -> (fuse adapters) -> quantize (mode: see `flux.weights.quantize`) -> (put adapters beside) -> shard.
-    """
-    flow, clip, t5 = checkpoint.load_flux(dtype), checkpoint.load_clip(dtype), checkpoint.load_t5(dtype)
-    ae = checkpoint.load_ae(dtype)
-    tokenizers = (checkpoint.load_clip_tokenizer(), checkpoint.load_t5_tokenizer())
-    check_fit(checkpoint.parts, flow, ae, clip, t5, tokenizers)
-    networks = {"flux": flow, "clip": clip, "t5": t5}
-    fused = attach(networks, adapters) if fuse_adapters else {}
-    for attached in fused.values():
-        attached.fuse()
-    if bits is not None:
-        quantize(flow, bits, mode=mode)
-        quantize(t5, bits, mode=mode)
-    if not fuse_adapters:
-        attach(networks, adapters)
-    if ranks is not None:
-        shard(flow, ranks)
-        shard(t5, ranks)
-    for part in fused:
-        evaluate(networks[part])
-    return Parts(checkpoint.spec, flow, ae, clip, t5, *tokenizers)

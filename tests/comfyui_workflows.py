@@ -70,6 +70,20 @@ CLASSES: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...], tuple[str
     "SaveImage": (("filename_prefix",), (("images", "IMAGE"),), ()),
     "PreviewImage": ((), (("images", "IMAGE"),), ()),
     "ImageScale": (("upscale_method", "width", "height", "crop"), (("image", "IMAGE"),), ("IMAGE",)),
+    "LoadImage": (("image", "upload"), (), ("IMAGE", "MASK")),
+    "ImageStitch": (
+        ("direction", "match_image_size", "spacing_width", "spacing_color"),
+        (("image1", "IMAGE"), ("image2", "IMAGE")),
+        ("IMAGE",),
+    ),
+    "FluxKontextImageScale": ((), (("image", "IMAGE"),), ("IMAGE",)),
+    "VAEEncode": ((), (("pixels", "IMAGE"), ("vae", "VAE")), ("LATENT",)),
+    "ReferenceLatent": ((), (("conditioning", "CONDITIONING"), ("latent", "LATENT")), ("CONDITIONING",)),
+    "FluxKontextMultiReferenceLatentMethod": (
+        ("reference_latents_method",),
+        (("conditioning", "CONDITIONING"),),
+        ("CONDITIONING",),
+    ),
     "Reroute": ((), (("", "*"),), ("*",)),
     "PrimitiveNode": (("value", "control"), (), ("INT",)),
     "PrimitiveInt": (("value", "control"), (), ("INT",)),
@@ -135,6 +149,25 @@ def ksampler(**values) -> Nodes:
     names = {"sampler_name": "euler", "scheduler": "simple"}
     nodes["31"] = ("KSampler", links | numbers | names | values)
     nodes["8"][1]["samples"] = ("31", 0)
+    return nodes
+
+
+def kontext(*names: str) -> Nodes:
+    """Kontext's documented workflow: a picture, or several in a row; the size is the first one's."""
+    nodes = ksampler()
+    nodes["41"] = ("CLIPTextEncode", {"clip": ("11", 0), "text": PROMPT})
+    nodes["43"] = ("FluxGuidance", {"conditioning": ("41", 0), "guidance": 2.5})
+    last = ("41", 0)
+    for i, name in enumerate(names):
+        key = 70 + 10 * i
+        nodes[f"{key}"] = ("LoadImage", {"image": name, "upload": "image"})
+        nodes[f"{key + 1}"] = ("FluxKontextImageScale", {"image": (f"{key}", 0)})
+        nodes[f"{key + 2}"] = ("VAEEncode", {"pixels": (f"{key + 1}", 0), "vae": ("10", 0)})
+        nodes[f"{key + 3}"] = ("ReferenceLatent", {"conditioning": last, "latent": (f"{key + 2}", 0)})
+        last = (f"{key + 3}", 0)
+    nodes["43"][1]["conditioning"] = last
+    nodes["31"][1].update(positive=("43", 0), latent_image=("72", 0))
+    del nodes["27"]
     return nodes
 
 

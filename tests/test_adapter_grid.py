@@ -15,8 +15,8 @@ from flux.adapters.__main__ import main
 from flux.adapters.beside import AdaptedLinear
 from flux.errors import FluxError
 from flux.evaluation.grid import BASE, Named, draw, encode, grid, read
-from flux.generation import Request
 from flux.pipeline import FluxPipeline
+from flux.requests import Request
 
 from . import tiny_pipeline
 from .model_adapters import CLIP, FLOW, MODULATION, make, write

@@ -286,6 +286,43 @@ def test_control_adapter_widens_on_request():
     assert np.array_equal(answer(model), base)
 
 
+@pytest.mark.parametrize("kind", ["low rank", "dense"])
+def test_a_narrower_adapter_of_img_in_changes_the_first_channels(kind):
+    """A dev's on a model that is given a picture: the noise's channels come first.
+
+    Not a DoRA, whose norms are those of a whole row.
+    """
+    model = make_model()
+    channels = tiny.FLUX.in_channels
+    model.img_in = nn.Linear(2 * channels, HIDDEN)
+    change = LowRank(normal(3, channels), normal(HIDDEN, 3), 3.0)
+    change = change if kind == "low rank" else Dense(change.dense())
+    x = normal(5, 2 * channels)
+    wanted = model.img_in(x) + x[:, :channels] @ change.dense().T
+    adapters = Adapters(model)
+    assert adapters.add(Adapter({IMG_IN: Delta(change)}), strict=True) == {}
+    assert error(np.array(model.img_in(x)), np.array(wanted)) <= 1e-5
+    adapters.fuse()
+    assert error(np.array(model.img_in(x)), np.array(wanted)) <= 1e-5
+    with pytest.raises(FluxError, match="the adapter is for 16 -> 64, the layer is 32 -> 64"):
+        adapters.add(Adapter({IMG_IN: Delta(change, magnitude=normal(HIDDEN))}))
+
+
+def test_a_packed_img_in_is_widened_by_zeros():
+    model = make_model()
+    model.img_in = nn.Linear(64, HIDDEN)
+    nn.quantize(model, 32, 4, class_predicate=lambda path, _: path == IMG_IN)
+    before = {name: model.img_in[name] for name in ("weight", "scales", "biases")}
+    x = normal(5, 128)
+    plain = model.img_in(x[:, :64])
+    change = LowRank(normal(3, 128), normal(HIDDEN, 3), 3.0)
+    adapters = Adapters(model)
+    adapters.add(Adapter({IMG_IN: Delta(change)}), name="control", widen=True, strict=True)
+    assert error(np.array(model.img_in(x)), np.array(plain + x @ change.dense().T)) <= 1e-5
+    adapters.remove("control")
+    assert all(model.img_in[name] is array for name, array in before.items())
+
+
 # --- Training ---
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flux import images
-from flux.conditioning import canvas, masks
+from flux.conditioning import Edit, Picture, canvas, masks
 from flux.errors import FluxError
 
 
@@ -119,3 +119,21 @@ def test_expand():
 
 def test_a_flat_picture_expands_flat():
     assert (canvas.expand(np.full((8, 8, 3), 77, np.uint8), (8, 8, 8, 8)) == 77).all()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"mask": None}, {"expand": (0, 10, 6, 0)}, {"crop_mask": 3}, {"mask": None, "expand": (5, 0, 0, 9)}],
+)
+def test_another_picture_is_laid_over_the_whole_one(changes):
+    """The whole picture itself lies where it is, whatever is worked on; so does one of another scale."""
+    rng = np.random.default_rng(0)
+    pixels = np.kron(rng.integers(0, 256, (10, 13, 3)), np.ones((4, 4, 1))).astype(np.uint8)
+    mask = np.zeros((40, 52, 3), np.uint8)
+    mask[12:20, 30:44] = 255
+    edit = Edit(Picture.from_array(pixels), **{"mask": Picture.from_array(mask)} | changes)
+    made = edit.canvas((32, 48) if "crop_mask" in changes else (40, 52), 16)
+    assert made.over(made.whole).shape == made.picture.shape
+    assert np.array_equal(made.over(made.whole), made.picture)
+    larger = np.kron(made.whole, np.ones((2, 2, 1), np.uint8))
+    assert np.abs(made.over(larger).astype(int) - made.picture).mean() < 12

@@ -17,7 +17,7 @@ from flux.adapters.attach import fingerprint
 from flux.errors import FluxError
 from flux.models.transformer import Flux
 from flux.weights import checkpoints, keymaps, layouts, prefixes, registry, save, tensors
-from tests import tiny
+from tests import controlnets, tiny
 
 LOADERS = {"transformer": "load_flux", "ae": "load_ae", "clip": "load_clip", "t5": "load_t5"}
 
@@ -375,7 +375,7 @@ def test_a_folder_named_like_a_repository(folder, model, monkeypatch, tmp_path):
 
 
 def test_what_is_not_there(folder, tmp_path):
-    assert "neither a model (schnell, dev, krea, tiny)" in fault("no-such-model")
+    assert "neither a model (schnell, dev, krea, fill, canny, depth, kontext, tiny)" in fault("no-such-model")
     assert "no weights here" in fault(tmp_path / "bfl" / "tokenizer")
     assert "use --ae FILE" in fault(folder / "ae.safetensors")
     assert "no such file (for the autoencoder)" in fault(folder, ae=str(tmp_path / "absent"))
@@ -643,6 +643,16 @@ def test_adapters_of_the_hub(monkeypatch, tmp_path):
         FluxError, match=r"a\.safetensors, b\.safetensors there; choose a file with --adapter"
     ):
         checkpoints.find_adapter("someone/lora")
+
+
+def test_controlnets_of_the_hub(monkeypatch, tmp_path):
+    path = controlnets.write_ours(tmp_path / "diffusion_pytorch_model.safetensors", controlnets.make("xlabs"))
+    hub = snapshots(monkeypatch, tmp_path, [path.name, "config.json", "README.md", "images/a.png"])
+    assert checkpoints.find_controlnet("someone/net").files == (path,)
+    assert hub.asked[1] == ([path.name, "*.safetensors.index.json", "config.json"], False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert checkpoints.find_controlnet("someone/net").files == (path,)
+    assert checkpoints.find_controlnet(f"someone/net:{path.name}").files == (path,)
 
 
 def test_the_pipeline_takes_an_adapter_of_the_hub(monkeypatch, plain, folder, tmp_path):

@@ -182,7 +182,10 @@ def test_feather_blends_around_the_mask(pipeline):
 def test_strength_1_is_the_prompt_alone_and_0_the_autoencoder(pipeline):
     one = picture(48, 64)
     alone = pipeline.generate_images("a b", seed=3, num_steps=4, image_size=(48, 64))
-    assert np.array_equal(draw(pipeline, Edit(one)), alone)
+    assert np.array_equal(draw(pipeline, Edit(one, 1.0)), alone)
+    assert np.array_equal(
+        draw(pipeline, Edit(one)), draw(pipeline, Edit(one, 0.6))
+    )  # else it would not count
     latent = pipeline.encode_picture(one.pixels)
     decoded = np.array(pipeline.decode(latent, (6, 8)))[0]
     assert np.abs(draw(pipeline, Edit(one, 0.0))[0] / 255 - decoded).max() <= 1 / 255

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from flux import generation, images
 from flux.errors import FluxError
-from flux.generation import Request, Stages, generate, split
+from flux.generation import Stages, generate, split
+from flux.models.nag import Nag
+from flux.requests import Request
 
 from . import tiny
 from .tiny_pipeline import make_pipeline
@@ -139,8 +142,12 @@ BAD = [
     ({"seeds": ()}, "number of pictures must be at least 1"),
     ({"seeds": (1, -1)}, "seed must lie between 0 and .*, not -1"),
     ({"cfg_scale": 0.5}, r"cfg scale must be at least 1 .*0\.5"),
-    ({"cfg_scale": 1.0}, "negative prompt 'a' needs a cfg scale above 1"),
+    ({"cfg_scale": 1.0}, "negative prompt 'a' needs a cfg scale above 1 or NAG"),
     ({"image_size": (0, 16)}, "0x16"),
+    ({"cfg_end": 0.0}, "cfg end must be above 0 and at most 1, not 0.0"),
+    ({"cfg_end": 1.5}, "cfg end must be above 0 and at most 1, not 1.5"),
+    ({"cfg_end": 0.5, "cfg_scale": 1.0, "negative_prompt": None}, "cfg end 0.5 needs a cfg scale above 1"),
+    ({"nag": Nag(5), "negative_prompt": None}, "NAG needs a negative prompt"),
 ]
 
 
@@ -161,6 +168,44 @@ def test_generate_images(dev, alone):
     assert np.array_equal(again[0], alone[2])  # the pipeline is whole
     fresh = [dev.generate_images("a", image_size=(16, 16), num_steps=1) for _ in range(2)]
     assert not np.array_equal(*fresh)  # random seeds
+
+
+def test_true_guidance_stops_at_its_end(tokenizers):
+    """The steps before it are those of guidance in all steps, the others cost one pass."""
+    pipeline = make_pipeline(tokenizers)
+    latents: dict[float, list] = {}
+    passes, denoise = [], pipeline.flow.denoise
+    pipeline.flow.denoise = lambda *a, **k: passes.append(1) or denoise(*a, **k)
+    for end in (1.0, 0.5, 0.1):
+        request = replace(APPLE, seeds=(5,), steps=4, cfg_end=end)
+        latents[end] = []
+        passes.clear()
+        list(
+            generate(
+                pipeline, [request], on_step=lambda r, i, x: latents[r.cfg_end].append(x), keep_models=True
+            )
+        )
+        assert len(passes) == {1.0: 8, 0.5: 6, 0.1: 5}[end]  # always some guidance
+    same = [mx.array_equal(a, b).item() for a, b in zip(latents[1.0], latents[0.5], strict=True)]
+    assert same == [True, True, False, False]
+
+
+@pytest.mark.parametrize("cfg_scale", [1.0, 2.0])
+@pytest.mark.parametrize("pad", [True, False])
+def test_nag(tokenizers, pad, cfg_scale):
+    """Another picture, without true guidance in one pass a step; the same when modulation has left."""
+    pipeline = make_pipeline(tokenizers)
+    pipeline.t5_padding = pad  # the prompts then differ in length
+    passes, denoise = [], pipeline.flow.denoise
+    pipeline.flow.denoise = lambda *a, **k: passes.append(1) or denoise(*a, **k)
+    request = replace(APPLE, negative_prompt="two green birds", cfg_scale=cfg_scale, nag=Nag(5))
+    made = list(generate(pipeline, [request], keep_models=True))
+    assert len(passes) == 2 * 2 * cfg_scale
+    plain = replace(request, nag=None, negative_prompt=None if cfg_scale == 1 else request.negative_prompt)
+    other = list(generate(pipeline, [plain], keep_models=True))
+    assert not any(np.array_equal(a, b) for a, b in zip(made, other, strict=True))
+    freed = generate(pipeline, [request])
+    assert all(np.array_equal(a, b) for a, b in zip(made, freed, strict=True))
 
 
 def test_split():

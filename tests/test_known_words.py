@@ -10,8 +10,9 @@ import pytest
 
 from flux import FluxPipeline, known_words
 from flux.errors import FluxError
-from flux.generation import Request, generate
+from flux.generation import generate
 from flux.known_words import KnownWords, split
+from flux.requests import Request
 
 ROOT = Path(__file__).parents[1]
 CAPTIONS = ["a dog on a red background", "Three apples, t-shirt"]
@@ -100,7 +101,7 @@ def test_a_model_with_an_adapter_or_of_parts_may_know_more():
     pipeline = FluxPipeline("tiny")
     names = ("spec", "flow", "ae", "clip", "t5", "clip_tokenizer", "t5_tokenizer")
     parts = [getattr(pipeline, name) for name in names]
-    from flux.pipeline import Parts
+    from flux.loading import Parts
 
     assert FluxPipeline.from_parts(Parts(*parts)).known_words is None
     assert (

@@ -30,18 +30,23 @@ def test_ssim_of_flat_pictures_is_its_luminance_term():
     assert ssim(a, b) == pytest.approx((2 * 100 * 150 + c1) / (100**2 + 150**2 + c1))
 
 
-def test_ssim_by_one_window():
-    """Of 11x11 pixels there is one window: the formula with weighted moments."""
-    x, y = (picture(i)[:11, :11].astype(float) for i in (3, 4))
-    distance = np.arange(11) - 5
-    row = np.exp(-(distance**2) / 4.5)
-    w = np.outer(row, row)[..., None] / row.sum() ** 2
-    mx, my = ((w * each).sum((0, 1)) for each in (x, y))
-    vx, vy, cov = (
-        (w * (x - mx) ** 2).sum((0, 1)),
-        (w * (y - my) ** 2).sum((0, 1)),
-        (w * (x - mx) * (y - my)).sum((0, 1)),
-    )
+def test_ssim_of_a_pixel_by_the_formula():
+    """The mean over all pixels, each with the weighted moments of its window, mirrored at the edges."""
+    x, y = (picture(i)[:12, :13] @ np.array([0.299, 0.587, 0.114]) for i in (3, 4))
+    row = np.exp(-((np.arange(11) - 5) ** 2) / 4.5)
+    w = np.outer(row, row) / row.sum() ** 2
     c1, c2 = 2.55**2, 7.65**2
-    expected = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
-    assert ssim(x.astype(np.uint8), y.astype(np.uint8)) == pytest.approx(expected.mean())
+    a, b = (np.pad(each, 5, mode="reflect") for each in (x, y))
+    values = []
+    for i in range(12):
+        for j in range(13):
+            p, q = a[i : i + 11, j : j + 11], b[i : i + 11, j : j + 11]
+            mx, my = (w * p).sum(), (w * q).sum()
+            vx, vy, cov = (
+                (w * (p - mx) ** 2).sum(),
+                (w * (q - my) ** 2).sum(),
+                (w * (p - mx) * (q - my)).sum(),
+            )
+            values.append((2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2)))
+    found = ssim(picture(3)[:12, :13], picture(4)[:12, :13])
+    assert found == pytest.approx(np.mean(values))

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from flux import FluxPipeline, images, sampler
 from flux.errors import FluxError
-from flux.pipeline import Parts
+from flux.loading import Parts
 from flux.tokenizers import T5Tokenizer
 
 from . import tiny, tiny_pipeline

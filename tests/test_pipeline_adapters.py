@@ -13,7 +13,7 @@ from flux.adapters.beside import AdaptedLinear
 from flux.adapters.lora import linears
 from flux.errors import FluxError
 
-from . import model_adapters, tiny, tiny_pipeline
+from . import tiny, tiny_pipeline
 from .model_adapters import CLIP, FLOW, MODULATION, T5, make, write
 
 SIZE = (8, 6)
@@ -202,14 +202,6 @@ def test_nothing_fits(model, tmp_path):
         },
     )
     with pytest.raises(FluxError, match=r"big\.safetensors: nothing .* fits .*qkv: .*3072 -> 9216.*mlp\.fc1"):
-        FluxPipeline(model, adapters=[(path, 1)])
-
-
-def test_a_control_adapter_is_refused(model, tmp_path):
-    path = write(tmp_path / "canny.safetensors", {**FLOW, "img_in": (model_adapters.HIDDEN, 128)})
-    with pytest.raises(
-        FluxError, match=r"canny\.safetensors: a control adapter.*structure picture.*not supp"
-    ):
         FluxPipeline(model, adapters=[(path, 1)])
 
 

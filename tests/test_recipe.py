@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from flux import FluxPipeline
-from flux.generation import Request, generate
+from flux.generation import generate
 from flux.recipes import emoji
 from flux.recipes.tiny import recipe, scenes
+from flux.requests import Request
 from flux.training.pretrain.run import Run
 from flux.training.pretrain.validate import load
 

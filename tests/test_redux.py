@@ -11,8 +11,8 @@ from flux import FluxPipeline, generation, machine
 from flux.conditioning import Edit, Picture
 from flux.conditioning.redux import Redux
 from flux.errors import FluxError
-from flux.generation import Request
 from flux.metadata import Recipe
+from flux.requests import Request
 from flux.weights import checkpoints, contents, repositories
 
 from . import redux_files, tiny, tiny_pipeline

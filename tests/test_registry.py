@@ -6,7 +6,7 @@ from flux.errors import FluxError
 from flux.weights import registry
 
 
-@pytest.mark.parametrize("name", ["schnell", "dev", "krea", "tiny"])
+@pytest.mark.parametrize("name", ["schnell", "dev", "krea", "fill", "canny", "depth", "kontext", "tiny"])
 def test_names_and_aliases(name):
     spec = registry.get(name)
     assert spec.name == name
@@ -18,7 +18,7 @@ def test_names_and_aliases(name):
 def test_unknown_names():
     assert registry.find("flux-nano") is None
     assert registry.find("") is None  # the built-in model's empty repository is no name
-    with pytest.raises(FluxError, match=r"'flux-nano'.*schnell, dev, krea, tiny"):
+    with pytest.raises(FluxError, match=r"'flux-nano'.*krea, fill, canny, depth, kontext, tiny"):
         registry.get("flux-nano")
 
 
@@ -27,6 +27,12 @@ def test_defaults_of_the_published_models():
     assert (schnell.steps, schnell.shift, schnell.t5_length) == (4, False, 256)
     assert (dev.guidance, dev.shift, dev.t5_length) == (3.5, True, 512)
     assert registry.get("krea").repo == "black-forest-labs/FLUX.1-Krea-dev"
+    rows = [registry.get(name) for name in ("fill", "canny", "depth", "kontext")]
+    assert [row.repo for row in rows] == [
+        f"black-forest-labs/FLUX.1-{name}-dev" for name in ("Fill", "Canny", "Depth", "Kontext")
+    ]
+    assert [(row.guidance, row.steps) for row in rows] == [(30, 50), (30, 50), (10, 30), (2.5, 28)]
+    assert all(row.file == f"flux1-{row.name}-dev.safetensors" for row in rows)
 
 
 def test_kind_of_a_file():

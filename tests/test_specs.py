@@ -13,7 +13,7 @@ from flux.errors import FluxError
 from flux.models.clip import CLIPTextModel
 from flux.models.transformer import Flux
 from flux.sampler import Shift
-from flux.weights import checkpoints, fit, keymaps, registry, save, tensors
+from flux.weights import checkpoints, keymaps, registry, save, tensors
 from tests import tiny
 
 DYNAMIC = {"use_dynamic_shifting": True, "shift": 3.0}
@@ -111,15 +111,14 @@ def test_a_scheduler_that_makes_no_sense(scheduler, model, tmp_path):
         spec(write(tmp_path / "m", model, scheduler))
 
 
-def test_kontext_is_said(model, tmp_path):
+def test_kontext_is_told_by_its_name(model, tmp_path):
     for name, index in (("flux1-dev-kontext_fp8_scaled.safetensors", None), (None, "FluxKontextPipeline")):
         folder = write(tmp_path / str(index), model, DYNAMIC, name)
         if index:
             (folder / "model_index.json").write_text(json.dumps({"_class_name": index}))
         found, lines = spec(folder)
-        assert found.name == "dev"
-        assert len(lines) == 1
-        assert "FLUX.1 Kontext changes a picture" in lines[0]
+        assert (found.name, found.input, found.guidance) == ("kontext", "reference", 2.5)
+        assert lines == []
 
 
 def test_another_pipeline_is_named(tmp_path):
@@ -168,17 +167,20 @@ def fault(folder, **files) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("channels", "words"), [(16 + 16 + 256, "Fill"), (32, "Canny, Depth"), (52, "Flex.2")]
-)
-def test_inputs_that_cannot_be_given(channels, words, model, tmp_path):
-    """As Fill has 384 channels in for 64 out, and the control models 128."""
-    flux = tiny.randomize(Flux(replace(tiny.FLUX, in_channels=channels)), 6)
+def test_inputs_that_cannot_be_given(model, tmp_path):
+    """Flex.2's: 196 channels in for 64 out."""
+    flux = tiny.randomize(Flux(replace(tiny.FLUX, in_channels=52)), 6)
     folder = write(tmp_path / "m", replace(model, flux=flux), DYNAMIC)
     line = fault(folder)
-    assert words in line
-    assert "it wants a" in line
+    assert "Flex.2: it wants a picture, a mask and a control picture" in line
     assert str(folder) in line
+
+
+def test_a_mask_of_another_autoencoder(model, tmp_path):
+    flux = tiny.randomize(Flux(replace(tiny.FLUX, in_channels=16 + 16 + 256)), 6)
+    line = fault(write(tmp_path / "m", replace(model, flux=flux), DYNAMIC))
+    assert "takes a mask of 8x8 pixels to one of the latent" in line
+    assert "makes one of 2x2" in line
 
 
 def test_other_models_by_their_name(model, tmp_path):
@@ -221,20 +223,12 @@ def test_a_tokenizer_of_another_size(model, tmp_path):
     assert "embeds 200 pieces of text, its tokenizer has 32000: put the model's tokenizer_2/" in line
 
 
-def test_channels_of_the_published_models():
-    assert fit.other_input(64, 64) is None
-    assert "Fill" in fit.other_input(384, 64)
-    assert "Canny" in fit.other_input(128, 64)
-    assert "Flex.2" in fit.other_input(196, 64)
-    assert "65" in fit.other_input(65, 64)
-
-
 @pytest.mark.parametrize(
     ("name", "row"),
     [
         ("flux1-krea-dev_fp8_scaled", "krea"),
         ("flux1KreaDev_v10", "krea"),
-        ("flux1-dev-kontext_fp8_scaled", "dev"),
+        ("flux1-dev-kontext_fp8_scaled", "kontext"),
         ("flux1-schnell-dev-merge", "dev"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image, PngImagePlugin
 
 from flux.errors import FluxError
 from flux.workflows import comfyui
+from flux.workflows import options as comfyui_options
 from flux.workflows.options import to_options
 
 from . import comfyui_workflows as workflows
@@ -378,3 +380,84 @@ def test_all_missing_files_are_named_at_once(tmp_path):
 def test_names_that_lead_out_of_the_folder(tmp_path, name):
     with pytest.raises(FluxError, match="not a file below"):
         comfyui.locate(name, "adapter", tmp_path)
+
+
+# --- Kontext ---
+
+
+@FORMATS
+def test_references(tmp_path, form):
+    found = read(tmp_path, form(workflows.kontext("a.png", "b.png [input]")))
+    assert (found.references, found.image_size, found.guidance) == (["a.png", "b.png"], None, 2.5)
+    assert found.notes == ["ComfyUI cuts a reference to the size of Kontext, here it is scaled as a whole"]
+
+
+def test_a_reference_with_another_size(tmp_path):
+    nodes = workflows.kontext("a.png")
+    nodes["27"] = ("EmptySD3LatentImage", {"width": 96, "height": 64, "batch_size": 1})
+    nodes["31"][1]["latent_image"] = ("27", 0)
+    nodes["44"] = ("FluxKontextMultiReferenceLatentMethod", {"conditioning": ("73", 0)})
+    nodes["44"][1]["reference_latents_method"] = "offset"
+    nodes["43"][1]["conditioning"] = ("44", 0)
+    nodes["75"] = ("ImageStitch", {"image1": ("70", 0), "direction": "right"})  # with nothing beside it
+    nodes["71"][1]["image"] = ("75", 0)
+    found = read(tmp_path, workflows.editor(nodes))
+    assert (found.references, found.image_size) == (["a.png"], (64, 96))
+    assert read(tmp_path, workflows.api(nodes)) == found
+
+
+def changed(change, *names: str) -> workflows.Nodes:
+    nodes = workflows.kontext(*names)
+    for key, (kind, inputs) in change.items():
+        nodes[key] = (kind, nodes.get(key, ("", {}))[1] | inputs)
+    return nodes
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"72": ("VAEEncode", {"pixels": ("70", 0)})}, r"VAEEncode \(node 72\): a picture of its own size"),
+        ({"71": ("ImageScale", {"width": 64})}, r"does not know: ImageScale \(node 71\)"),
+        ({"73": ("ReferenceLatent", {"latent": ("31", 0)})}, r"does not know: KSampler \(node 31\)"),
+        (
+            {"31": ("KSampler", {"latent_image": ("82", 0)})},
+            r"b\.png gives the size; here the first",
+        ),
+        (
+            {"31": ("KSampler", {"cfg": 2.0, "negative": ("41", 0)})},
+            "the negative text has other references than the prompt",
+        ),
+        (
+            {
+                "44": (
+                    "FluxKontextMultiReferenceLatentMethod",
+                    {"conditioning": ("73", 0), "reference_latents_method": "index"},
+                ),
+                "43": ("FluxGuidance", {"conditioning": ("44", 0)}),
+            },
+            "by the method offset here, not index",
+        ),
+    ],
+)
+def test_references_that_make_another_picture(tmp_path, change, line):
+    with pytest.raises(FluxError, match=line):
+        read(tmp_path, workflows.api(changed(change, "a.png", "b.png")))
+
+
+def test_files_of_references(tmp_path):
+    """In ComfyUI's input/, also where its models/ is named; one that is given goes before."""
+    found = read(tmp_path, workflows.api(workflows.kontext("a.png", "b.png")))
+    found.files = {}
+    for name in ("a.png", "b.png"):
+        (tmp_path / "ComfyUI/input").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "ComfyUI/input" / name).touch()
+    (tmp_path / "ComfyUI/models").mkdir()
+    for folder in ("ComfyUI", "ComfyUI/models"):
+        options = to_options(found, str(tmp_path / folder))
+        paths = str(options["reference"]).split("\n")
+        assert [Path(path).resolve().name for path in paths] == ["a.png", "b.png"]
+        assert f"--reference={paths[0]} --reference={paths[1]}" in comfyui_options.shown(options, ["x"])
+    (tmp_path / "ComfyUI/input/b.png").unlink()
+    with pytest.raises(FluxError, match=r"b\.png \(in input/ or \.\./input/; or --reference FILE\)"):
+        to_options(found, str(tmp_path / "ComfyUI"))
+    assert "reference" not in to_options(found, str(tmp_path / "ComfyUI"), ["reference"])

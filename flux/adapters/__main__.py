@@ -159,7 +159,7 @@ def run_check(options: argparse.Namespace) -> int:
         for part in adapter.parts():
             if part not in networks:
                 networks[part] = loaders[part]()
-            wrong |= mismatches(networks[part], adapter.part(part))
+            wrong |= mismatches(networks[part], adapter.part(part), widen=True)
         for key in adapter.unexpected:
             print(f"unexpected key: {key}")
         for name, why in wrong.items():

@@ -4,6 +4,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from flux.adapters.adapter import Adapter
 from flux.adapters.beside import linear_shape
 from flux.adapters.folders import adapter_file
 from flux.adapters.formats import SHOWN, TORCH, load, some
-from flux.adapters.lora import Adapters, mismatches
+from flux.adapters.lora import WIDE, Adapters, mismatches
 from flux.errors import FluxError
 from flux.weights import tensors
 from flux.weights.checkpoints import find_adapter
@@ -55,26 +56,34 @@ def fingerprint(file: str | Path) -> str:
 def attach(networks: Mapping[str, nn.Module], adapters: Sequence[Weighted]) -> dict[str, Adapters]:
     """Puts adapters beside the weights of a model's networks: "flux", "clip" and "t5".
 
-    Returns the adapters of each network that has some. Warns, in one line a file, of unexpected keys
-    and of layers that do not fit; both are left out. FluxError where nothing of a file fits, and for an
-    adapter whose picture comes with more channels than the transformer takes.
+    Returns the adapters of each network that has some. A control adapter makes the transformer take more
+    channels (its `params` say so). Warns, in one line a file, of unexpected keys and of layers that do not
+    fit; both are left out. FluxError where nothing of a file fits, and for a control adapter of a model that
+    takes other channels than its.
     """
     out: dict[str, Adapters] = {}
-    for file, adapter, strength in adapters:
-        for part in fitting_parts(networks, file, adapter):
+    flow = networks["flux"]
+    for file, adapter, strength in sorted(adapters, key=lambda each: not is_control(each.adapter, flow)):
+        for part in fitting_parts(networks, file, adapter, widen=True):
             adapters_of_part = out.setdefault(part, Adapters(networks[part]))
-            adapters_of_part.add(adapter.part(part), strength, file)
+            adapters_of_part.add(adapter.part(part), strength, file, widen=True)
+    flow.params = replace(flow.params, in_channels=linear_shape(flow.img_in)[1])
     return out
 
 
-def fitting_parts(networks: Mapping[str, nn.Module], file: str, adapter: Adapter) -> list[str]:
-    """The networks of a model that an adapter fits, with the warnings and errors of `attach`. Lazy."""
-    _refuse_control(file, adapter, networks["flux"])
+def fitting_parts(
+    networks: Mapping[str, nn.Module], file: str, adapter: Adapter, widen: bool = False
+) -> list[str]:
+    """The networks of a model that an adapter fits, with the warnings and errors of `attach`. Lazy.
+
+    widen: the transformer may be made to take more channels.
+    """
+    _check_control(file, adapter, networks["flux"], widen)
     wrong: dict[str, str] = {}
     fitting = []
     for part in adapter.parts():
         layers = adapter.part(part)
-        misfits = mismatches(networks[part], layers)
+        misfits = mismatches(networks[part], layers, widen)
         wrong |= misfits
         if layers.modules.keys() - misfits.keys():
             fitting.append(part)
@@ -87,11 +96,26 @@ def fitting_parts(networks: Mapping[str, nn.Module], file: str, adapter: Adapter
     return fitting
 
 
-def _refuse_control(file: str, adapter: Adapter, flow: nn.Module) -> None:
-    delta = adapter.modules.get("img_in")
-    if delta is not None and (delta.shape[1] or 0) > linear_shape(flow.img_in)[1]:
+def is_control(adapter: Adapter, flow: nn.Module) -> bool:
+    """Whether an adapter is of a model that takes more channels than it gives: it needs a picture."""
+    return _columns(adapter) > flow.params.out_channels
+
+
+def _columns(adapter: Adapter) -> int:
+    """How many channels an adapter takes; 0 where it says nothing of them."""
+    delta = adapter.modules.get(WIDE)
+    return 0 if delta is None else delta.shape[1] or 0
+
+
+def _check_control(file: str, adapter: Adapter, flow: nn.Module, widen: bool) -> None:
+    columns, taken = _columns(adapter), linear_shape(flow.img_in)[1]
+    if not is_control(adapter, flow) or columns == taken:
+        return
+    if not widen:
+        raise FluxError(f"{file}: a control adapter: it needs a control picture, which it has not here")
+    if taken > flow.params.out_channels:
         raise FluxError(
-            f"{file}: a control adapter: it needs a structure picture, which is not supported yet"
+            f"{file}: a control adapter, for {columns} channels; the model takes {taken}: it goes with dev"
         )
 
 

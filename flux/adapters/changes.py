@@ -321,6 +321,21 @@ class Delta:
         ratio = mx.where(mx.isnan(magnitude) | (norms == 0), 1.0, magnitude / norms)  # of zeros: zeros
         return ratio if self.rule == PEFT else 1 + strength * (ratio - 1)
 
+    def widened(self, columns: int) -> "Delta | None":
+        """The same for a layer of so many inputs, whose last ones it leaves as they are.
+
+        None where that cannot be: the norms of a DoRA and a change of W itself are of the whole layer.
+        """
+        change, more = self.change, columns - (self.shape[1] or columns)
+        if more == 0:
+            return self
+        if more < 0 or self.magnitude is not None or not isinstance(change, Additive):
+            return None
+        right = [(0, 0), (0, more)]
+        if isinstance(change, LowRank):
+            return replace(self, change=replace(change, down=mx.pad(change.down, right)))
+        return replace(self, change=Dense(mx.pad(change.dense(), right)))
+
     def settled(self, bias: mx.array | None) -> "Delta":
         """The same for a layer with this bias (out,) (None: it has none), as an added bias alone."""
         if self.new_bias is None and self.bias_factor is None:

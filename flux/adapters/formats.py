@@ -21,8 +21,8 @@ from flux.adapters.kinds import Roles, read_delta
 from flux.adapters.names import Target
 from flux.adapters.peft_config import Configs, Json
 from flux.errors import FluxError
+from flux.weights import strangers, torchfile, values
 from flux.weights import tensors as files
-from flux.weights import torchfile, values
 
 OWN = "flux_mlx."  # what the entries of our headers begin with
 DORA_RULE = OWN + "dora"  # our header's entry: how a DoRA is weighed, where its name does not tell
@@ -133,6 +133,8 @@ def _check_kinds(
     if not any(d.bias is not None or not isinstance(d.change, Replacement | None) for d in deltas):
         if any("ip_adapter" in key for key in tensors):
             raise FluxError("an IP-Adapter, which shows the model a picture; that is not supported")
+        if strangers.model(tensors) == strangers.CONTROLNET:
+            raise FluxError(f"{strangers.CONTROLNET}, no adapter")
         raise FluxError(f"holds no adapter for FLUX.1 that is known here; its keys: {some(tensors)}")
     if configs.promises_biases() and not any(delta.new_bias is not None for delta in deltas):
         raise FluxError("PEFT's config says that biases were trained too, and the file has none of them")

@@ -12,7 +12,11 @@ import mlx.nn as nn
 
 from flux.adapters.adapter import Adapter
 from flux.adapters.beside import AdaptedLinear, AdapterLayer, Base, linear_shape
+from flux.adapters.changes import Delta
 from flux.errors import FluxError
+from flux.weights.quantize import PARTS
+
+WIDE = "img_in"  # the layer that takes more channels in a model that is given a picture
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -29,23 +33,29 @@ def mismatches(model: nn.Module, adapter: Adapter, widen: bool = False) -> dict[
     for name, delta in adapter.modules.items():
         if name not in layers:
             out[name] = "the model has no such layer"
-            continue
-        layer = layers[name]
-        rows, columns = linear_shape(layer)
-        its_rows, its_columns = delta.shape
-        wide = widen and name == "img_in" and type(layer) is nn.Linear and (its_columns or 0) > columns
-        if its_rows not in (None, rows) or (its_columns not in (None, columns) and not wide):
-            control = name == "img_in" and (its_columns or 0) > columns
-            hint = "; a control adapter, which takes a structure picture" if control else ""
-            out[name] = (
-                f"the adapter is for {its_columns} -> {its_rows}, the layer is {columns} -> {rows}{hint}"
-            )
+        elif fault := _misfit(name, delta, layers[name], widen):
+            out[name] = fault
     for name, value in {**adapter.replaced, **adapter.added}.items():
         current = _parameter(model, name)
         if current is None or current.shape != value.shape:
             shape = "no such parameter" if current is None else f"shape {tuple(current.shape)}"
             out[name] = f"the adapter has shape {tuple(value.shape)}, the model has {shape}"
     return out
+
+
+def _misfit(name: str, delta: Delta, layer: nn.Module, widen: bool) -> str | None:
+    """Why a change does not fit a layer. Of `img_in` one of them may have more columns than the other."""
+    rows, columns = linear_shape(layer)
+    its_rows, its_columns = delta.shape
+    more = (its_columns or columns) - columns
+    if more > 0:
+        fits = widen and name == WIDE and not isinstance(layer, AdaptedLinear) and more % columns == 0
+    else:
+        fits = more == 0 or (name == WIDE and delta.widened(columns) is not None)
+    if fits and its_rows in (None, rows):
+        return None
+    hint = "; a control adapter, which takes a structure picture" if name == WIDE and more > 0 else ""
+    return f"the adapter is for {its_columns} -> {its_rows}, the layer is {columns} -> {rows}{hint}"
 
 
 class Adapters:
@@ -59,7 +69,7 @@ class Adapters:
         self.strengths: dict[str, float] = {}
         self._norms: dict[str, Adapter] = {}  # name -> the adapter, of those that change norms
         self._originals: dict[str, mx.array] = {}  # parameters changed in place, as they were
-        self._narrow: mx.array | None = None  # img_in's weight before it was widened
+        self._narrow: dict[str, mx.array] = {}  # img_in's parameters before it was widened
 
     def add(
         self,
@@ -76,7 +86,8 @@ class Adapters:
 
         Returns what of it does not fit the network and was left out, name -> why; strict: FluxError instead.
         FluxError too where nothing fits. widen: an adapter whose `img_in` takes more channels than the
-        network's makes it wider with zeros; only a caller that feeds those channels may ask for it.
+        network's makes it wider with zeros, before others change that layer; only a caller that feeds those
+        channels may ask for it. One that takes fewer leaves the others as they are.
         trainable, dropout: for training, see `flux.adapters.training`.
         """
         name = name or f"adapter {len(self.strengths) + 1}"
@@ -97,8 +108,9 @@ class Adapters:
                 layer = AdaptedLinear(layer)
                 _set_module(self.model, module, layer)
             delta = adapter.modules[module]
-            if delta.shape[1] is not None and delta.shape[1] > linear_shape(layer.base)[1]:
-                self._widen(layer.base, delta.shape[1])
+            if (delta.shape[1] or 0) > linear_shape(layer.base)[1]:
+                self._widen(layer.base, delta.shape[1] or 0)
+            delta = delta.widened(linear_shape(layer.base)[1]) or delta
             share = AdapterLayer(name, delta.settled(layer.base.get("bias")), strength, dropout, trainable)
             share.weigh(strength, Base(layer.base))
             layer.shares.append(share)
@@ -127,8 +139,9 @@ class Adapters:
         self._norms.pop(name, None)
         self._apply_norms()
         self._unwrap([path for path, layer in self._wrapped() if not layer.shares])
-        if self._narrow is not None and not isinstance(self.model.img_in, AdaptedLinear):
-            self.model.img_in.weight, self._narrow = self._narrow, None
+        if self._narrow and not isinstance(self.model.img_in, AdaptedLinear):
+            self.model.img_in.update(self._narrow)
+            self._narrow = {}
 
     def fuse(self) -> list[str]:
         """Bakes all adapters into the weights that are not quantized, in float32, and lets go of them.
@@ -153,7 +166,7 @@ class Adapters:
         self._unwrap(done)
         left = {share.name for _, layer in self._wrapped() for share in layer.shares}
         self.strengths = {name: s for name, s in self.strengths.items() if name in left}
-        self._norms, self._originals, self._narrow = {}, {}, None
+        self._norms, self._originals, self._narrow = {}, {}, {}
         return kept
 
     def extract(self, name: str) -> Adapter:
@@ -185,8 +198,10 @@ class Adapters:
 
     def _widen(self, base: nn.Module, columns: int) -> None:
         """New columns of zeros: the network's answer does not change until the adapter fills them."""
-        self._narrow = base.weight
-        base.weight = mx.pad(base.weight, [(0, 0), (0, columns - base.weight.shape[1])])
+        factor = columns // linear_shape(base)[1]  # packed weights and their scales grow alike
+        self._narrow = {name: base[name] for name in PARTS if base.get(name) is not None}
+        for name, array in self._narrow.items():
+            base[name] = mx.pad(array, [(0, 0), (0, (factor - 1) * array.shape[1])])
 
     def _apply_norms(self) -> None:
         """Norms have no wrapper: their parameters are set anew from the originals."""

@@ -40,6 +40,12 @@ class Canvas:
         part[:] = made if self.share is None else masks.compose(part, made, masks.cut(self.share, self.box))
         return out
 
+    def over(self, pixels: np.ndarray) -> np.ndarray:
+        """Of another picture (H', W', 3), laid over `whole`, what goes with `picture`: (h, w, 3), uint8."""
+        part = masks.cut(images.fit(pixels, self.whole.shape[:2]), self.box)
+        rest = [(0, side - inner) for side, inner in zip(self.picture.shape, self.inner, strict=False)]
+        return np.pad(images.resize(part, self.inner), (*rest, (0, 0)), "edge")
+
 
 def make(
     whole: np.ndarray, mask: np.ndarray | None, share: np.ndarray | None, box: Box, size: Size, step: int

@@ -1,6 +1,5 @@
 """A picture that is changed: image to image, inpainting, outpainting."""
 
-import math
 import warnings
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,6 +13,7 @@ from flux.conditioning.pictures import Picture
 from flux.errors import FluxError
 from flux.jsonfiles import shown
 
+WHOLE_STRENGTH = 0.6  # as diffusers' default
 ALPHA, AUTO = "alpha", "auto"
 COARSE = 1.5  # times that a part may be larger than the model makes it before that is said
 
@@ -23,6 +23,7 @@ class Edit:
     """A picture that is changed instead of one made from noise alone.
 
     strength: from 0, the picture as it is, to 1, as from noise alone: the share of the steps that are made.
+    None: 1 where a part changes, and WHOLE_STRENGTH where all of it does, since 1 would be the prompt alone.
     mask: where it changes, white, or "alpha" for where the picture is transparent; greys change less, see
     `masks`. None: everywhere. expand: pixels to add, (top, right, bottom, left), which change.
     fit: how the picture becomes one of another size, of `images.FITS`.
@@ -34,7 +35,7 @@ class Edit:
     """
 
     image: Picture
-    strength: float = 1.0
+    strength: float | None = None
     mask: Picture | str | None = None
     expand: Sides | None = None
     fit: str = "crop"
@@ -43,12 +44,17 @@ class Edit:
     crop_mask: int | str | None = None
     keep: bool = True
 
+    @property
+    def share(self) -> float:
+        """The share of the steps that are made: the strength that is given, or else what stands for it."""
+        if self.strength is not None:
+            return self.strength
+        return WHOLE_STRENGTH if self.mask is None and self.expand is None else 1.0
+
     def check(self) -> None:
         """FluxError, naming the value, where no picture can be made."""
-        if not (math.isfinite(self.strength) and 0 <= self.strength <= 1):
-            raise FluxError(
-                f"the strength must lie between 0 (the picture itself) and 1, not {self.strength}"
-            )
+        if not 0 <= self.share <= 1:
+            raise FluxError(f"the strength must lie between 0 (the picture itself) and 1, not {self.share}")
         if self.fit not in images.FITS:
             raise FluxError(f"a picture is fitted by {', '.join(images.FITS)}, not {self.fit!r}")
         if self.feather < 0:

@@ -14,6 +14,7 @@ class PictureConditioning(NamedTuple):
     positions (1, Lr, 3). known (1, L, C): the latent of the picture that is changed. mask (1, L, C) or
     (1, L, 1): 1 where it changes, 0 where it is put back after each step, v between them where it is put back
     until the last v of the steps; None: it changes everywhere.
+    controls (1, L, C') each: the control picture of each ControlNet, packed.
     """
 
     channels: mx.array | None = None
@@ -21,6 +22,7 @@ class PictureConditioning(NamedTuple):
     positions: mx.array | None = None
     known: mx.array | None = None
     mask: mx.array | None = None
+    controls: tuple[mx.array, ...] = ()
 
     def start(self, noise: mx.array, t: float) -> mx.array:
         """What sampling starts with at time t: noise (B, L, C), or with a picture the picture under it."""

@@ -129,6 +129,7 @@ def shard(network: Flux | T5Encoder, ranks: Ranks) -> None:
         check_heads(network, ranks)
         flow = network.params
         mlp = int(flow.hidden_size * flow.mlp_ratio)
+        network.over_heads = partial(mx.distributed.all_sum, group=ranks.group)  # type: ignore[method-assign]
         rules, shape = FLUX_RULES, Shape(flow.num_heads, flow.hidden_size // flow.num_heads, mlp, unit)
     split = []
     for name, module in network.named_modules():

@@ -11,8 +11,8 @@ from flux.errors import FluxError
 from flux.evaluation import clip_similarity
 from flux.evaluation.grid import STRENGTHS, grid
 from flux.evaluation.grid import read as read_adapters
-from flux.generation import Request
 from flux.pipeline import FluxPipeline
+from flux.requests import Request
 from flux.weights.quantize import KINDS, report
 
 

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from flux import generation, sheets
 from flux.adapters import Adapter, Adapters, fitting_parts, load, read_facts
 from flux.adapters.folders import FOLDER_FILES
+from flux.encoding import Encoded
 from flux.errors import FluxError
-from flux.generation import Encoded, Request, ResolvedRequest
 from flux.pipeline import FluxPipeline
+from flux.requests import Request, ResolvedRequest
 
 STRENGTHS = (0.0, 0.4, 0.8, 1.0, 1.2)
 TEXT_ENCODERS = ("clip", "t5")

@@ -6,6 +6,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 PEAK = 255
 WINDOW, DEVIATION = 11, 1.5  # pixels, of SSIM's Gaussian
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+LUMA = (0.299, 0.587, 0.114)  # of red, green and blue: ITU-R BT.601
 
 
 def psnr(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
@@ -15,12 +16,12 @@ def psnr(pictures: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def ssim(picture: np.ndarray, other: np.ndarray) -> float:
-    """Structural similarity of two pictures (H, W, 3), the mean over channels and whole windows; 1: equal.
+    """Structural similarity of the luma of two pictures (H, W, 3), the mean over all pixels; 1: equal.
 
     Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", eq. 13,
-    with its Gaussian window of 11x11. ValueError for pictures that are smaller than the window.
+    with its Gaussian window of 11x11; beyond the edges the pictures are mirrored.
     """
-    x, y = (each.astype(np.float64) for each in (picture, other))
+    x, y = (np.pad(each @ np.array(LUMA), WINDOW // 2, mode="reflect") for each in (picture, other))
     mean_x, mean_y = _blurred(x), _blurred(y)
     variance_x, variance_y = _blurred(x * x) - mean_x**2, _blurred(y * y) - mean_y**2
     covariance = _blurred(x * y) - mean_x * mean_y
@@ -30,7 +31,7 @@ def ssim(picture: np.ndarray, other: np.ndarray) -> float:
 
 
 def _blurred(x: np.ndarray) -> np.ndarray:
-    """(H, W, C) -> (H - 10, W - 10, C), by whole windows."""
+    """(H + 10, W + 10) -> (H, W)."""
     distance = np.arange(WINDOW) - WINDOW // 2
     weights = np.exp(-(distance**2) / (2 * DEVIATION**2))
     weights /= weights.sum()

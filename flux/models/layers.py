@@ -171,6 +171,10 @@ def rotate(x: mx.array, pe: mx.array) -> mx.array:
     return turned.flatten(-2).astype(x.dtype)
 
 
+# What attention is: q, k, v and rotary tables -> (B, L, H*D).
+Attend = Callable[[mx.array, mx.array, mx.array, mx.array], mx.array]
+
+
 def attention(q: mx.array, k: mx.array, v: mx.array, pe: mx.array) -> mx.array:
     """Attention over all tokens with rotary positions. q, k, v (B, H, L, D) -> (B, L, H*D)."""
     out = mx.fast.scaled_dot_product_attention(rotate(q, pe), rotate(k, pe), v, scale=q.shape[-1] ** -0.5)
@@ -286,9 +290,17 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = mlp(hidden_size, mlp_size)
 
     def __call__(
-        self, txt: mx.array, img: mx.array, pe: mx.array, txt_mod: mx.array, img_mod: mx.array
+        self,
+        txt: mx.array,
+        img: mx.array,
+        pe: mx.array,
+        txt_mod: mx.array,
+        img_mod: mx.array,
+        attend: Attend | None = None,
     ) -> tuple[mx.array, mx.array]:
         """txt (B, Lt, C), img (B, Li, C), pe from `rotary_tables`, *_mod (B, 1, 6*C) -> new txt, new img.
+
+        attend: takes the place of attention, if given. Vectors *_mod may be those of each token, (B, L, 6*C).
 
         The order of the arguments is that of their use: so a checkpointed call adds up gradients in the same
         order as a plain one, and both give the same bits.
@@ -299,7 +311,7 @@ class DoubleStreamBlock(nn.Module):
         img_qkv = self.img_attn.heads(modulate(img, img_shift, img_scale))
         # q, k and v of both: (B, H, Lt+Li, D)
         q, k, v = (mx.concatenate([t, i], axis=2) for t, i in zip(txt_qkv, img_qkv, strict=True))
-        txt_out, img_out = mx.split(self.attend(q, k, v, pe), [txt.shape[1]], axis=1)
+        txt_out, img_out = mx.split((attend or self.attend)(q, k, v, pe), [txt.shape[1]], axis=1)
         txt_out, img_out = self.last_layers(self.txt_attn.proj, self.img_attn.proj, txt_out, img_out)
         txt, img = txt + txt_gate * txt_out, img + img_gate * img_out
         txt_shift, txt_scale, txt_gate = txt_rest
@@ -330,13 +342,16 @@ class SingleStreamBlock(nn.Module):
         self.modulation = ModulationLayer(hidden_size, 3)
         self.qkv_share = (3 * hidden_size, 3 * hidden_size + mlp_size)
 
-    def __call__(self, x: mx.array, pe: mx.array, mod: mx.array) -> mx.array:
-        """x (B, Lt+Li, C), pe from `rotary_tables`, mod (B, 1, 3*C) -> x's shape."""
+    def __call__(self, x: mx.array, pe: mx.array, mod: mx.array, attend: Attend | None = None) -> mx.array:
+        """x (B, Lt+Li, C), pe from `rotary_tables`, mod (B, 1 or Lt+Li, 3*C) -> x's shape.
+
+        attend: as in `DoubleStreamBlock`.
+        """
         shift, scale, gate = mx.split(mod, 3, axis=-1)
         h = self.linear1(modulate(x, shift, scale))
         part, whole = self.qkv_share  # a ratio, not a width: a sharded linear1 gives less of both
         qkv, hidden = mx.split(h, [h.shape[-1] * part // whole], axis=-1)
-        attended = self.attend(*self.norm.split_heads(qkv), pe)
+        attended = (attend or self.attend)(*self.norm.split_heads(qkv), pe)
         return clip_float16(x + gate * self.linear2(mx.concatenate([attended, gelu(hidden)], axis=-1)))
 
 

@@ -8,10 +8,12 @@ import mlx.nn as nn
 
 from flux.errors import FluxError
 from flux.models.layers import (
+    Attend,
     DoubleStreamBlock,
     LastLayer,
     MLPEmbedder,
     SingleStreamBlock,
+    clip_float16,
     rotary_tables,
     silu,
     sinusoidal_embedding,
@@ -76,8 +78,32 @@ class ModulationVectors(NamedTuple):
         return ModulationVectors(double, [vectors[t] for vectors in self.single], self.final[t])
 
 
-class Flux(nn.Module):
-    """FLUX.1's transformer. Computes in the type of its weights.
+class Residuals(NamedTuple):
+    """What ControlNets add to the picture's tokens after each double and each single block, (B, L, C) each.
+
+    [] adds nothing after such blocks. `mx.eval` takes it.
+    """
+
+    double: list[mx.array]
+    single: list[mx.array]
+
+
+def add_residual(x: mx.array, residuals: list[mx.array], block: int, start: int = 0) -> mx.array:
+    """x (B, L, C) with a block's residual (B or 1, l, C) added to its tokens from `start`.
+
+    x itself where there are no residuals.
+    """
+    if not residuals:
+        return x
+    stop = start + residuals[block].shape[1]
+    changed = clip_float16(x[:, start:stop] + residuals[block])
+    return mx.concatenate([x[:, :start], changed, x[:, stop:]], axis=1)
+
+
+class Backbone(nn.Module):
+    """What the transformer and its ControlNets have in common: embedders, blocks and their modulation.
+
+    Computes in the type of its weights.
 
     `round_embeddings`: BFL's and diffusers' code scales time and guidance by 1000 in bfloat16, where 3.5
     becomes 3504. The published weights are used to that, so 16-bit weights get the same rounding; float32 is
@@ -102,33 +128,16 @@ class Flux(nn.Module):
         self.single_blocks = [
             SingleStreamBlock(size, params.num_heads, mlp_size) for _ in range(params.depth_single_blocks)
         ]
-        self.final_layer = LastLayer(size, params.out_channels)
 
     @property
     def dtype(self) -> mx.Dtype:
         """The working type. Read from a norm: Linear weights may be quantized or wrapped by an adapter."""
-        return self.double_blocks[0].img_attn.norm.query_norm.scale.dtype
+        block = self.double_blocks[0].img_attn if self.double_blocks else self.single_blocks[0]
+        return block.norm.query_norm.scale.dtype
 
-    def __call__(
-        self,
-        img: mx.array,
-        img_ids: mx.array,
-        txt: mx.array,
-        txt_ids: mx.array,
-        timesteps: mx.array,
-        y: mx.array,
-        guidance: mx.array | None = None,
-    ) -> mx.array:
-        """The velocity noise - picture at the given times: `denoise` with all that it needs.
-
-        img (B, Li, in_channels), the packed noisy latent; img_ids (B or 1, Li, 3);
-        txt (B, Lt, context_in_dim), T5's features; txt_ids (B or 1, Lt, 3);
-        timesteps (B,), from 1 (noise) to 0; y (B, vec_in_dim), CLIP's pooled vector;
-        guidance (B,), needed where the model has the embedder and otherwise ignored.
-        Returns (B, Li, out_channels).
-        """
-        vectors = self._vectors(self._silu_vec(timesteps, y, guidance))
-        return self.denoise(img, self.embed_text(txt), self.positions(txt_ids, img_ids), vectors)
+    def over_heads(self, sums: mx.array) -> mx.array:
+        """Sums over all of the heads. A method, so that what splits the heads can replace it."""
+        return sums
 
     # Once a picture: nothing here depends on the noisy latent.
 
@@ -157,7 +166,7 @@ class Flux(nn.Module):
         return [every_step.step(t) for t in range(timesteps.shape[0])]
 
     def drop_modulation(self) -> None:
-        """Lets go of the weights that only modulation needs, 27.6 % of FLUX.1-dev; `denoise` still works.
+        """Lets go of the weights that only modulation needs, 27.6 % of FLUX.1-dev; a step still works.
 
         The memory is free once the vectors made before have been evaluated.
         """
@@ -168,22 +177,6 @@ class Flux(nn.Module):
             block.pop("txt_mod", None)
         for single_block in self.single_blocks:
             single_block.pop("modulation", None)
-        self.final_layer.pop("adaLN_modulation", None)
-
-    # Once a step.
-
-    def denoise(self, img: mx.array, txt: mx.array, pe: mx.array, vectors: ModulationVectors) -> mx.array:
-        """The velocity (B, Li, out_channels) for img (B, Li, in_channels) at the vectors' time.
-
-        txt, pe and vectors come from `embed_text`, `positions` and `modulation`.
-        """
-        img = self.img_in(img.astype(self.dtype))
-        for block, (txt_mod, img_mod) in zip(self.double_blocks, vectors.double, strict=True):
-            txt, img = block(txt, img, pe, txt_mod, img_mod)
-        x = mx.concatenate([txt, img], axis=1)  # (B, Lt+Li, C)
-        for single_block, mod in zip(self.single_blocks, vectors.single, strict=True):
-            x = single_block(x, pe, mod)
-        return self.final_layer(x[:, txt.shape[1] :], vectors.final)
 
     def _silu_vec(self, timesteps: mx.array, y: mx.array, guidance: mx.array | None) -> mx.array:
         """silu of the conditioning vector. timesteps and guidance (...), y (..., vec_in_dim) -> (..., C)."""
@@ -207,5 +200,72 @@ class Flux(nn.Module):
         return ModulationVectors(
             [(block.txt_mod(silu_vec), block.img_mod(silu_vec)) for block in self.double_blocks],
             [block.modulation(silu_vec) for block in self.single_blocks],
-            self.final_layer.shift_and_scale(silu_vec),
+            self._final_vectors(silu_vec),
         )
+
+    def _final_vectors(self, silu_vec: mx.array) -> mx.array:
+        """(..., C) -> the final layer's vectors (..., 1, 2*C); without such a layer they have no width."""
+        return mx.zeros((*silu_vec.shape[:-1], 1, 0), silu_vec.dtype)
+
+
+class Flux(Backbone):
+    """FLUX.1's transformer."""
+
+    def __init__(self, params: FluxParams):
+        super().__init__(params)
+        self.final_layer = LastLayer(params.hidden_size, params.out_channels)
+
+    def __call__(
+        self,
+        img: mx.array,
+        img_ids: mx.array,
+        txt: mx.array,
+        txt_ids: mx.array,
+        timesteps: mx.array,
+        y: mx.array,
+        guidance: mx.array | None = None,
+    ) -> mx.array:
+        """The velocity noise - picture at the given times: `denoise` with all that it needs.
+
+        img (B, Li, in_channels), the packed noisy latent; img_ids (B or 1, Li, 3);
+        txt (B, Lt, context_in_dim), T5's features; txt_ids (B or 1, Lt, 3);
+        timesteps (B,), from 1 (noise) to 0; y (B, vec_in_dim), CLIP's pooled vector;
+        guidance (B,), needed where the model has the embedder and otherwise ignored.
+        Returns (B, Li, out_channels).
+        """
+        vectors = self._vectors(self._silu_vec(timesteps, y, guidance))
+        return self.denoise(img, self.embed_text(txt), self.positions(txt_ids, img_ids), vectors)
+
+    def drop_modulation(self) -> None:
+        """As of a `Backbone`, and of the final layer."""
+        super().drop_modulation()
+        self.final_layer.pop("adaLN_modulation", None)
+
+    def denoise(
+        self,
+        img: mx.array,
+        txt: mx.array,
+        pe: mx.array,
+        vectors: ModulationVectors,
+        residuals: Residuals | None = None,
+        attend: Attend | None = None,
+    ) -> mx.array:
+        """The velocity (B, Li, out_channels) for img (B, Li, in_channels) at the vectors' time.
+
+        txt, pe and vectors come from `embed_text`, `positions` and `modulation`. residuals: ControlNets', for
+        each block of either kind, or [] for none; they are added to the first tokens of img. attend: takes
+        the place of attention, if given.
+        """
+        added = residuals or Residuals([], [])
+        other = {"attend": attend} if attend else {}  # else arrays alone, as wrappers of blocks expect
+        img = self.img_in(img.astype(self.dtype))
+        for i, (block, (txt_mod, img_mod)) in enumerate(zip(self.double_blocks, vectors.double, strict=True)):
+            txt, img = block(txt, img, pe, txt_mod, img_mod, **other)
+            img = add_residual(img, added.double, i)
+        x = mx.concatenate([txt, img], axis=1)  # (B, Lt+Li, C)
+        for i, (single_block, mod) in enumerate(zip(self.single_blocks, vectors.single, strict=True)):
+            x = add_residual(single_block(x, pe, mod, **other), added.single, i, start=txt.shape[1])
+        return self.final_layer(x[:, txt.shape[1] :], vectors.final)
+
+    def _final_vectors(self, silu_vec: mx.array) -> mx.array:
+        return self.final_layer.shift_and_scale(silu_vec)

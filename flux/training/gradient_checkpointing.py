@@ -4,12 +4,13 @@ A block's inputs are all that is kept of it: of FLUX.1-dev's 57 blocks one at a 
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-from flux.models.layers import DoubleStreamBlock, SingleStreamBlock, attention
+from flux.models.layers import Attend, DoubleStreamBlock, SingleStreamBlock, attention
 from flux.models.transformer import Flux
 from flux.trees import named_arrays
 
@@ -48,8 +49,8 @@ class _Checkpointed(nn.Module):
     streams = 1  # how many of a call's inputs come from the block before
     modulation_is_trained = False
 
-    def __call__(self, *inputs: mx.array) -> mx.array | tuple[mx.array, ...]:
-        plain: Callable = super().__call__  # type: ignore[misc]  # of the block's class
+    def __call__(self, *inputs: mx.array, attend: Attend | None = None) -> mx.array | tuple[mx.array, ...]:
+        plain: Callable = partial(super().__call__, attend=attend)  # type: ignore[misc]  # of the block's class
 
         trained = dict(named_arrays(_parameters(self)))
         names = list(trained)

@@ -28,10 +28,12 @@ from flux import jsonfiles
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoder
 from flux.models.clip import CLIPTextModel
+from flux.models.controlnet import ControlNet
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
 from flux.tokenizers import CLIPTokenizer, T5Tokenizer
 from flux.weights import (
+    controlnets,
     florence2,
     keymaps,
     layouts,
@@ -64,6 +66,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "ae": AutoEncoder,
     "clip": CLIPTextModel,
     "t5": T5Encoder,
+    "controlnet": ControlNet,
 }
 
 
@@ -222,7 +225,8 @@ def _in_folder(folder: Path, spec: ModelSpec | None, given: Mapping[str, Part], 
         if reason := layouts.why_no_model(folder):
             raise FluxError(reason) from None
         pipeline = specs.class_name(folder)
-        made_for = f" (it is made for {pipeline})" if pipeline not in ("", "FluxPipeline") else ""
+        known = ("", *registry.PIPELINES.values())
+        made_for = f" (it is made for {pipeline})" if pipeline not in known else ""
         raise FluxError(f"{error}{made_for}") from None
     parts = found | {kind: layouts.with_config(folder, part) for kind, part in given.items()}
     spec = specs.spec_of(folder, parts["transformer"], spec, name)
@@ -244,13 +248,12 @@ def find_adapter(name: str) -> Path:
     Of a repository that holds several adapters one must be named. FluxError where nothing can be had; what is
     no path and no repository's name comes back as it is, and whoever reads it says what is wrong.
     """
-    path = Path(name).expanduser()
-    if path.exists() or not re.fullmatch(REPOSITORY, name):
-        return local_file(name)
-    files = _list_files(name)
-    if files is None:
-        return _snapshot(name, ["*.safetensors"], offline=True)
-    return _snapshot(name, repositories.adapter_patterns(name, list(files)), offline=False)
+    return find_files(name, partial(repositories.adapter_patterns, name))
+
+
+def find_controlnet(name: str) -> Part:
+    """The file of a ControlNet, as by `find_files`; `load_part` reads it. FluxError where none is found."""
+    return controlnets.part_of(find_files(name, partial(repositories.controlnet_patterns, name)))
 
 
 def find_files(name: str, choose: Callable[[list[str]], list[str]]) -> Path:
@@ -263,7 +266,7 @@ def find_files(name: str, choose: Callable[[list[str]], list[str]]) -> Path:
         return local_file(name)
     files = _list_files(name)
     if files is None:
-        return _snapshot(name, choose([]), offline=True)
+        return _snapshot(name, ["*"], offline=True)  # what there is
     patterns = choose(list(files))
     _check_disk(name, files, patterns)
     return _snapshot(name, patterns, offline=False)

@@ -81,6 +81,16 @@ TRANSFORMER: tuple[Row, ...] = (
     Row("final_layer.linear", ("proj_out",)),
 )
 
+# A ControlNet: a transformer without final layer, an embedder of the control picture, and convolutions, which
+# BFL's layout numbers together with the SiLUs between them. Other names are the same in both.
+CONTROLNET: tuple[Row, ...] = (
+    *(row for row in TRANSFORMER if not row.ours.startswith("final_layer.")),
+    Row("pos_embed_input", ("controlnet_x_embedder",)),
+    Row("input_hint_block.0", ("input_hint_block.conv_in",)),
+    *(Row(f"input_hint_block.{2 * i + 2}", (f"input_hint_block.blocks.{i}",)) for i in range(6)),
+    Row("input_hint_block.14", ("input_hint_block.conv_out",)),
+)
+
 _RESNET = (
     ("norm1", "norm1"),
     ("conv1", "conv1"),
@@ -252,7 +262,7 @@ def squeeze_pointwise(tensors: Mapping[str, mx.array]) -> Tensors:
 
 
 def convolutions_to_mlx(tensors: Mapping[str, mx.array]) -> Tensors:
-    """An autoencoder's tensors: (O, I, H, W) -> (O, H, W, I). Not for twice: both have four axes."""
+    """A network's tensors: (O, I, H, W) -> (O, H, W, I). Not for twice: both have four axes."""
     return {name: w.transpose(0, 2, 3, 1) if w.ndim == 4 else w for name, w in tensors.items()}
 
 
@@ -268,7 +278,7 @@ def unsqueeze_pointwise(tensors: Mapping[str, mx.array]) -> Tensors:
     }
 
 
-# --- A whole part at once: "transformer", "ae", "clip" or "t5" ---
+# --- A whole part at once: "transformer", "ae", "clip", "t5" or "controlnet" ---
 
 
 def to_ours(part: str, tensors: Mapping[str, mx.array]) -> Tensors:
@@ -277,6 +287,8 @@ def to_ours(part: str, tensors: Mapping[str, mx.array]) -> Tensors:
         return from_diffusers(TRANSFORMER, tensors)
     if part == "ae":
         return convolutions_to_mlx(squeeze_pointwise(from_diffusers(autoencoder(levels(tensors)), tensors)))
+    if part == "controlnet":
+        return convolutions_to_mlx(from_diffusers(CONTROLNET, tensors))
     return dict(tensors)  # the text encoders have transformers' names everywhere
 
 
@@ -289,4 +301,8 @@ def to_file(part: str, tensors: Mapping[str, mx.array], diffusers: bool) -> Tens
         return unsqueeze_pointwise(tensors)
     if part == "transformer" and diffusers:
         return to_diffusers(TRANSFORMER, tensors, hidden=tensors["img_in.weight"].shape[0])
+    if part == "controlnet":
+        tensors = convolutions_from_mlx(tensors)
+        hidden = tensors["img_in.weight"].shape[0]
+        return to_diffusers(CONTROLNET, tensors, hidden) if diffusers else dict(tensors)
     return dict(tensors)

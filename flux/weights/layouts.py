@@ -18,6 +18,7 @@ NAMES = {
     "ae": "autoencoder",
     "clip": "CLIP text encoder",
     "t5": "T5 text encoder",
+    "controlnet": "ControlNet",
 }
 
 # Folders in which BFL, diffusers, ComfyUI and Forge keep a part, the best first; "" is the model's folder
@@ -201,12 +202,12 @@ def part_of_file(path: Path, kind: str) -> Part:
         raise FluxError(f"{path}: no such file (for the {NAMES[kind]}), nor a folder with one")
     if path.is_dir():
         return find_parts(path, [kind], {}, "")[kind]
-    found = _whole(path)
+    found = whole(path)
     _check_part(found, kind)
     return Part(kind, found.files, read_config(path.parent / "config.json"))
 
 
-def _whole(path: Path) -> Found:
+def whole(path: Path) -> Found:
     """What is in a file, with all other shards where it is one of several."""
     groups = [found for found in survey(path.parent) if path in found.files] if is_shard(path) else []
     return groups[0] if groups else look([path])
@@ -224,7 +225,7 @@ def _check_part(found: Found, kind: str) -> None:
 
 def parts_of_file(path: Path) -> dict[str, Part]:
     """All parts in a file that is given as the model; FluxError where it has no transformer."""
-    found = _whole(path)
+    found = whole(path)
     if found.fault or "transformer" not in found.parts:
         options = " or ".join(f"--{part} FILE" for part in found.parts if not found.fault)
         fault = found.fault or f"{path}: holds no transformer, which a model begins with"

@@ -18,6 +18,7 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "ae": ("vae.", "first_stage_model.", "autoencoder."),
     "clip": ("text_encoders.clip_l.", "clip_l.", "cond_stage_model.", "text_encoder."),
     "t5": ("text_encoders.t5xxl.", "t5xxl.", "text_encoder_2."),
+    "controlnet": ("controlnet.", "control_net."),
 }
 WRAPPERS = (
     "model.",
@@ -39,6 +40,7 @@ SIGNS: dict[str, str] = {
     ),
     "clip": r"(?:text_model\.)?(?:embeddings\.token_embedding|encoder\.layers\.\d+\.mlp\.fc1)",
     "t5": r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.[qkvo]",
+    "controlnet": r"(?:controlnet_(?:single_)?blocks\.\d+|controlnet_x_embedder|pos_embed_input)",
 }
 
 # Beside the weights in some files and used by no network here: bare names that match, whole.
@@ -48,6 +50,7 @@ FOREIGN: dict[str, str] = {
     "ae": r"|loss\..*",
     "clip": r"|text_projection(?:\.weight)?|visual_projection\..*|vision_model\..*",
     "t5": r"|decoder\..*|lm_head\..*",
+    "controlnet": "",
 }
 _FOREIGN = (
     r"__\w+__|scaled_fp8|logit_scale|(?:optimizer|lr_scheduler)\..*|(?:.*\.)?position_ids|epoch|step|global_step"

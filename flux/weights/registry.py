@@ -7,6 +7,16 @@ from pathlib import Path
 from flux.errors import FluxError
 from flux.sampler import AnyShift
 
+# What a transformer is given besides texts: nothing; a picture and a mask (Fill); a control picture (Canny,
+# Depth); pictures that it refers to (Kontext).
+TEXT, FILL, CONTROL, REFERENCE = INPUTS = ("text", "fill", "control", "reference")
+PIPELINES = {  # diffusers' classes for them
+    TEXT: "FluxPipeline",
+    FILL: "FluxFillPipeline",
+    CONTROL: "FluxControlPipeline",
+    REFERENCE: "FluxKontextPipeline",
+}
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -16,7 +26,7 @@ class ModelSpec:
     steps, guidance: FLUX's guidance, which is an input of the network. cfg_scale: true classifier-free
     guidance; 1 is none. shift: how times are shifted towards noise (sampler.timesteps): True as dev's, more
     in larger pictures. t5_length: tokens.
-    image_size: (height, width) in pixels.
+    image_size: (height, width) in pixels. input: of `INPUTS`, what the transformer is given besides texts.
     """
 
     name: str
@@ -28,6 +38,7 @@ class ModelSpec:
     t5_length: int
     image_size: tuple[int, int] = (512, 512)
     cfg_scale: float = 1.0
+    input: str = TEXT
 
 
 MODELS: tuple[ModelSpec, ...] = (
@@ -57,6 +68,50 @@ MODELS: tuple[ModelSpec, ...] = (
         guidance=4.5,
         shift=True,
         t5_length=512,
+    ),
+    ModelSpec(
+        name="fill",
+        repo="black-forest-labs/FLUX.1-Fill-dev",
+        file="flux1-fill-dev.safetensors",
+        steps=50,
+        guidance=30.0,
+        shift=True,
+        t5_length=512,
+        image_size=(1024, 1024),
+        input=FILL,
+    ),
+    ModelSpec(
+        name="canny",
+        repo="black-forest-labs/FLUX.1-Canny-dev",
+        file="flux1-canny-dev.safetensors",
+        steps=50,
+        guidance=30.0,
+        shift=True,
+        t5_length=512,
+        image_size=(1024, 1024),
+        input=CONTROL,
+    ),
+    ModelSpec(
+        name="depth",
+        repo="black-forest-labs/FLUX.1-Depth-dev",
+        file="flux1-depth-dev.safetensors",
+        steps=30,
+        guidance=10.0,
+        shift=True,
+        t5_length=512,
+        image_size=(1024, 1024),
+        input=CONTROL,
+    ),
+    ModelSpec(
+        name="kontext",
+        repo="black-forest-labs/FLUX.1-Kontext-dev",
+        file="flux1-kontext-dev.safetensors",
+        steps=28,
+        guidance=2.5,
+        shift=True,
+        t5_length=512,
+        image_size=(1024, 1024),
+        input=REFERENCE,
     ),
     ModelSpec(
         name="tiny",
@@ -99,18 +154,32 @@ def get(name: str) -> ModelSpec:
     return spec
 
 
-def of_file(name: str, has_guidance: bool, shifted: bool | None = None) -> ModelSpec:
+def of_file(name: str, has_guidance: bool, shifted: bool | None = None, kind: str = TEXT) -> ModelSpec:
     """The row for a transformer that has none: by the words of its name, as far as its kind allows.
 
     has_guidance: whether it takes guidance as an input. shifted: whether its scheduler shifts times by the
-    picture's size; None where nothing says so. A dev without that input has guidance 0.
+    picture's size; None where nothing says so. kind: of `INPUTS`, as its channels say. A dev without the
+    input for guidance has guidance 0.
     """
     said = words(name)
-    if has_guidance:
-        return get("krea" if "krea" in said else "dev")
-    if shifted or (shifted is None and said & {"dev", "krea"} and "schnell" not in said):
-        return replace(get("krea" if "krea" in said else "dev"), guidance=0.0)
-    return get("schnell")
+    row = of_kind(kind, name)
+    if kind == TEXT and row.input == TEXT and not has_guidance:
+        dev = shifted or (shifted is None and said & {"dev", "krea"} and "schnell" not in said)
+        row = row if dev else get("schnell")
+    return row if has_guidance else replace(row, guidance=0.0)
+
+
+def of_kind(kind: str, name: str) -> ModelSpec:
+    """The row for a transformer that was made of dev, of `INPUTS` as its channels say, by its name's words.
+
+    Kontext has dev's channels: its name alone tells it.
+    """
+    said = words(name)
+    if kind == FILL:
+        return get("fill")
+    if kind == CONTROL:
+        return get("depth" if "depth" in said else "canny")
+    return get(next((row for row in ("kontext", "krea") if row in said), "dev"))
 
 
 def words(name: str) -> set[str]:

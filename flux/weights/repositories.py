@@ -38,6 +38,20 @@ def _of_part(repo: str, files: list[str], spec: ModelSpec | None, kind: str) -> 
     return others
 
 
+def controlnet_patterns(repo: str, files: list[str]) -> list[str]:
+    """What to download for a repository's ControlNet; FluxError where only the user can choose."""
+    found = [file for file in files if "/" not in file and file.endswith(contents.SUFFIXES)]
+    usual = [
+        file for file in found if re.fullmatch(r"diffusion_pytorch_model(-\d+-of-\d+)?\.safetensors", file)
+    ]
+    if not usual and len(found) != 1:
+        shown = ", ".join(found[:8]) + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        raise FluxError(
+            f"{repo}: {shown or 'no ControlNet'} there; choose a file with --controlnet {repo}:FILE"
+        )
+    return [*(usual or found), "*.safetensors.index.json", "config.json"]
+
+
 def adapter_patterns(repo: str, files: list[str]) -> list[str]:
     """What to download for a repository's adapter; FluxError for none, and where only the user can choose."""
     found = [file for file in files if "/" not in file and file.endswith((".safetensors", ".bin"))]

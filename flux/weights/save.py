@@ -23,7 +23,7 @@ from flux.models.t5 import T5Encoder, T5Params
 from flux.models.transformer import Flux, FluxParams
 from flux.sampler import DEV_SHIFT, Shift
 from flux.tokenizers import CLIPTokenizer, clip_vocabulary, read_gzip, read_merges
-from flux.weights import keymaps, quantize, tensors
+from flux.weights import keymaps, quantize, registry, tensors
 from flux.weights.layouts import FOLDERS
 from flux.weights.registry import ModelSpec
 from flux.weights.specs import DEFAULTS
@@ -71,7 +71,8 @@ def save_diffusers(folder: str | os.PathLike, model: Model, dtype: mx.Dtype | No
             file = new / FOLDERS[kind] / f"{STEMS[kind]}.safetensors"
             tensors.save(file, _weights(kind, network, dtype, diffusers=True))
         _write_json(new / "scheduler" / "scheduler_config.json", scheduler_config(model.spec))
-        _write_json(new / "model_index.json", MODEL_INDEX)
+        name = registry.PIPELINES[model.spec.input]
+        _write_json(new / "model_index.json", {"_class_name": name, **MODEL_INDEX})
         _write_rest(new, model)
 
 
@@ -175,7 +176,6 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 # --- Configs, in diffusers' and transformers' words ---
 
 MODEL_INDEX = {
-    "_class_name": "FluxPipeline",
     "_diffusers_version": DIFFUSERS_VERSION,
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"],

@@ -17,6 +17,7 @@ from flux import jsonfiles
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoderParams
 from flux.models.clip import CLIPTextParams
+from flux.models.controlnet import ControlNetParams
 from flux.models.redux import ReduxParams
 from flux.models.siglip import SiglipParams
 from flux.models.t5 import T5Params
@@ -24,11 +25,14 @@ from flux.models.transformer import FluxParams
 from flux.weights.headers import MAX_BLOCKS, MAX_LEVELS, block_count
 
 Tensors = Mapping[str, mx.array]
-Params = FluxParams | AutoEncoderParams | CLIPTextParams | T5Params | SiglipParams | ReduxParams
+Params = (
+    FluxParams | ControlNetParams | AutoEncoderParams | CLIPTextParams | T5Params | SiglipParams | ReduxParams
+)
 
 # What is taken from config.json (diffusers' and transformers' words): our name, and how it is checked.
 FROM_CONFIG: dict[str, dict[str, tuple[str, Callable[[Any, str], Any]]]] = {
     "transformer": {"axes_dims_rope": ("axes_dim", jsonfiles.counts)},
+    "controlnet": {"axes_dims_rope": ("axes_dim", jsonfiles.counts)},
     "ae": {
         "norm_num_groups": ("norm_groups", jsonfiles.count),
         "scaling_factor": ("scale_factor", jsonfiles.positive),
@@ -54,7 +58,7 @@ FROM_CONFIG: dict[str, dict[str, tuple[str, Callable[[Any, str], Any]]]] = {
 
 
 def params(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Params:
-    """The shape of a network, by its key in FROM_CONFIG, with these tensors (our names and axes).
+    """The shape of a part (a key of `FROM_CONFIG`) with these tensors (our names and axes).
 
     FluxError for a config whose values make no network.
     """
@@ -68,6 +72,7 @@ def params(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Params:
         "ae": autoencoder_params,
         "clip": clip_params,
         "t5": t5_params,
+        "controlnet": controlnet_params,
         "siglip": siglip_params,
         "redux": redux_params,
     }
@@ -83,6 +88,11 @@ def _size(tensors: Tensors, default: int, *axes: tuple[str, int]) -> int:
     if size == 0:
         raise FluxError(f"{', '.join(name for name, _ in axes if name in tensors)}: tensors without content")
     return size
+
+
+def _optional(tensors: Tensors, name: str) -> int:
+    """The first size of a tensor, 0 where it is absent."""
+    return _size(tensors, 0, (name, 0)) if name in tensors else 0
 
 
 def _divided(size: int, parts: int, what: str) -> int:
@@ -116,6 +126,7 @@ def flux_params(tensors: Tensors, known: Mapping[str, Any]) -> FluxParams:
         for stream in ("img", "txt")
         for which in ("query", "key")
     ]
+    norms += [f"single_blocks.0.norm.{which}_norm.scale" for which in ("query", "key")]
     head = _size(tensors, usual.hidden_size // usual.num_heads, *((name, 0) for name in norms))
     mlp = _size(tensors, 4 * hidden, (f"{block}.img_mlp.0.bias", 0), (f"{block}.txt_mlp.0.bias", 0))
     axes = tuple(known.get("axes_dim", (head // 8, head * 7 // 16, head * 7 // 16)))
@@ -134,6 +145,20 @@ def flux_params(tensors: Tensors, known: Mapping[str, Any]) -> FluxParams:
         axes_dim=axes,
         qkv_bias=f"{block}.img_attn.qkv.bias" in tensors or f"{block}.txt_attn.qkv.bias" in tensors,
         guidance_embed=any(name.startswith("guidance_in.") for name in tensors),
+    )
+
+
+def controlnet_params(tensors: Tensors, known: Mapping[str, Any]) -> ControlNetParams:
+    """A transformer's, with what the embedders of the control picture and of the mode say."""
+    sizes = vars(flux_params(tensors, known))
+    if not sizes["depth"] + sizes["depth_single_blocks"]:
+        raise FluxError("a ControlNet needs at least one block")
+    sizes["out_channels"] = sizes["in_channels"]
+    return ControlNetParams(
+        **sizes,
+        control_channels=_size(tensors, sizes["in_channels"], ("pos_embed_input.weight", 1)),
+        modes=_optional(tensors, "controlnet_mode_embedder.weight"),
+        hint_channels=_optional(tensors, "input_hint_block.0.bias"),
     )
 
 

@@ -9,8 +9,9 @@ from flux import jsonfiles, sampler
 from flux.errors import FluxError
 from flux.sampler import AnyShift, Shift
 from flux.weights import registry
-from flux.weights.contents import look
-from flux.weights.layouts import Part, read_config
+from flux.weights.contents import Found, look
+from flux.weights.fit import fit_row, input_kind
+from flux.weights.layouts import TAKES, Part, read_config
 from flux.weights.registry import ModelSpec
 
 DEFAULTS = "defaults.json"  # in a folder that this program wrote: the model's defaults
@@ -33,26 +34,39 @@ BEYOND: dict[str, Any] = {
 def spec_of(folder: Path, transformer: Part, spec: ModelSpec | None, name: str) -> ModelSpec:
     """The registry's row for a model, with what its scheduler's config and its defaults.json say otherwise.
 
-    spec: where the model was asked for by its name in the registry. name: of the folder or repository.
-    Warns where a guess must do.
+    spec: where the model was asked for by its name in the registry; the transformer may be another one's.
+    name: of the folder or repository. Warns where a guess must do. FluxError for a transformer that is given
+    something that this program cannot give, or something else than the model that was asked for.
     """
     shift = _shift(folder / SCHEDULER)
+    found = look(transformer.files)
+    file = transformer.files[0].stem
+    kind = _input_kind(found, transformer.label)
     if spec is None:
-        spec = _kind(transformer, shift, f"{name} {transformer.files[0].stem}")
-        _warn_of_kontext(folder, transformer, name)
+        spec = _row(found, transformer, shift, f"{name} {file} {class_name(folder)}", kind)
+    elif spec.repo and "kontext" in registry.words(file) and spec.input == registry.TEXT:
+        spec = registry.get("kontext")
+    else:
+        spec = fit_row(spec, kind, transformer.label)
     if shift is not None:
         spec = replace(spec, shift=shift)
     return _defaults(folder / DEFAULTS, spec)
 
 
-def _kind(transformer: Part, shift: AnyShift | None, name: str) -> ModelSpec:
+def _input_kind(found: Found, label: str) -> str:
+    """What a transformer is given, by its header: text alone, where packed weights do not show it."""
+    channels = found.axis("transformer", *TAKES["picture"]), found.axis("transformer", *TAKES["ae"])
+    taken, given = channels
+    return registry.TEXT if taken is None or given is None else input_kind(taken, given, label)
+
+
+def _row(found: Found, transformer: Part, shift: AnyShift | None, name: str, kind: str) -> ModelSpec:
     """The row for a transformer that has none; with a line where neither its configs nor its name tell."""
-    entries = look(transformer.files).entries
-    has_guidance = any(sign in entry for entry in entries for sign in GUIDANCE)
+    has_guidance = any(sign in entry for entry in found.entries for sign in GUIDANCE)
     shifted = None if shift is None else shift is not False
-    spec = registry.of_file(name, has_guidance, shifted)
+    spec = registry.of_file(name, has_guidance, shifted, kind)
     known = shift is not None or registry.words(name) & {"schnell", "dev", "krea"}
-    if not has_guidance and not known:
+    if not has_guidance and not known and kind == registry.TEXT:
         warnings.warn(
             f"{transformer.label}: takes no guidance, and no scheduler_config.json says how it was trained: "
             "its steps and times are schnell's; --shift dev --steps 28 gives it dev's",
@@ -92,16 +106,6 @@ def _shift(path: Path) -> AnyShift | None:
         raise FluxError(f"{path}: its shift is not a time shift: {jsonfiles.shown(config)}") from None
 
 
-def _warn_of_kontext(folder: Path, transformer: Part, name: str) -> None:
-    said = registry.words(f"{name} {transformer.files[0].stem} {class_name(folder)}")
-    if "kontext" in said:
-        warnings.warn(
-            f"{transformer.label}: FLUX.1 Kontext changes a picture, and none is given to it here: "
-            "it makes pictures from the text alone, as dev does",
-            stacklevel=2,
-        )
-
-
 def class_name(folder: Path) -> str:
     """The pipeline that a diffusers folder is made for, "" where nothing says so."""
     return str(read_config(folder / INDEX).get("_class_name", ""))
@@ -112,6 +116,12 @@ def _defaults(path: Path, spec: ModelSpec) -> ModelSpec:
     if not path.is_file():
         return spec
     values = jsonfiles.read(path)
+    said = values.get("input", spec.input)
+    if said not in registry.INPUTS:
+        wanted = ", ".join(registry.INPUTS)
+        raise FluxError(f"{path}: input should be one of {wanted}, not {jsonfiles.shown(said)}")
+    if spec.input not in (registry.TEXT, said):
+        return spec  # they are of the folder's own transformer, which another one stands for here
     try:
         shift = sampler.read_shift(values.pop("shift", spec.shift))
     except FluxError as error:

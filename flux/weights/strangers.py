@@ -8,12 +8,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ADAPTER = "an adapter (give it with --adapter)"
+CONTROLNET = "a ControlNet (give it with --controlnet)"
 # Models by names of tensors that only they have; the first that fits counts.
 MODELS: tuple[tuple[str, str], ...] = (
     (ADAPTER, r"\.(?:lora|lokr|hada|oft|boft|dora|glora)_?\w*(?:\.|$)|\.diff$"),
     ("Chroma", r"distilled_guidance_layer\."),
     ("FLUX.2", r"double_stream_modulation_img\."),
-    ("a ControlNet", r"^(?:controlnet|pos_embed_input|input_hint_block|control_model)"),
+    (CONTROLNET, r"^(?:controlnet|pos_embed_input|input_hint_block|control_model)"),
     ("FLUX.1 Redux", r"^redux_(?:up|down)\."),
     ("an IP adapter", r"ip_adapter|^image_proj\."),
     ("Stable Diffusion 3", r"joint_blocks\.\d+\.|^(?:model\.diffusion_model\.)?pos_embed\.proj\."),
@@ -48,10 +49,13 @@ BEGINNINGS: tuple[tuple[bytes, str], ...] = (
 UNFINISHED = (".part", ".partial", ".incomplete", ".crdownload", ".download", ".aria2", ".tmp")
 
 
-def model(names: Iterable[str]) -> str | None:
-    """The model or adapter that a file with these tensors is of, where it is not FLUX.1's; else None."""
+def model(names: Iterable[str], besides: str = "") -> str | None:
+    """The model or adapter that a file with these tensors is of, where it is not FLUX.1's; else None.
+
+    besides: what it is known to be, of `MODELS`, which does not count.
+    """
     text = "\n".join(names)
-    return next((name for name, pattern in _PATTERNS if pattern.search(text)), None)
+    return next((name for name, pattern in _PATTERNS if name != besides and pattern.search(text)), None)
 
 
 def is_unfinished(path: Path) -> bool:

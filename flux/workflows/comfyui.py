@@ -13,6 +13,7 @@ from typing import Any
 from flux.errors import FluxError
 from flux.sampler import COMFYUI_SCHEDULES
 from flux.workflows import graph as graphs
+from flux.workflows import pictures
 from flux.workflows.graph import Graph, Link, Node
 
 T5_LENGTH = 256  # ComfyUI pads a prompt to so many of T5's tokens, and cuts none
@@ -26,6 +27,7 @@ FOLDERS = {
     "encoder": ("text_encoders", "clip"),
     "ae": ("vae",),
     "adapter": ("loras",),
+    "picture": ("input", "../input"),  # beside models/
 }
 
 
@@ -34,7 +36,8 @@ class Workflow:
     """A picture's ingredients. Files are names as the workflow has them, with their key in `FOLDERS`.
 
     clip_prompt: where CLIP reads another text than T5. shift: mu, the logarithm by which times are shifted;
-    None for the model's in ComfyUI. notes: what is other than in ComfyUI, or not used.
+    None for the model's in ComfyUI. image_size: None for the first reference's. references: pictures that
+    Kontext is given. notes: what is other than in ComfyUI, or not used.
     """
 
     files: dict[str, tuple[str, str]] = field(default_factory=dict)  # transformer, clip, t5, ae
@@ -49,8 +52,9 @@ class Workflow:
     schedule: str = "simple"
     shift: float | None = None
     seed: int = 0
-    image_size: tuple[int, int] = (512, 512)
+    image_size: tuple[int, int] | None = (512, 512)
     n_images: int = 1
+    references: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -91,6 +95,7 @@ class _Reader:
         self.on_the_way: set[str] = set()
         self.unknown: list[Node] = []
         self.loras: dict[int, dict[str, Node]] = {0: {}, 1: {}}  # those met by way of the model, of CLIP
+        self.references: list[str] = []  # of the text that is being read
 
     def read(self) -> Workflow:
         end = self.end()
@@ -156,8 +161,12 @@ class _Reader:
         self.dispatch({"VAEDecode": _Reader.decode, "VAEDecodeTiled": _Reader.decode}, end, "images")
 
     def decode(self, node: Node, _: int) -> None:
-        self.dispatch({"VAELoader": _Reader.vae, **_CHECKPOINT}, node, "vae")
+        self.vae_of(node)
         self.dispatch(_SAMPLING, node, "samples")
+
+    def vae_of(self, node: Node) -> None:
+        """The autoencoder of a node that decodes or encodes."""
+        self.dispatch({"VAELoader": _Reader.vae, **_CHECKPOINT}, node, "vae")
 
     def ksampler(self, node: Node, _: int) -> None:
         advanced = node.type == "KSamplerAdvanced"
@@ -222,6 +231,13 @@ class _Reader:
         if self.found.n_images > 1:
             self.found.notes.append("ComfyUI makes a batch from one seed, here each picture has another seed")
 
+    def latent_of_picture(self, node: Node, _: int) -> None:
+        """From noise alone a latent only says the size: here the first reference's."""
+        name = pictures.encoded(self, node)
+        if not self.unknown and [name] != self.found.references[:1]:
+            raise FluxError(f"{node}: {name} gives the size; here the first reference does")
+        self.found.image_size = None
+
     # --- Guidance and texts ---
 
     def guider(self, node: Node, _: int) -> None:
@@ -237,7 +253,10 @@ class _Reader:
         if self.found.cfg_scale == 1:
             self.aside(node, "negative")
             return
+        self.references = []
         text, guidance, clip_text = self.conditioning(node, "negative")
+        if not self.unknown and self.references != self.found.references:
+            raise FluxError(f"{node}: the negative text has other references than the prompt")
         if not self.unknown and (guidance != self.found.guidance or clip_text is not None):
             raise FluxError(f"{node}: the negative text has another guidance or another text for CLIP")
         self.found.negative_prompt = text
@@ -253,6 +272,7 @@ class _Reader:
 
     def positive(self, node: Node, name: str) -> None:
         self.found.prompt, self.found.guidance, self.found.clip_prompt = self.conditioning(node, name)
+        self.found.references = self.references
         self.model(node, 0)
 
     def conditioning(self, asker: Node, name: str) -> tuple[str, float, str | None]:
@@ -261,6 +281,13 @@ class _Reader:
         if node.type == "FluxGuidance":
             text, _, clip_text = self.conditioning(node, "conditioning")
             return text, self.value(node, "guidance", float), clip_text
+        if node.type == "ReferenceLatent":
+            found = self.conditioning(node, "conditioning")
+            self.references.append(pictures.reference(self, node))
+            return found
+        if node.type == "FluxKontextMultiReferenceLatentMethod":
+            pictures.check_method(self, node)
+            return self.conditioning(node, "conditioning")
         if node.type == "CLIPTextEncode":
             self.dispatch(_CLIP, node, "clip")
             return self.text(node, "text"), GUIDANCE, None
@@ -361,7 +388,11 @@ class _Reader:
 
 _KINDS = {int: "a whole number", float: "a number", str: "a text"}
 _CHECKPOINT = {"CheckpointLoaderSimple": _Reader.checkpoint}
-_LATENT = {"EmptyLatentImage": _Reader.latent, "EmptySD3LatentImage": _Reader.latent}
+_LATENT = {
+    "EmptyLatentImage": _Reader.latent,
+    "EmptySD3LatentImage": _Reader.latent,
+    "VAEEncode": _Reader.latent_of_picture,
+}
 _SAMPLING = {
     "KSampler": _Reader.ksampler,
     "KSamplerAdvanced": _Reader.ksampler,

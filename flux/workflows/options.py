@@ -19,6 +19,7 @@ def to_options(workflow: Workflow, model: str | None, given: Collection[str] = (
     folder = Path(model or ".").expanduser()
     wanted = [(part, *file, "") for part, file in workflow.files.items() if folder.is_dir()]
     wanted += [("adapter", name, "adapter", f":{strength}") for name, strength in workflow.adapters]
+    wanted += [("reference", name, "picture", "") for name in workflow.references]
     folder = folder if folder.is_dir() else Path()
     files: dict[str, str] = {}
     missing = []
@@ -60,6 +61,6 @@ def shown(options: dict[str, object], prompts: Collection[str]) -> str:
     for name, value in options.items():
         if isinstance(value, tuple):
             value = "x".join(map(str, value))
-        values = str(value).split("\n") if name == "adapter" else [value]
+        values = str(value).split("\n") if name in ("adapter", "reference") else [value]
         words += [f"--{name.replace('_', '-')}={value}" for value in values if value not in (None, "")]
     return shlex.join([*words, *prompts])

@@ -35,6 +35,7 @@ from flux.distributed.gradients import average_gradients
 from flux.distributed.ranks import Ranks
 from flux.distributed.sharding import shard
 from flux.errors import FluxError
+from flux.models.nag import Nag, NagAttention, join_vectors
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
 from flux.weights import tensors
@@ -70,6 +71,18 @@ def run_flux(network: Flux) -> mx.array:
     img, txt, y = (mx.array(rng.standard_normal(s, np.float32)) for s in ((2, 24, 16), (2, 7, 48), (2, 32)))
     ids, txt_ids = sampler.image_positions((8, 12)), sampler.text_positions(7)
     return network(img, ids, txt, txt_ids, mx.array([0.9, 0.3]), y, mx.array([3.5, 1.0]))
+
+
+def run_nag(network: Flux) -> mx.array:
+    """The velocity with two prompts of different lengths."""
+    rng = np.random.default_rng(5)
+    shapes = ((1, 24, 16), (1, 9, 48), (2, 1, 32))
+    img, txt, y = (mx.array(rng.standard_normal(shape, np.float32)) for shape in shapes)
+    both = [network.modulation(mx.array([0.9]), pooled, mx.array([3.5]))[0] for pooled in y]
+    pe = network.positions(sampler.text_positions(9), sampler.image_positions((8, 12)))
+    attend = NagAttention(Nag(5, tau=1.2), (4, 5), network.over_heads)
+    vectors = join_vectors(*both, (4, 5), 24)
+    return network.denoise(img, network.embed_text(txt), pe, vectors, attend=attend)
 
 
 def run_t5(network: T5Encoder) -> mx.array:
@@ -140,6 +153,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], mx.array]]
         lambda: adapted(quantize(make_flux(), 8, 32), "loha", "glora", "ia3", "oft", "dora of columns"),
         run_flux,
     ),
+    "nag": (make_flux, run_nag),
     "t5": (make_t5, run_t5),
     "t5 of 4 bits with lora": (lambda: adapted(quantize(make_t5(), 4, 32), "lora"), run_t5),
 }

@@ -88,7 +88,11 @@ def test_what_cannot_run_is_one_line_before_any_work(call, model, parts, tmp_pat
     tensors.save(tmp_path / "fill.safetensors", own | {"img_in.weight": wide})
     tensors.save(tmp_path / "chroma.safetensors", own | {"distilled_guidance_layer.x.weight": mx.zeros(1)})
     (tmp_path / "pointer.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid x")
-    for name, words in (("fill", "FLUX.1 Fill"), ("chroma", "Chroma"), ("pointer", "git-lfs pointer")):
+    for name, words in (
+        ("fill", "fill fills a part"),
+        ("chroma", "Chroma"),
+        ("pointer", "git-lfs pointer"),
+    ):
         status, out, err = call(*PROMPT, "--model", model, "--transformer", f"{name}.safetensors")
         assert (status, out) == (2, [])
         assert len(err) == 1

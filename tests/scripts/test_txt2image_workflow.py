@@ -11,6 +11,7 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from flux import FluxPipeline, images
+from flux.conditioning import variants
 from flux.weights import save
 
 from .. import comfyui_workflows as workflows
@@ -252,3 +253,29 @@ def test_an_output_name_that_is_too_long(call, tmp_path, more):
     status, out, err = call("x", "--model", "nowhere", "--output", "a" * 247 + ".png", *more)
     assert (status, out, len(err)) == (2, [], 1)
     assert "File name too long" in err[0]
+
+
+def test_kontext_with_two_references(call, comfyui, tmp_path, monkeypatch):
+    """The files in ComfyUI's input/; the model is told by its file's name."""
+    monkeypatch.setattr(variants, "KONTEXT_SIZES", ((48, 64), (64, 48)))
+    name = "flux1-dev-kontext_fp8_scaled.safetensors"
+    (comfyui / "unet" / name).symlink_to(comfyui / "unet/flux1-dev.safetensors")
+    (comfyui.parent / "input").mkdir()
+    for i, file in enumerate(("a.png", "b.png")):
+        picture = np.random.default_rng(i).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+        images.save(comfyui.parent / "input" / file, picture)
+    nodes = workflows.kontext("a.png", "b.png")
+    nodes["12"][1]["unet_name"] = name
+    nodes["31"][1]["steps"] = 2
+    (tmp_path / "w.json").write_text(json.dumps(workflows.api(nodes)))
+    status, out, err = call("--workflow", "w.json", "--model", comfyui, "--output", "a.png")
+    assert (status, out) == (0, ["a.png"]), err
+    assert any("cuts a reference to the size of Kontext" in line for line in err)
+    assert images.load(tmp_path / "a.png")[0].shape == (48, 64, 3)
+    again = [line for line in err if "--reference=" in line]
+    assert call(*shlex.split(again[0].split(": ", 1)[1]), "--output", "b.png")[0] == 0
+    assert np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+    other = ("--reference", comfyui.parent / "input/b.png")
+    assert call("--workflow", "w.json", "--model", comfyui, *other, "--output", "c.png")[0] == 0
+    assert images.read_metadata(tmp_path / "c.png")["reference"].endswith("input/b.png")
+    (comfyui / "unet" / name).unlink()

@@ -28,7 +28,7 @@ from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.evaluation.likeness import psnr
 from flux.evaluation.proportion import Proportion, Z
-from flux.generation import Request, generate
+from flux.generation import generate
 from flux.pipeline import FluxPipeline
 from flux.recipes.emoji import (
     COLOURS,
@@ -49,6 +49,7 @@ from flux.recipes.tiny.judge import (
     reconstruct,
     scene_of,
 )
+from flux.requests import Request
 
 
 class Judge:

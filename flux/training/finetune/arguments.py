@@ -2,7 +2,7 @@
 
 import argparse
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from flux.adapters.writers import WRITERS
 from flux.arguments import Parser, adapter, count, finite, size
 from flux.data.schema import GROUP, SUBSET
 from flux.errors import FluxError
+from flux.tables import Faults
 from flux.training import losses, optimizers, schedules
 from flux.training.finetune import option_files
 from flux.training.finetune.options import ITERATIONS, PARTS, QUANTIZE, WARMUP, Options
@@ -36,11 +37,26 @@ def given_options(words: Sequence[str]) -> dict[str, Any]:
     file = given.pop("options", None)
     if file is None:
         return given
-    texts = {name: _as_input(convert) for name, convert in TEXTS.items()}
-    found, notes = option_files.read(Path(file), texts)
+    found, notes = option_files.read(Path(file), _converters())
     for note in notes:
         warnings.warn(f"{file}: {note}", stacklevel=2)
     return option_files.merged(found, given)
+
+
+def table_options(table: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """As `to_options`, of a table such as a file of options holds, and what is not used of it, a line each.
+
+    FluxError with every fault.
+    """
+    faults = Faults()
+    found, notes = option_files.of_table(table, _converters(), faults)
+    if faults.lines:
+        raise FluxError("; ".join(faults.lines))
+    return to_options(option_files.merged(found, {})), notes
+
+
+def _converters() -> dict[str, Callable[[str], Any]]:
+    return {name: _as_input(convert) for name, convert in TEXTS.items()}
 
 
 def _as_input(convert: Callable[[str], Any]) -> Callable[[str], Any]:

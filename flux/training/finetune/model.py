@@ -1,18 +1,22 @@
 """The model that a fine-tuning begins with, and the adapter that it trains."""
 
+import warnings
+
 import mlx.core as mx
 import mlx.nn as nn
 
-from flux import adapters, pipeline
+from flux import adapters, loading
 from flux.adapters import Adapter, Adapters, Delta
 from flux.adapters.training import DEFAULT_TARGET
 from flux.data import cache
+from flux.errors import FluxError
 from flux.models.clip import CLIPTextModel
 from flux.models.transformer import Flux
 from flux.pipeline import FluxPipeline
 from flux.training.finetune.options import Options
-from flux.weights import checkpoints
+from flux.weights import checkpoints, registry
 from flux.weights.checkpoints import Checkpoint
+from flux.weights.registry import ModelSpec
 
 LEARNED = "learned"  # the name of the trained adapter among those of the network
 
@@ -37,7 +41,8 @@ class Base:
         self._options = options
         self._dtype = getattr(mx, options.dtype) if options.dtype else checkpoints.default_dtype()
         bits, mode = options.quantization
-        parts = pipeline.load(self.checkpoint, self._dtype, bits, weighted, options.fuse_adapters, mode=mode)
+        parts = loading.load(self.checkpoint, self._dtype, bits, weighted, options.fuse_adapters, mode=mode)
+        check_input(parts.spec)
         self.pipeline = FluxPipeline.from_parts(parts)
         self.ae_params = parts.ae.params
         self.end_token = parts.clip_tokenizer.eos_token_id
@@ -61,6 +66,17 @@ class Base:
     def load_ae(self) -> None:
         """The autoencoder again, for `pipeline.decode`; `del pipeline.ae` lets go of it."""
         self.pipeline.ae = self.checkpoint.load_ae(self._dtype)
+
+
+def check_input(spec: ModelSpec) -> None:
+    """FluxError for a model that needs a picture besides texts; warns of one that may be given some."""
+    if spec.input in (registry.FILL, registry.CONTROL):
+        raise FluxError(
+            f"{spec.name} is given a picture besides its text, which a data set here does not have: "
+            "train an adapter of dev, which works with it too"
+        )
+    if spec.input == registry.REFERENCE:
+        warnings.warn(f"{spec.name} is trained without references, as from text to picture", stacklevel=2)
 
 
 def inject(network: Network, options: Options) -> dict[str, Adapters]:

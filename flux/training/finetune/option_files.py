@@ -22,15 +22,25 @@ Converter = Callable[[str], Any]
 
 
 def read(path: Path, texts: Mapping[str, Converter]) -> tuple[dict[str, Any], list[str]]:
-    """The options of a file by our names, and what is not used of it, a line each.
+    """As `of_table`, of a file."""
+    faults = Faults()
+    found = of_table(tables.read_file(path), texts, faults)
+    if faults.lines:
+        raise FluxError("; ".join(f"{path}: {line}" for line in faults.lines))
+    return found
+
+
+def of_table(
+    table: Mapping[str, Any], texts: Mapping[str, Converter], faults: Faults
+) -> tuple[dict[str, Any], list[str]]:
+    """The options of a table by our names, and what is not used of it, a line each.
 
     Keys are long options of the command line or names of other trainers, in tables of any name. texts: reads
-    the values that the command line has as texts. FluxError with every fault.
+    the values that the command line has as texts. Every fault comes into `faults`.
     """
-    faults = Faults()
     notes: list[str] = []
     given: dict[str, Any] = {}
-    for key, value in _flat(tables.read_file(path)):
+    for key, value in _flat(table):
         name = _ours(key)
         if name is None:
             _unknown(key, value, faults, notes)
@@ -43,8 +53,6 @@ def read(path: Path, texts: Mapping[str, Converter]) -> tuple[dict[str, Any], li
             given[name] = None if value is None else _checked(name, value, texts, of_file)
             for line in of_file.lines:
                 faults.add(key, line.removeprefix(f"{name}: "))
-    if faults.lines:
-        raise FluxError("; ".join(f"{path}: {line}" for line in faults.lines))
     return {name: value for name, value in given.items() if value is not None}, notes
 
 

@@ -7,7 +7,8 @@ from typing import Any
 import mlx.core as mx
 
 from flux import generation, images
-from flux.generation import Encoded, Request
+from flux.encoding import Encoded
+from flux.requests import Request
 from flux.training.finetune.features import Features
 from flux.training.finetune.model import Base, Network
 from flux.training.flow_matching import FlowLoss

@@ -17,8 +17,9 @@ from flux import images
 from flux.arguments import Parser, count, finite, prompt_files, read_prompt, run_program
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
-from flux.generation import Request, generate
+from flux.generation import generate
 from flux.pipeline import FluxPipeline
+from flux.requests import Request
 from flux.tables import Faults, read_file
 from flux.training.pretrain.config import read_config
 from flux.training.pretrain.networks import Networks

@@ -9,9 +9,10 @@ import mlx.core as mx
 import numpy as np
 
 from flux import generation, images
-from flux.generation import Request
 from flux.known_words import KnownWords
-from flux.pipeline import FluxPipeline, Parts
+from flux.loading import Parts
+from flux.pipeline import FluxPipeline
+from flux.requests import Request
 from flux.training import losses
 from flux.training.pretrain.batches import Batches
 from flux.training.pretrain.config import Config, Step, heights_and_widths

@@ -1,0 +1,1 @@
+"""Datasets, trainings and pictures over HTTP: `python -m flux.server`, with requirements-server.txt."""

@@ -1,0 +1,1 @@
+"""The addresses of the server, thin: each route reads its request, calls one module, and answers."""
