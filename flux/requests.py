@@ -136,7 +136,7 @@ class ResolvedRequest(Request):
 
     @property
     def has_no_effect(self) -> str | None:
-        """What the strength takes the effect from, where it does: the prompt, or the picture that is changed."""
+        """What has no effect at such a strength, if anything: the prompt, or the picture that is changed."""
         if self.made_steps == 0:
             return f"strength {self.strength:g} makes none of {self.steps} steps: the prompt has no effect"
         whole = self.edit is not None and self.edit.mask is None and self.edit.expand is None

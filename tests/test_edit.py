@@ -222,7 +222,7 @@ def test_a_large_picture_is_changed_within_the_crop(pipeline):
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (98, 121, 198, 231)
 
 
-@pytest.mark.parametrize(("strength", "line"), [(0.0, "the prompt has no effect"), (1.0, "the picture has no")])
+@pytest.mark.parametrize(("strength", "line"), [(0.0, "the prompt has no"), (1.0, "the picture has no")])
 def test_what_has_no_effect_is_said(pipeline, strength, line):
     with pytest.warns(UserWarning, match=line):
         draw(pipeline, Edit(SOME, strength), num_steps=4)
