@@ -28,6 +28,7 @@ LEVELS = {
     "flux.vocabularies": 1,
     "flux.sampler": 1,
     "flux.solvers": 1,
+    "flux.step_cache": 2,
     "flux.preprocessing": 1,
     "flux.distributed.ranks": 1,
     "flux.distributed.gradients": 1,

@@ -137,6 +137,15 @@ def test_split_networks_give_the_same(reports, size):
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
+def test_ranks_of_a_split_network_skip_the_same_blocks(reports, size):
+    for report in reports(size)[1]:
+        saved, saved_split, error, saved_unlike = report["cached"]
+        assert saved == saved_split > 0
+        assert error <= 1e-5
+        assert saved_unlike == 0  # one rank that would compute is enough
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
 def test_as_few_messages_as_can_be(reports, size):
     """Two sums for each of two double blocks, one for each of three single blocks; gathers for modulation."""
     for report in reports(size)[1]:
