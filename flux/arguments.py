@@ -146,7 +146,7 @@ def finite(text: str) -> float:
     return number
 
 
-def cache(text: str) -> float:
+def cache_threshold(text: str) -> float:
     """A step cache's threshold: the name of a level, or a number."""
     try:
         return LEVELS[text] if text in LEVELS else float(text)
@@ -216,6 +216,13 @@ def adapter(text: str) -> tuple[str, float]:
             message = f"the strength of {file} must be a number, not {number!r}"
             raise argparse.ArgumentTypeError(message) from None
         return text, 1.0
+
+
+def cache_folder(text: str) -> str:
+    """A folder that exists, or a path with a / for a new one: a prompt after the option is not meant."""
+    if Path(text).is_dir() or ("/" in text and not Path(text).exists()):
+        return text
+    raise argparse.ArgumentTypeError(f"no folder is called {text!r}; a new one is written with a /: ./NAME")
 
 
 def find_prompts(given: list[str], file: str | None, folder: str | None) -> list[str]:

@@ -124,9 +124,21 @@ class Recipe:
             pictures = [pictures[self.picture]]
         if not raw:
             pictures = [images.grid(pictures, 1 if self.picture is not None else self.n_rows)]
-        for (path, text), picture in zip(files, pictures, strict=True):
-            images.save(path, picture, *() if bare else (text, parameters(text)))
-        return [path for path, _ in files]
+        return _write(files, pictures, bare)
+
+    def save_finished(
+        self, output: str | Path, pictures: Sequence[np.ndarray], bare: bool = False
+    ) -> list[Path]:
+        """Write the first pictures of a run that was stopped, each in a file, as with `raw`; their paths."""
+        if self.picture is not None:
+            return []
+        return _write(self.files(output, raw=True)[: len(pictures)], pictures, bare)
+
+
+def _write(files: Sequence[File], pictures: Sequence[np.ndarray], bare: bool) -> list[Path]:
+    for (path, text), picture in zip(files, pictures, strict=True):
+        images.save(path, picture, *() if bare else (text, parameters(text)))
+    return [path for path, _ in files]
 
 
 def _is_written(name: str, value: object) -> bool:

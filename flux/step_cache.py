@@ -38,7 +38,9 @@ def check_threshold(threshold: float) -> None:
 class Kept:
     """What is kept of a branch's steps that were computed whole; everything in float32."""
 
-    first: mx.array = field(default_factory=lambda: mx.zeros((0,)))  # (B, L, C), by the first block, the latest
+    first: mx.array = field(
+        default_factory=lambda: mx.zeros((0,))
+    )  # (B, L, C), by the first block, the latest
     times: tuple[float, ...] = ()  # of the latest two, the latest last
     others: tuple[mx.array, ...] = ()  # (B, L, C) each, what the other blocks added at these times
 

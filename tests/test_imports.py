@@ -47,6 +47,8 @@ LEVELS = {
     "flux.loading": 3,
     "flux.encoding": 4,
     "flux.requests": 4,
+    "flux.previews": 5,
+    "flux.text_cache": 3,
     "flux.generation": 4,
     "flux.pipeline": 4,
     "flux.training": 5,
