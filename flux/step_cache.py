@@ -17,7 +17,8 @@ from flux.models.layers import Attend, clip_float16
 from flux.models.transformer import Flux, ModulationVectors, Residuals
 
 # Thresholds by name: the relative change of what the first block adds, below which the others are skipped.
-LEVELS = {"low": 0.05, "medium": 0.1, "high": 0.2}
+# Of the built-in model at 50 steps they leave 1/1.96, 1/2.28 and 1/2.84 of the evaluations of blocks.
+LEVELS = {"low": 0.07, "medium": 0.1, "high": 0.2}
 
 
 @dataclass
@@ -36,13 +37,14 @@ def check_threshold(threshold: float) -> None:
 
 @dataclass
 class Kept:
-    """What is kept of a branch's steps that were computed whole; everything in float32."""
+    """What is kept of a branch's steps that were computed whole; everything in float32.
 
-    first: mx.array = field(
-        default_factory=lambda: mx.zeros((0,))
-    )  # (B, L, C), by the first block, the latest
+    first (B, L, C): what the first block added in the latest. others: what the others added, at these times.
+    """
+
+    first: mx.array = field(default_factory=lambda: mx.zeros((0,)))
     times: tuple[float, ...] = ()  # of the latest two, the latest last
-    others: tuple[mx.array, ...] = ()  # (B, L, C) each, what the other blocks added at these times
+    others: tuple[mx.array, ...] = ()  # (B, L, C) each
 
     def keep(self, t: float, first: mx.array, others: mx.array) -> None:
         """Take in a step. One at the latest's time, as of Heun's method, takes its place."""

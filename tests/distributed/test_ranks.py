@@ -249,7 +249,7 @@ def test_rank_0_alone_prints_and_writes(reports, size):
     # Of all ranks: six pictures, two passes, four steps of five blocks, of which one saves four.
     saved = "step cache: 48 of 240 block evaluations saved\n"
     assert lines["many"] == (0, "\n".join(MANY_FILES) + "\n", saved)
-    assert lines["one"] == (0, "one.png\n", "step cache: 0 of 5 block evaluations saved\n")
+    assert lines["one"] == (0, "one.png\n", "step cache: 0 of 10 block evaluations saved\n")
     assert lines["folder"][1].split() == FOLDER_FILES
     if size == 4:
         heads = "error: the model's 3 heads cannot be split over 4 ranks: start 3 at most"
