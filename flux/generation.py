@@ -168,9 +168,11 @@ def generate(
     on_estimate: as `on_step`, but with the model's estimate of the finished latent, not yet evaluated.
     keep_finished: where Ctrl-C ends denoising, yield the pictures that are finished before KeyboardInterrupt
     is raised; not with several ranks, nor streaming, where they were yielded already.
-    FluxError, before any work, for settings that make no picture.
+    FluxError, before any work, for settings that make no picture. Warns of what a small model does not know.
     """
     resolved = [request.resolved(pipeline) for request in requests]
+    if pipeline.known_words is not None:
+        pipeline.known_words.warn((request.prompt, request.image_size) for request in resolved)
     ranks, stages = ranks or Ranks.alone(), stages or Stages()
     run = _Run(pipeline, ranks, on_step, keep_models, progress, stages, on_estimate, keep_finished)
     batches = split(resolved, decoding_batch_size)

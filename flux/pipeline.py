@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flux import denoising, generation, images, machine, sampler
+from flux import denoising, generation, images, known_words, machine, sampler
 from flux.adapters import evaluate, read_weighted
 from flux.adapters.attach import fingerprint
 from flux.conditioning import (
@@ -34,6 +34,7 @@ from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.generation import OnStep
+from flux.known_words import KnownWords
 from flux.loading import Parts, load
 from flux.models.nag import Nag
 from flux.models.transformer import ROUNDINGS
@@ -49,8 +50,11 @@ class FluxPipeline:
     """Text to pictures with a FLUX model.
 
     The parts are the attributes `flow`, `ae`, `clip`, `t5`, `clip_tokenizer` and `t5_tokenizer`; any of them
-    may be deleted once it has done its work. `spec` holds the model's defaults.
+    may be deleted once it has done its work. `spec` holds the model's defaults, `known_words` what a small
+    model was trained on, if its folder says so.
     """
+
+    known_words: KnownWords | None = None
 
     def __init__(
         self,
@@ -121,6 +125,8 @@ class FluxPipeline:
         if text_cache is not None:
             settings = (dtype, bits, weighted, fuse_adapters, self.t5_tokenizer, self.t5_padding)
             self.text_cache: TextCache | None = TextCache(text_cache, identity(self.checkpoint, *settings))
+        if not adapters and not any(files.values()):  # these may know others
+            self.known_words = known_words.read(self.checkpoint.t5_tokenizer.parent)
         if redux is not None:
             self.redux: Redux | None = Redux.load(redux, siglip, dtype)
             self.redux.check_fit(self.flow.params.context_in_dim, self.checkpoint.parts["transformer"].label)

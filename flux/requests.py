@@ -84,6 +84,8 @@ class Request:
         }
         request = ResolvedRequest(**given | filled)
         request.check()
+        if self.edit is not None and request.has_no_effect:
+            warnings.warn(request.has_no_effect, stacklevel=1)
         pipeline.controlnets.check(request.controlnets)
         tokens = variants.count_tokens(request.references, pipeline.downscale)
         tokens += count_tokens(pipeline.redux, self.redux, self.redux_blend)
@@ -134,6 +136,16 @@ class ResolvedRequest(Request):
     def strength(self) -> float:
         """The share of the steps that are made."""
         return 1.0 if self.edit is None else self.edit.share
+
+    @property
+    def has_no_effect(self) -> str | None:
+        """What has no effect at such a strength, if anything: the prompt, or the picture that is changed."""
+        if self.made_steps == 0:
+            return f"strength {self.strength:g} makes none of {self.steps} steps: the prompt has no effect"
+        whole = self.edit is not None and self.edit.mask is None and self.edit.expand is None
+        if whole and self.made_steps == self.steps and self.control is None and not self.references:
+            return f"strength {self.strength:g} makes all of {self.steps} steps: the picture has no effect"
+        return None
 
     @property
     def has_pictures(self) -> bool:

@@ -26,6 +26,7 @@ LEVELS = {
     "flux.sheets": 1,
     "flux.tokenizers": 1,
     "flux.vocabularies": 1,
+    "flux.known_words": 1,
     "flux.sampler": 1,
     "flux.solvers": 1,
     "flux.step_cache": 2,
