@@ -27,6 +27,7 @@ from flux.options import build_parser
 from flux.pipeline import FluxPipeline
 from flux.previews import Previews
 from flux.requests import Request, ResolvedRequest
+from flux.step_cache import BlockCount
 from flux.weights import quantize, registry
 from flux.workflows import comfyui
 from flux.workflows.options import shown, to_options
@@ -76,6 +77,8 @@ def run(ranks: Ranks) -> int:
             with stages("save"):
                 save = partial(recipe.save, args.output, args.save_raw, pictures, args.no_metadata)
                 print(*ranks.rank_zero_only(save) or (), sep="\n")
+        if args.cache is not None:
+            print_saved(pipeline.block_count, ranks)
         if shown_so_far is not None:
             shown_so_far.remove()
         if args.verbose and ranks.is_rank_zero:
@@ -123,6 +126,14 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
         line = quantize.report(args.quantize, **networks)
         print(f"quantized: {line}", file=sys.stderr)
     return pipeline
+
+
+def print_saved(count: BlockCount, ranks: Ranks) -> None:
+    """What the step cache has saved on all ranks; on each rank of a split model it is the same."""
+    mine = (count.saved, count.total)
+    saved, total = map(sum, zip(*[mine] if ranks.model_parallel else ranks.gather(mine), strict=True))
+    if ranks.is_rank_zero:
+        print(f"step cache: {saved} of {total} block evaluations saved", file=sys.stderr)
 
 
 # --- Arguments ---
@@ -216,6 +227,7 @@ def to_requests(
         control_edges=args.control_edges and not args.controlnet,
         controlnets=inputs.to_controls(vars(args), pictures),
         solver=args.solver,
+        cache=args.cache,
         redux=tuple((pictures[name], strength) for name, strength in args.redux or ()),
         redux_blend=args.redux_blend,
     ).resolved(pipeline)

@@ -17,6 +17,7 @@ from flux import images, interrupts, sampler
 from flux.distributed.ranks import Ranks, print_error
 from flux.errors import FluxError
 from flux.jsonfiles import shown
+from flux.step_cache import LEVELS
 
 INTERRUPTED, UNREAD = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
 MOST = 10**7  # of anything that is counted: pixels of a side, steps, iterations
@@ -143,6 +144,15 @@ def finite(text: str) -> float:
     if not math.isfinite(number):
         raise argparse.ArgumentTypeError(f"must be a finite number, not {text}")
     return number
+
+
+def cache_threshold(text: str) -> float:
+    """A step cache's threshold: the name of a level, or a number."""
+    try:
+        return LEVELS[text] if text in LEVELS else float(text)
+    except ValueError:
+        names = ", ".join(LEVELS)
+        raise argparse.ArgumentTypeError(f"must be {names} or a number, not {text[:40]}") from None
 
 
 def size(text: str) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from flux.encoding import Encoded, encode
 from flux.errors import FluxError
 from flux.requests import Request, ResolvedRequest
 from flux.stages import Stages
+from flux.step_cache import StepCache
 
 if TYPE_CHECKING:
     from flux.pipeline import FluxPipeline
@@ -88,8 +89,9 @@ def denoiser(
     def denoise(request: ResolvedRequest) -> mx.array:
         noise = pipeline.noise(request.seeds, request.latent_size)
         guide = None if request.guide is None else request.guide.bound(pipeline.ae, request.latent_size)
+        cache = None if request.cache is None else StepCache(request.cache, pipeline.block_count)
         whole = plan(replace(request, seeds=()))._replace(
-            x=noise, cfg_end=request.cfg_end, nag=request.nag, guide=guide
+            x=noise, cfg_end=request.cfg_end, nag=request.nag, guide=guide, cache=cache
         )
         x = whole.pictures.start(noise, whole.times[0])  # finished, where a picture is not to be changed
         for step, x_next in enumerate(pipeline.denoise(whole)):

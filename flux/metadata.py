@@ -23,7 +23,7 @@ LISTS = ("reference", *CONTROLNETS)
 OPTIONS = (
     *("model", *PARTS, "dtype", "rounding", "quantize", "adapter", "fuse_adapter", "no_t5_padding"),
     *("t5_padding", "negative_prompt", "clip_prompt", "cfg_scale", "cfg_end", "nag", "guidance"),
-    *("solver", "schedule", "shift", "steps"),
+    *("solver", "schedule", "shift", "steps", "cache"),
     *("image", "strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"),
     *("reference", *CONTROLNETS, "control_edges"),
     *("redux", "redux_blend", "redux_model", "siglip", "pictures"),

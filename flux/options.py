@@ -1,7 +1,19 @@
 """The command line of the program that makes pictures, a function for each group."""
 
 from flux import images, sampler
-from flux.arguments import Parser, adapter, cache_folder, count, finite, padding, pixels, shift, sides, size
+from flux.arguments import (
+    Parser,
+    adapter,
+    cache_folder,
+    cache_threshold,
+    count,
+    finite,
+    padding,
+    pixels,
+    shift,
+    sides,
+    size,
+)
 from flux.conditioning.controlnets import MODES
 from flux.metadata import PARTS
 from flux.models.transformer import ROUNDINGS
@@ -254,6 +266,13 @@ def _add_sampling(parser: Parser) -> None:
     )
     add("--cfg-end", type=finite, default=1.0, metavar="X", help="share of the steps with true guidance (1)")
     add("--nag", type=finite, metavar="SCALE", help="lead attention away from the negative prompt; FLUX: 5")
+    add(
+        "--cache",
+        type=cache_threshold,
+        metavar="X",
+        help="skip most blocks where a step is much like those before: faster, and a little another picture. "
+        "low, medium, high, or by how much steps may differ, such as 0.1 (medium)",
+    )
     add("--seed", type=int, metavar="N", help="a prompt's picture i is made from N + i; default: random")
     add(
         "--noise",

@@ -39,6 +39,7 @@ from flux.loading import Parts, load
 from flux.models.nag import Nag
 from flux.models.transformer import ROUNDINGS
 from flux.requests import Request
+from flux.step_cache import BlockCount
 from flux.text_cache import TextCache, identity
 from flux.weights import checkpoints
 from flux.weights.quantize import read_kind
@@ -147,6 +148,7 @@ class FluxPipeline:
         self._split = False
         self.controlnets = ControlNets()
         self.redux = None
+        self.block_count = BlockCount()  # of all pictures with a step cache
         self.text_cache = None
         # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
         self.downscale = 2 ** (len(self.ae.params.ch_mult) - 1)
@@ -224,7 +226,7 @@ class FluxPipeline:
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
         schedule, clip_prompt, others: fields of `Request`, such as edit, references, control, controlnets,
-        redux, solver, cfg_end, nag and guide.
+        redux, solver, cfg_end, nag, guide and cache.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed

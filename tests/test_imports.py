@@ -29,6 +29,7 @@ LEVELS = {
     "flux.known_words": 1,
     "flux.sampler": 1,
     "flux.solvers": 1,
+    "flux.step_cache": 2,
     "flux.preprocessing": 1,
     "flux.distributed.ranks": 1,
     "flux.distributed.gradients": 1,
