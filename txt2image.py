@@ -11,9 +11,10 @@ import flux  # noqa: F401  before mlx.core, so that OpenBLAS is there first
 
 # isort: split
 import mlx.core as mx
+import numpy as np
 from tqdm import tqdm
 
-from flux import arguments, images, inputs, metadata, sampler
+from flux import arguments, images, inputs, metadata, previews, sampler, text_cache
 from flux.arguments import check_folder, run_program
 from flux.conditioning import Picture
 from flux.conditioning.pictures import read_bytes
@@ -24,7 +25,9 @@ from flux.metadata import PARTS, Recipe
 from flux.models.nag import Nag
 from flux.options import build_parser
 from flux.pipeline import FluxPipeline
+from flux.previews import Previews
 from flux.requests import Request, ResolvedRequest
+from flux.step_cache import BlockCount
 from flux.weights import quantize, registry
 from flux.workflows import comfyui
 from flux.workflows.options import shown, to_options
@@ -51,6 +54,7 @@ def run(ranks: Ranks) -> int:
             requests = ranks.on_all_ranks(lambda: to_requests(args, given, pipeline))
             if ranks.size > 1:
                 ranks.agree(ranks.on_all_ranks(pipeline.fingerprints))
+            shown_so_far = ranks.on_all_ranks(lambda: to_previews(args, pipeline))
             if args.preload_models:
                 pipeline.ensure_models_are_loaded()
         draw = partial(
@@ -61,6 +65,7 @@ def run(ranks: Ranks) -> int:
             keep_models=args.preload_models,
             progress=True,
             stages=stages,
+            on_estimate=shown_so_far if ranks.is_rank_zero else None,
         )
         recipe = to_recipe(args, requests[0], given, pipeline.flow.dtype)
         if args.prompts_folder:
@@ -68,10 +73,14 @@ def run(ranks: Ranks) -> int:
         else:
             size = requests[0].made_size(pipeline)
             ranks.rank_zero_only(lambda: recipe.check(args.output, args.save_raw, size))
-            pictures = list(draw(requests))
+            pictures = make(args, recipe, requests, partial(draw, keep_finished=True), shown_so_far, ranks)
             with stages("save"):
                 save = partial(recipe.save, args.output, args.save_raw, pictures, args.no_metadata)
                 print(*ranks.rank_zero_only(save) or (), sep="\n")
+        if args.cache is not None:
+            print_saved(pipeline.block_count, ranks)
+        if shown_so_far is not None:
+            shown_so_far.remove()
         if args.verbose and ranks.is_rank_zero:
             print(stages, file=sys.stderr)
         ranks.barrier()  # until rank 0 has written everything
@@ -108,6 +117,7 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
         controlnets=args.controlnet or (),
         redux=(args.redux_model or registry.REDUX) if args.redux else None,
         siglip=args.siglip,
+        text_cache=text_cache.default_folder() if args.text_cache == "" else args.text_cache,
         **{part: getattr(args, part) for part in PARTS},
     )
     if args.quantize and ranks.is_rank_zero:
@@ -116,6 +126,14 @@ def load(args: argparse.Namespace, ranks: Ranks) -> FluxPipeline:
         line = quantize.report(args.quantize, **networks)
         print(f"quantized: {line}", file=sys.stderr)
     return pipeline
+
+
+def print_saved(count: BlockCount, ranks: Ranks) -> None:
+    """What the step cache has saved on all ranks; on each rank of a split model it is the same."""
+    mine = (count.saved, count.total)
+    saved, total = map(sum, zip(*[mine] if ranks.model_parallel else ranks.gather(mine), strict=True))
+    if ranks.is_rank_zero:
+        print(f"step cache: {saved} of {total} block evaluations saved", file=sys.stderr)
 
 
 # --- Arguments ---
@@ -169,6 +187,8 @@ def check(args: argparse.Namespace) -> None:
     inputs.check(vars(args), vars(build_parser().parse_args([])))
     if args.fuse_adapter and not args.adapter:
         raise FluxError("--fuse-adapter needs an adapter; name it with --adapter")
+    if args.preview_decoder and not args.preview_every:
+        raise FluxError("--preview-decoder shows previews; say how often with --preview-every N")
     pictures = (1 if args.prompts_folder else len(args.prompts)) * args.n_images
     if pictures > MOST_PICTURES:
         raise FluxError(f"--n-images {args.n_images} makes {pictures} pictures; {MOST_PICTURES} are the most")
@@ -207,6 +227,7 @@ def to_requests(
         control_edges=args.control_edges and not args.controlnet,
         controlnets=inputs.to_controls(vars(args), pictures),
         solver=args.solver,
+        cache=args.cache,
         redux=tuple((pictures[name], strength) for name, strength in args.redux or ()),
         redux_blend=args.redux_blend,
     ).resolved(pipeline)
@@ -232,6 +253,44 @@ def to_recipe(
         picture=args.picture,
         pictures={name: picture.sha256 for name, picture in pictures.items()},
     )
+
+
+def to_previews(args: argparse.Namespace, pipeline: FluxPipeline) -> Previews | None:
+    """What shows the picture so far, if it is to be shown."""
+    if args.preview_every is None:
+        return None
+    colours = previews.choose(pipeline.ae, args.preview_decoder)
+    return Previews(previews.path_beside(args.output), args.preview_every, colours, pipeline.downscale)
+
+
+def make(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    requests: list[ResolvedRequest],
+    draw: Callable,
+    shown_so_far: Previews | None,
+    ranks: Ranks,
+) -> list[np.ndarray]:
+    """The pictures. When Ctrl-C stops it, those that are finished are written, each in a file."""
+    pictures: list[np.ndarray] = []
+    try:
+        for picture in draw(requests):
+            pictures.append(picture)
+    except KeyboardInterrupt:
+        if ranks.size == 1:
+            for path in recipe.save_finished(args.output, pictures, args.no_metadata):
+                print(path)
+            tell_of_interrupt(len(pictures), sum(len(r.seeds) for r in requests), shown_so_far)
+        raise
+    return pictures
+
+
+def tell_of_interrupt(finished: int, total: int, shown_so_far: Previews | None) -> None:
+    """One line of what there is, if there is anything."""
+    so_far = shown_so_far is not None and shown_so_far.write()
+    if finished or so_far:
+        left = f"; the latest preview: {shown_so_far.path}" if shown_so_far and so_far else ""
+        print(f"interrupted: {finished} of {total} pictures were finished{left}", file=sys.stderr)
 
 
 def make_folder(

@@ -17,6 +17,7 @@ from flux import images, interrupts, sampler
 from flux.distributed.ranks import Ranks, print_error
 from flux.errors import FluxError
 from flux.jsonfiles import shown
+from flux.step_cache import LEVELS
 
 INTERRUPTED, UNREAD = 130, 141  # 128 and the signal's number: SIGINT, SIGPIPE
 MOST = 10**7  # of anything that is counted: pixels of a side, steps, iterations
@@ -145,6 +146,15 @@ def finite(text: str) -> float:
     return number
 
 
+def cache_threshold(text: str) -> float:
+    """A step cache's threshold: the name of a level, or a number."""
+    try:
+        return LEVELS[text] if text in LEVELS else float(text)
+    except ValueError:
+        names = ", ".join(LEVELS)
+        raise argparse.ArgumentTypeError(f"must be {names} or a number, not {text[:40]}") from None
+
+
 def size(text: str) -> tuple[int, int]:
     """(height, width) of "256x512", or of "256" for a square."""
     height, _, width = text.lower().partition("x")
@@ -206,6 +216,13 @@ def adapter(text: str) -> tuple[str, float]:
             message = f"the strength of {file} must be a number, not {number!r}"
             raise argparse.ArgumentTypeError(message) from None
         return text, 1.0
+
+
+def cache_folder(text: str) -> str:
+    """A folder that exists, or a path with a / for a new one: a prompt after the option is not meant."""
+    if Path(text).is_dir() or ("/" in text and not Path(text).exists()):
+        return text
+    raise argparse.ArgumentTypeError(f"no folder is called {text!r}; a new one is written with a /: ./NAME")
 
 
 def find_prompts(given: list[str], file: str | None, folder: str | None) -> list[str]:

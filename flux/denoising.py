@@ -1,6 +1,7 @@
 """From noise to a finished latent: what is the same in all steps, computed once, and the steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from flux.models.layers import Attend
 from flux.models.nag import Nag, NagAttention, join_vectors
 from flux.models.transformer import Flux, ModulationVectors, Residuals
 from flux.solvers import SOLVERS
+from flux.step_cache import StepCache
 
 
 class Conditioning(NamedTuple):
@@ -47,7 +49,7 @@ class Plan(NamedTuple):
     """All that `denoise` needs; `mx.eval` takes it.
 
     cfg_end: the share of the steps, from the first, that have true guidance. nag: how attention is led away
-    from the negative prompt. guide: leads by a loss.
+    from the negative prompt. guide: leads by a loss. cache: skips blocks; of one picture.
     """
 
     x: mx.array | None  # (B, L, channels), the noise
@@ -61,6 +63,7 @@ class Plan(NamedTuple):
     cfg_end: float = 1.0
     nag: Nag | None = None
     guide: BoundGuide | None = None
+    cache: StepCache | None = None
 
 
 def prepare_branch(
@@ -93,18 +96,21 @@ def denoise(flow: Flux, plan: Plan, controlnets: ControlNets = NO_CONTROLNETS) -
     if noise is None:
         raise ValueError("the plan was prepared without noise: plan._replace(x=noise)")
 
-    def pass_through(x: mx.array, told: Told, added: Residuals | None) -> mx.array:
+    def pass_through(
+        x: mx.array, told: Told, added: Residuals | None, step: int, branch: str = "positive"
+    ) -> mx.array:
         text = mx.broadcast_to(told.text, (len(x), *told.text.shape[1:]))
-        x_and_pictures = with_pictures(x, pictures)
-        v = flow.denoise(x_and_pictures, text, told.positions, told.vectors, added, told.attend)
+        run = flow.denoise if plan.cache is None else cached(flow, plan.cache, plan, step, branch, x.shape[1])
+        v = run(with_pictures(x, pictures), text, told.positions, told.vectors, added, told.attend)
         return v[:, : x.shape[1]].astype(mx.float32)
 
     def of_prompts(x: mx.array, step: int) -> mx.array:
         added = controlnets.residuals(plan.controls, flow.params, x, step)
-        v = pass_through(x, prompts(flow, plan, step), added)
+        v = pass_through(x, prompts(flow, plan, step), added, step)
         if plan.negative is None or not has_true_guidance(plan, step):
             return v
-        return sampler.guide(v, pass_through(x, plan.negative.step(step), added), plan.cfg_scale)
+        negative = pass_through(x, plan.negative.step(step), added, step, "negative")
+        return sampler.guide(v, negative, plan.cfg_scale)
 
     def velocity(x: mx.array, step: int) -> mx.array:
         v = of_prompts(x, step)
@@ -116,6 +122,19 @@ def denoise(flow: Flux, plan: Plan, controlnets: ControlNets = NO_CONTROLNETS) -
         return pictures.put_back(x, noise, plan.times, step)
 
     return SOLVERS[plan.solver](velocity, pictures.start(noise, plan.times[0]), plan.times, project)
+
+
+def cached(
+    flow: Flux, cache: StepCache, plan: Plan, step: int, branch: str, tokens: int
+) -> Callable[..., mx.array]:
+    """`Flux.denoise` by a cache, in a step and for the latent's first tokens.
+
+    The last step is computed. Steps are compared where the same ControlNets act: the skipped blocks are those
+    that they add to.
+    """
+    acting = tuple(step in control.modulation for control in plan.controls)
+    last = step == len(plan.times) - 2
+    return partial(cache.denoise, flow, (branch, acting), plan.times[step], tokens, last)
 
 
 def has_true_guidance(plan: Plan, step: int) -> bool:

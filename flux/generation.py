@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from tqdm import tqdm
 
-from flux import images
+from flux import images, sampler
 from flux.conditioning.encoded import NO_PICTURES
 from flux.denoising import Plan
 from flux.distributed.ranks import PATIENCE, Ranks
@@ -23,6 +23,7 @@ from flux.encoding import Encoded, encode
 from flux.errors import FluxError
 from flux.requests import Request, ResolvedRequest
 from flux.stages import Stages
+from flux.step_cache import StepCache
 
 if TYPE_CHECKING:
     from flux.pipeline import FluxPipeline
@@ -32,7 +33,7 @@ MAX_PLANS = 16
 
 
 # What is called after each step with the request of one picture, the step (from 0) and its latent (1, L, C).
-OnStep = Callable[[ResolvedRequest, int, mx.array], None]
+OnStep = Callable[[ResolvedRequest, int, mx.array], None]  # or of the picture that it is on the way to
 Denoise = Callable[[ResolvedRequest], mx.array]  # from a request of one picture to its latent
 
 
@@ -54,11 +55,12 @@ def denoiser(
     encoded: Encoded,
     on_step: OnStep | None = None,
     keep_modulation: bool = True,
+    on_estimate: OnStep | None = None,
 ) -> Denoise:
     """A function from a request of one picture, one of these, to its finished latent (1, L, channels).
 
     keep_modulation: False takes a quarter of the transformer's weights out of memory, where the requests
-    are so few that their modulation takes less.
+    are so few that their modulation takes less. on_estimate: as `on_step`, see `generate`.
     """
     plans = dict.fromkeys(replace(request, seeds=()) for request in requests)  # in an order that ranks share
     ahead = not keep_modulation and len(plans) <= MAX_PLANS
@@ -87,15 +89,19 @@ def denoiser(
     def denoise(request: ResolvedRequest) -> mx.array:
         noise = pipeline.noise(request.seeds, request.latent_size)
         guide = None if request.guide is None else request.guide.bound(pipeline.ae, request.latent_size)
+        cache = None if request.cache is None else StepCache(request.cache, pipeline.block_count)
         whole = plan(replace(request, seeds=()))._replace(
-            x=noise, cfg_end=request.cfg_end, nag=request.nag, guide=guide
+            x=noise, cfg_end=request.cfg_end, nag=request.nag, guide=guide, cache=cache
         )
         x = whole.pictures.start(noise, whole.times[0])  # finished, where a picture is not to be changed
-        for step, x in enumerate(pipeline.denoise(whole)):
-            mx.eval(x)
-            check_finite(x, f"step {step + 1} of the transformer")
+        for step, x_next in enumerate(pipeline.denoise(whole)):
+            mx.eval(x_next)
+            check_finite(x_next, f"step {step + 1} of the transformer")
             if on_step is not None:
-                on_step(request, step, x)
+                on_step(request, step, x_next)
+            if on_estimate is not None:
+                on_estimate(request, step, sampler.estimate(x, x_next, *whole.times[step : step + 2]))
+            x = x_next
         return x
 
     return denoise
@@ -145,6 +151,8 @@ def generate(
     keep_models: bool = False,
     progress: bool = False,
     stages: Stages | None = None,
+    on_estimate: OnStep | None = None,
+    keep_finished: bool = False,
 ) -> Iterator[np.ndarray]:
     """Yield the pictures (H, W, 3), uint8, of each request's seeds in turn.
 
@@ -157,10 +165,16 @@ def generate(
     keep_models: leave everything in memory. Otherwise the text encoders, the transformer's modulation and,
     unless streaming, the transformer are taken out of the pipeline, which can then make no other picture.
     progress: show a bar of rank 0's steps. stages: collects times and peak memory.
-    FluxError, before any work, for settings that make no picture.
+    on_estimate: as `on_step`, but with the model's estimate of the finished latent, not yet evaluated.
+    keep_finished: where Ctrl-C ends denoising, yield the pictures that are finished before KeyboardInterrupt
+    is raised; not with several ranks, nor streaming, where they were yielded already.
+    FluxError, before any work, for settings that make no picture. Warns of what a small model does not know.
     """
     resolved = [request.resolved(pipeline) for request in requests]
-    run = _Run(pipeline, ranks or Ranks.alone(), on_step, keep_models, progress, stages or Stages())
+    if pipeline.known_words is not None:
+        pipeline.known_words.warn((request.prompt, request.image_size) for request in resolved)
+    ranks, stages = ranks or Ranks.alone(), stages or Stages()
+    run = _Run(pipeline, ranks, on_step, keep_models, progress, stages, on_estimate, keep_finished)
     batches = split(resolved, decoding_batch_size)
     return run.streamed(batches) if stream else run.by_stages(batches)
 
@@ -175,25 +189,37 @@ class _Run:
     keep_models: bool
     progress: bool
     stages: Stages
+    on_estimate: OnStep | None
+    keep_finished: bool
 
     def by_stages(self, batches: list[ResolvedRequest]) -> Iterator[np.ndarray]:
         """Denoise all, one by one; then decode all, batch by batch."""
         ranks, singles = self.ranks, split(batches, 1)
         encoded = self._encode(singles)
+        interrupt = None
+        finished: list[mx.array] = []
         with self.stages("denoise"), self._denoiser(singles, encoded) as denoise:
-            latents = iter(list(ranks.map(denoise, singles)))
+            try:
+                finished.extend(ranks.map(denoise, singles))
+            except KeyboardInterrupt as error:
+                if not (self.keep_finished and ranks.size == 1):
+                    raise
+                interrupt = error
+        latents = iter(finished)
         if not self.keep_models:
             del self.pipeline.flow, self.pipeline.controlnets
             mx.clear_cache()
         if ranks.model_parallel and not ranks.is_rank_zero:
             return
-        work = [(batch, list(islice(latents, len(batch.seeds)))) for batch in batches]
+        work = [(batch, made) for batch in batches if (made := list(islice(latents, len(batch.seeds))))]
         with self.stages("decode"):
             # Where the model is split, this rank is here alone.
             decoded = map(self._decode, work) if ranks.model_parallel else ranks.map(self._decode, work)
             for pictures in decoded:
                 if ranks.is_rank_zero:
                     yield from np.array(pictures)
+        if interrupt is not None:
+            raise interrupt
 
     def streamed(self, batches: list[ResolvedRequest]) -> Iterator[np.ndarray]:
         """Denoise and decode batch by batch."""
@@ -235,7 +261,7 @@ class _Run:
                 if self.on_step is not None:
                     self.on_step(request, step, x)
 
-            yield denoiser(self.pipeline, local, encoded, on_step, self.keep_models)
+            yield denoiser(self.pipeline, local, encoded, on_step, self.keep_models, self.on_estimate)
 
     def _decode(self, work: tuple[ResolvedRequest, list[mx.array]]) -> mx.array:
         """The pictures (B, H, W, 3), uint8, of a batch and its latents."""

@@ -28,6 +28,8 @@ def check(options: Options, defaults: Options) -> None:
     """FluxError for options that do not go together, before a picture is read."""
     if options["image"] is None:
         check_no_edit(options, defaults)
+    elif options["fit"] != defaults["fit"] and options["image_size"] is None:
+        raise FluxError("--fit says how a picture becomes one of another size; name it with --image-size")
     check_controlnets(options)
     if not options["redux"] and (options["redux_blend"] or options["redux_model"] or options["siglip"]):
         raise FluxError("--redux-blend, --redux-model and --siglip are of pictures; name one with --redux")

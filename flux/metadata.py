@@ -23,7 +23,7 @@ LISTS = ("reference", *CONTROLNETS)
 OPTIONS = (
     *("model", *PARTS, "dtype", "rounding", "quantize", "adapter", "fuse_adapter", "no_t5_padding"),
     *("t5_padding", "negative_prompt", "clip_prompt", "cfg_scale", "cfg_end", "nag", "guidance"),
-    *("solver", "schedule", "shift", "steps"),
+    *("solver", "schedule", "shift", "steps", "cache"),
     *("image", "strength", "mask", "expand", "fit", "grow", "feather", "crop_mask", "no_keep"),
     *("reference", *CONTROLNETS, "control_edges"),
     *("redux", "redux_blend", "redux_model", "siglip", "pictures"),
@@ -124,9 +124,21 @@ class Recipe:
             pictures = [pictures[self.picture]]
         if not raw:
             pictures = [images.grid(pictures, 1 if self.picture is not None else self.n_rows)]
-        for (path, text), picture in zip(files, pictures, strict=True):
-            images.save(path, picture, *() if bare else (text, parameters(text)))
-        return [path for path, _ in files]
+        return _write(files, pictures, bare)
+
+    def save_finished(
+        self, output: str | Path, pictures: Sequence[np.ndarray], bare: bool = False
+    ) -> list[Path]:
+        """Write the first pictures of a run that was stopped, each in a file, as with `raw`; their paths."""
+        if self.picture is not None:
+            return []
+        return _write(self.files(output, raw=True)[: len(pictures)], pictures, bare)
+
+
+def _write(files: Sequence[File], pictures: Sequence[np.ndarray], bare: bool) -> list[Path]:
+    for (path, text), picture in zip(files, pictures, strict=True):
+        images.save(path, picture, *() if bare else (text, parameters(text)))
+    return [path for path, _ in files]
 
 
 def _is_written(name: str, value: object) -> bool:

@@ -1,13 +1,26 @@
 """The command line of the program that makes pictures, a function for each group."""
 
 from flux import images, sampler
-from flux.arguments import Parser, adapter, count, finite, padding, pixels, shift, sides, size
+from flux.arguments import (
+    Parser,
+    adapter,
+    cache_folder,
+    cache_threshold,
+    count,
+    finite,
+    padding,
+    pixels,
+    shift,
+    sides,
+    size,
+)
 from flux.conditioning.controlnets import MODES
 from flux.metadata import PARTS
 from flux.models.transformer import ROUNDINGS
 from flux.solvers import SOLVERS
 from flux.version import __version__
 from flux.weights.quantize import KINDS
+from flux.weights.registry import TINY_DECODER
 
 SEVERAL = (
     "With mlx.launch the ranks share out the pictures; where there are fewer pictures than ranks, each has a "
@@ -205,6 +218,15 @@ def _add_model(parser: Parser) -> None:
     add("--t5-padding", type=count, metavar="N", help="pad prompts to N tokens (ComfyUI: 256)")
     add("--rounding", choices=ROUNDINGS, default="bfloat16", help="of time and guidance in 16-bit types")
     add("--force-shard", action="store_true", help="split the model over mlx.launch's ranks in any case")
+    add(
+        "--text-cache",
+        nargs="?",
+        type=cache_folder,
+        const="",
+        metavar="DIR",
+        help="keep what the text encoders say of prompts in DIR (default: ~/.cache/flux-mlx/texts), so that "
+        "T5 is read for new prompts alone: up to 4 MB a prompt, 8 in float32, never taken away",
+    )
     add("--preload-models", action="store_true", help="load everything at once and keep it: more memory")
 
 
@@ -244,6 +266,13 @@ def _add_sampling(parser: Parser) -> None:
     )
     add("--cfg-end", type=finite, default=1.0, metavar="X", help="share of the steps with true guidance (1)")
     add("--nag", type=finite, metavar="SCALE", help="lead attention away from the negative prompt; FLUX: 5")
+    add(
+        "--cache",
+        type=cache_threshold,
+        metavar="X",
+        help="skip most blocks where a step is much like those before: faster, and a little another picture. "
+        "low, medium, high, or by how much steps may differ, such as 0.1 (medium)",
+    )
     add("--seed", type=int, metavar="N", help="a prompt's picture i is made from N + i; default: random")
     add(
         "--noise",
@@ -267,6 +296,19 @@ def _add_output(parser: Parser) -> None:
         default=1,
         metavar="N",
         help="pictures to decode at once (1)",
+    )
+    add(
+        "--preview-every",
+        type=count,
+        metavar="N",
+        help="show the picture so far after every N steps, in out.preview.png; gone when it is finished",
+    )
+    add(
+        "--preview-decoder",
+        nargs="?",
+        const=TINY_DECODER,
+        metavar="FILE",
+        help=f"show it in detail, by TAEF1's file, folder or owner/name (default: {TINY_DECODER}, 10 MB)",
     )
     add("--verbose", action="store_true", help="print the time and the peak memory of every stage")
     add("--version", action="version", version=__version__)

@@ -65,9 +65,10 @@ def check_writable(path: Path) -> None:
     try:
         folder = next(each for each in path.absolute().parents if each.exists())
         partial = folder / f".{path.name}.{os.getpid()}.part"
-        with partial.open("xb"):
-            pass
-        partial.unlink()
+        try:
+            partial.touch(exist_ok=False)
+        finally:  # also after Ctrl-C
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise FluxError(f"cannot write {path}: {error.strerror}") from None
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from flux import denoising, generation, images, machine, sampler
+from flux import denoising, generation, images, known_words, machine, sampler
 from flux.adapters import evaluate, read_weighted
 from flux.adapters.attach import fingerprint
 from flux.conditioning import (
@@ -29,14 +29,18 @@ from flux.conditioning import (
 from flux.conditioning.canvas import Canvas
 from flux.conditioning.encoded import NO_PICTURES
 from flux.conditioning.redux import Redux
+from flux.conditioning.texts import warn_of_cuts
 from flux.denoising import Branch, Conditioning, Plan, prepare_branch
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
 from flux.generation import OnStep
+from flux.known_words import KnownWords
 from flux.loading import Parts, load
 from flux.models.nag import Nag
 from flux.models.transformer import ROUNDINGS
 from flux.requests import Request
+from flux.step_cache import BlockCount
+from flux.text_cache import TextCache, identity
 from flux.weights import checkpoints
 from flux.weights.quantize import read_kind
 from flux.weights.registry import ModelSpec
@@ -46,8 +50,11 @@ class FluxPipeline:
     """Text to pictures with a FLUX model.
 
     The parts are the attributes `flow`, `ae`, `clip`, `t5`, `clip_tokenizer` and `t5_tokenizer`; any of them
-    may be deleted once it has done its work. `spec` holds the model's defaults.
+    may be deleted once it has done its work. `spec` holds the model's defaults, `known_words` what a small
+    model was trained on, if its folder says so.
     """
+
+    known_words: KnownWords | None = None
 
     def __init__(
         self,
@@ -64,6 +71,7 @@ class FluxPipeline:
         controlnets: Sequence[str] = (),
         redux: str | None = None,
         siglip: str | None = None,
+        text_cache: str | Path | None = None,
         **files: str | None,
     ):
         """Find a model and load it lazily.
@@ -88,6 +96,8 @@ class FluxPipeline:
         every request; quantized as the transformer is, and whole on each of `ranks`.
         redux, siglip: FLUX.1 Redux's file, folder or repository, for requests with pictures of it, and its
         encoder's where that is elsewhere; see `Redux.load`. None: no such requests.
+        text_cache: a folder in which the features of prompts are kept, so that the text encoders are read
+        for new prompts alone; not with `ranks`.
         files: `transformer`, `ae`, `clip` or `t5` = a file to take that part from.
         Raises FluxError for a model that cannot be found or loaded, and for an adapter that cannot or does
         not fit it; warns of what else of an adapter is left out.
@@ -95,6 +105,8 @@ class FluxPipeline:
         sampler.check_noise(noise)
         if rounding not in ROUNDINGS:
             raise FluxError(f"the rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}")
+        if text_cache is not None and ranks is not None:
+            raise FluxError("a text cache does not go with a model that is split over several ranks")
         weighted = read_weighted(adapters)  # before a model is fetched
         self.checkpoint = checkpoints.find(name, **files)
         count, mode = (None, "affine") if bits is None else read_kind(bits)
@@ -110,6 +122,11 @@ class FluxPipeline:
         if shift is not None:
             self.spec: ModelSpec = replace(self.spec, shift=sampler.read_shift(shift))
         self._adapters = [file for file, _ in adapters]
+        if text_cache is not None:
+            settings = (dtype, bits, weighted, fuse_adapters, self.t5_tokenizer, self.t5_padding)
+            self.text_cache: TextCache | None = TextCache(text_cache, identity(self.checkpoint, *settings))
+        if not adapters and not any(files.values()):  # these may know others
+            self.known_words = known_words.read(self.checkpoint.t5_tokenizer.parent)
         if redux is not None:
             self.redux: Redux | None = Redux.load(redux, siglip, dtype)
             self.redux.check_fit(self.flow.params.context_in_dim, self.checkpoint.parts["transformer"].label)
@@ -131,6 +148,8 @@ class FluxPipeline:
         self._split = False
         self.controlnets = ControlNets()
         self.redux = None
+        self.block_count = BlockCount()  # of all pictures with a step cache
+        self.text_cache = None
         # Pixels of a picture to one of its latent, along each side: 8 for FLUX.1.
         self.downscale = 2 ** (len(self.ae.params.ch_mult) - 1)
 
@@ -207,7 +226,7 @@ class FluxPipeline:
         keep_models: False takes each network out of memory when its work is done; the pipeline can then make
         no other picture.
         schedule, clip_prompt, others: fields of `Request`, such as edit, references, control, controlnets,
-        redux, solver, cfg_end, nag and guide.
+        redux, solver, cfg_end, nag, guide and cache.
         Raises FluxError for values that make no picture.
         """
         seed = sampler.random_seed() if seed is None else seed
@@ -301,15 +320,15 @@ class FluxPipeline:
         return Conditioning(positive, self._encode_text(negative_prompt or "") if guided else None)
 
     def _encode_text(self, text: str, clip_text: str | None = None) -> TextConditioning:
-        return encode_texts(
-            [text],
-            self.t5,
-            self.clip,
-            self.t5_tokenizer,
-            self.clip_tokenizer,
-            self.t5_padding,
-            None if clip_text is None else [clip_text],
-        )
+        cache, tokenizers = self.text_cache, (self.t5_tokenizer, self.clip_tokenizer)
+        clip_texts = None if clip_text is None else [clip_text]
+        if cache is not None and (found := cache.get(text, clip_text)) is not None:
+            warn_of_cuts([text], *tokenizers, clip_texts)
+            return found
+        made = encode_texts([text], self.t5, self.clip, *tokenizers, self.t5_padding, clip_texts)
+        if cache is not None:
+            cache.put(text, clip_text, made)
+        return made
 
     @staticmethod
     def _shown(text: TextConditioning, noise: mx.array, latent_size: tuple[int, int]) -> tuple[mx.array, ...]:

@@ -12,6 +12,7 @@ from flux.errors import FluxError
 from flux.jsonfiles import shown
 from flux.models.nag import Nag
 from flux.solvers import SOLVERS
+from flux.step_cache import check_threshold
 
 if TYPE_CHECKING:
     from flux.pipeline import FluxPipeline
@@ -38,6 +39,7 @@ class Request:
     controlnets: one for each of the pipeline's, in their order.
     redux: pictures that FLUX.1 Redux reads beside the prompt, each with its strength, above 0 to 1; they do
     not count for the negative prompt. redux_blend: they are mixed into one, instead of one after the other.
+    cache: the threshold of a `flux.step_cache.StepCache`; None: nothing is skipped.
     """
 
     prompt: str
@@ -60,6 +62,7 @@ class Request:
     solver: str = "euler"
     redux: tuple[tuple[Picture, float], ...] = ()
     redux_blend: bool = False
+    cache: float | None = None
 
     def resolved(self, pipeline: "FluxPipeline") -> "ResolvedRequest":
         """The request with every setting filled in, of a size that the model can make.
@@ -81,6 +84,8 @@ class Request:
         }
         request = ResolvedRequest(**given | filled)
         request.check()
+        if self.edit is not None and request.has_no_effect:
+            warnings.warn(request.has_no_effect, stacklevel=1)
         pipeline.controlnets.check(request.controlnets)
         tokens = variants.count_tokens(request.references, pipeline.downscale)
         tokens += count_tokens(pipeline.redux, self.redux, self.redux_blend)
@@ -133,6 +138,16 @@ class ResolvedRequest(Request):
         return 1.0 if self.edit is None else self.edit.share
 
     @property
+    def has_no_effect(self) -> str | None:
+        """What has no effect at such a strength, if anything: the prompt, or the picture that is changed."""
+        if self.made_steps == 0:
+            return f"strength {self.strength:g} makes none of {self.steps} steps: the prompt has no effect"
+        whole = self.edit is not None and self.edit.mask is None and self.edit.expand is None
+        if whole and self.made_steps == self.steps and self.control is None and not self.references:
+            return f"strength {self.strength:g} makes all of {self.steps} steps: the picture has no effect"
+        return None
+
+    @property
     def has_pictures(self) -> bool:
         """Whether a picture says something to the transformer or the sampler."""
         return any((self.edit, self.references, self.control, self.controlnets))
@@ -171,6 +186,8 @@ class ResolvedRequest(Request):
             raise FluxError(f"the cfg end {self.cfg_end} needs a cfg scale above 1 to have an effect")
         if self.solver not in SOLVERS:
             raise FluxError(f"the solver must be one of {', '.join(SOLVERS)}, not {self.solver!r}")
+        if self.cache is not None:
+            check_threshold(self.cache)
         sampler.check_seeds(self.seeds)
         for picture, strength in self.redux:
             check_strength(picture.name, strength)

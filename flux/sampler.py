@@ -161,6 +161,15 @@ def from_strength(times: list[float], strength: float) -> list[float]:
     return times[int(max(steps - min(steps * strength, steps), 0)) :]
 
 
+def estimate(x: mx.array, x_next: mx.array, t: float, t_next: float) -> mx.array:
+    """The model's x_0 = x - t v in a step from t to t_next, of float32 latents of one shape.
+
+    From v = (x_next - x) / (t_next - t): exact for Euler's step, and for those of other solvers what they put
+    in for x_0.
+    """
+    return (t * x_next - t_next * x) / (t - t_next)
+
+
 def random_seed() -> int:
     """A seed from the operating system, short enough to be typed again."""
     return secrets.randbits(32)

@@ -61,6 +61,7 @@ SOME = picture(40, 56, name="a.png")
         (Edit(SOME, grow=3), "grow has no effect without a mask"),
         (Edit(SOME, feather=3), "feather has no effect without a mask"),
         (Edit(SOME, crop_mask="auto"), "crop_mask has no effect without a mask"),
+        (Edit(SOME, mask=mask(0, 0, 9, 9), feather=2, keep=False), "a feather has no effect where nothing"),
         (Edit(SOME, keep=False), "without a mask nothing"),
         (Edit(SOME, expand=(0, 0, 0, 0)), "at one by more"),
         (Edit(SOME, expand=(0, -8, 0, 0)), "0 or more pixels at each side"),
@@ -219,3 +220,9 @@ def test_a_large_picture_is_changed_within_the_crop(pipeline):
     changed = (made != large.pixels).any(axis=2)
     rows, columns = np.nonzero(changed)
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (98, 121, 198, 231)
+
+
+@pytest.mark.parametrize(("strength", "line"), [(0.0, "the prompt has no"), (1.0, "the picture has no")])
+def test_what_has_no_effect_is_said(pipeline, strength, line):
+    with pytest.warns(UserWarning, match=line):
+        draw(pipeline, Edit(SOME, strength), num_steps=4)

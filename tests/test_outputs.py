@@ -71,6 +71,7 @@ def test_what_cannot_be_written_is_named_before_the_work(tmp_path: Path, monkeyp
     def refuse(*_: object, **__: object) -> None:  # as root one may write anywhere
         raise PermissionError(13, "Permission denied")
 
+    monkeypatch.setattr(Path, "touch", refuse)
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(FluxError, match=r"cannot write .*: Permission denied"):
         check_writable(tmp_path / "a.bin")

@@ -124,7 +124,9 @@ def test_every_optimizer_and_scheduler_that_is_admitted_can_be_built(tmp_path):
         for scheduler in SCHEDULERS:
             step = {**VAE, "optimization": {"optimizers": {"vae": name}, "schedulers": {"vae": scheduler}}}
             (read,) = pretraining.config(tmp_path, step).steps
-            assert type(read.optimization.optimizers["vae"].build(0.1)).__name__ == name
+            assert (
+                type(read.optimization.optimizers["vae"].build(0.1)).__name__.removesuffix("AndAdamW") == name
+            )
             assert 0 <= read.optimization.schedulers["vae"].factor(1, 10) <= 1
     for betas in ([0.9, 1.0], [-0.1, 0.9], [0.9]):  # what MLX's Adam would refuse
         bad = {**VAE, "optimization": {"optimizers": {"vae": {"type": "Adam", "betas": betas}}}}

@@ -14,8 +14,9 @@ from flux.data.sources import open_folder, open_hugging_face
 from flux.data.webdataset import open_shards, shards
 from flux.errors import FluxError
 from flux.training.pretrain import validate
-from flux.training.pretrain.batches import Batches, Shard, open_dataset
+from flux.training.pretrain.batches import Batches, Shard
 from flux.training.pretrain.config import ConfigError
+from flux.training.pretrain.datasets import open_dataset
 
 from . import fuzzing, pretraining
 

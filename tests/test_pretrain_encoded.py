@@ -18,30 +18,34 @@ from . import pretraining
 FLOW = {"name": "flow", "n_epochs": 3, "train_diff": True, "cfg_dropout_prob": 0}
 
 
-def shape(side: int) -> tuple[int, ...]:
-    return (2, side // 2, side // 2, 3)
+def shape(size: tuple[int, int]) -> tuple[int, ...]:
+    return (2, size[0] // 2, size[1] // 2, 3)
 
 
 def encode(x: mx.array) -> tuple[mx.array, mx.array]:
     return x[:, ::2, ::2], -2 * x[:, 1::2, ::2]
 
 
-def picture(seed: int, side: int = 8) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+def picture(seed: int, size: tuple[int, int] = (8, 8)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
 
 
-def test_records_are_kept_by_number_and_side(tmp_path):
+def test_records_are_kept_by_number_and_size(tmp_path):
     encoded = Encoded(tmp_path / "new", "a", shape, encode)
-    assert encoded.read(3, 8) is None
-    made = {(row, side): encoded.make(row, picture(row, side)) for row in (5, 0) for side in (8, 4)}
+    assert encoded.read(3, (8, 8)) is None
+    made = {
+        (row, size): encoded.make(row, picture(row, size))
+        for row in (5, 0)
+        for size in ((8, 8), (8, 4), (4, 8))
+    }
     again = Encoded(tmp_path / "new", "a", shape, encode)
-    for (row, side), record in made.items():
-        assert np.array_equal(again.read(row, side), record)
-        x = picture(row, side).astype(np.float32) / 127.5 - 1
+    for (row, size), record in made.items():
+        assert np.array_equal(again.read(row, size), record)
+        x = picture(row, size).astype(np.float32) / 127.5 - 1
         assert np.allclose(record, [x[::2, ::2], -2 * x[1::2, ::2]], atol=1e-6)
-    assert again.read(3, 8) is None  # between two that are there
-    assert again.read(6, 8) is None
-    assert Encoded(tmp_path / "new", "b", shape, encode).read(5, 8) is None
+    assert again.read(3, (8, 8)) is None  # between two that are there
+    assert again.read(6, (8, 8)) is None
+    assert Encoded(tmp_path / "new", "b", shape, encode).read(5, (8, 8)) is None
 
 
 def test_a_torn_record_is_absent_and_made_again(tmp_path):
@@ -50,16 +54,16 @@ def test_a_torn_record_is_absent_and_made_again(tmp_path):
     (file,) = tmp_path.iterdir()
     data = file.read_bytes()
     file.write_bytes(data[:-1])
-    assert encoded.read(1, 8) is None
+    assert encoded.read(1, (8, 8)) is None
     file.write_bytes(data[:-9] + b"\x07" + data[-8:])
-    assert encoded.read(1, 8) is None
+    assert encoded.read(1, (8, 8)) is None
     encoded.make(1, picture(1))
-    assert np.array_equal(encoded.read(1, 8), record)
+    assert np.array_equal(encoded.read(1, (8, 8)), record)
 
 
 def test_a_disk_that_refuses_has_one_clear_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(FluxError, match=r"cannot keep the latents in .*8\.latents: File exists"):
+    with pytest.raises(FluxError, match=r"cannot keep the latents in .*8x8\.latents: File exists"):
         Encoded(tmp_path / "file", "a", shape, encode).make(0, picture(0))
 
 

@@ -22,8 +22,9 @@ from flux.models.transformer import FluxParams
 from flux.tables import Faults
 from flux.training.pretrain import __main__ as program
 from flux.training.pretrain import fluxflow, generate, graphs, lpips
-from flux.training.pretrain.batches import Batches, Shard, open_dataset
+from flux.training.pretrain.batches import Batches, Shard
 from flux.training.pretrain.config import Config, Data
+from flux.training.pretrain.datasets import open_dataset
 from flux.training.pretrain.fluxflow.sizes import networks
 from flux.training.pretrain.run import Run
 from flux.training.pretrain.validate import load

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from flux.training.pretrain.batches import Batches, Shard, open_dataset
+from flux.models.clip import CLIPTextModel, CLIPTextParams
+from flux.training.pretrain.batches import Batches, Shard, without_padding
 from flux.training.pretrain.config import COMPONENTS, Config, Step
+from flux.training.pretrain.datasets import open_dataset
 from flux.training.pretrain.losses import Objective, moments, threshold_metrics
 from flux.training.pretrain.networks import Networks, Tokenizers, group_of, mapped
 from flux.training.schedules import kl_weight
@@ -275,3 +277,22 @@ def test_freeze_and_unfreeze(world, options, trained):
         for name in gradients
     }
     assert parts == trained
+
+
+def test_clip_reads_the_same_vector_without_the_padding():
+    mx.random.seed(0)
+    model = CLIPTextModel(
+        CLIPTextParams(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=30
+        )
+    )
+    ids = np.full((3, 77), 29)
+    ids[:, 0] = 28
+    for row, length in enumerate((3, 9, 14)):
+        ids[row, 1:length] = np.arange(1, length)
+    short = without_padding(ids, 29)
+    assert short.shape == (3, 16)
+    assert without_padding(ids[:2], 29).shape == (2, 16)
+    assert without_padding(ids[:1], 29).shape == (1, 8)
+    vectors = [model(mx.array(each), 29).pooled_output for each in (ids, short)]
+    assert mx.allclose(*vectors, atol=1e-6).item()

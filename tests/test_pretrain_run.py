@@ -225,6 +225,18 @@ def test_a_finished_run_is_not_overwritten_and_another_config_is_refused(straigh
         run(folder, VAE, GAN, FLOW, resume=True, data={"img_size": 8})
 
 
+def test_steps_that_have_not_begun_may_become_others(tmp_path):
+    def stop(stage: Stage, progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, VAE, FLOW, hook=stop, output={"checkpoint_save_interval": 1})
+    with pytest.raises(FluxError, match="is of a run with another steps"):
+        run(tmp_path, {**VAE, "lr": 0.5}, FLOW, resume=True)
+    made = run(tmp_path, VAE, {**FLOW, "lr": 1e-4}, {**FLOW, "name": "more", "lr": 1e-4}, resume=True)
+    assert made.progress.index == 3
+
+
 # --- what is left behind ---
 
 

@@ -333,6 +333,25 @@ def test_float16_activations_stay_finite_where_blocks_hand_over():
         assert mx.max(mx.abs(x)) == 65504
 
 
+@pytest.mark.parametrize(("dtype", "eps"), [(mx.float32, 3e-7), (mx.bfloat16, 4e-3), (mx.float16, 5e-4)])
+def test_silu(dtype: mx.Dtype, eps: float):
+    x = mx.concatenate([mx.linspace(-12, 12, 4801), mx.array([-6e4, -300, -70, 70, 300, 6e4])]).astype(dtype)
+    points = np.array(x.astype(mx.float32), dtype=np.float64)
+    s = 1 / (1 + np.exp(np.minimum(-points, 700)))
+    y, gradient = silu(x), mx.grad(lambda x: silu(x).astype(mx.float32).sum())(x)
+    assert y.dtype == gradient.dtype == dtype
+    assert np.all(np.abs(np.array(y.astype(mx.float32)) - points * s) <= eps * np.abs(points * s) + 1e-6)
+    slope = s * (1 + points * (1 - s))
+    assert np.all(np.abs(np.array(gradient.astype(mx.float32)) - slope) <= 2 * eps + 1e-6)
+
+
+def test_exp_is_exact_on_this_machine():
+    x = np.linspace(-30, 30, 20001).astype(np.float32)
+    share = np.abs(np.array(layers._exp(mx.array(x))) / np.exp(x.astype(np.float64)) - 1)
+    assert share.max() < 1.2e-6
+    assert layers._exp(mx.array(1e9)).item() == pytest.approx(np.exp(80), rel=1e-5)
+
+
 def gelu64(x: np.ndarray) -> np.ndarray:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -354,12 +373,14 @@ def test_gelu(dtype: mx.Dtype, eps: float):
     assert mx.all(mx.abs(gradient[-6:-3]) < 1e-6)
 
 
-@pytest.mark.parametrize("function", [layers._gelu, layers._gelu_gradient, silu, rotate])
+@pytest.mark.parametrize(
+    "function", [layers._gelu, layers._gelu_gradient, layers._silu, layers._silu_gradient, rotate]
+)
 def test_compiled_as_on_a_gpu_is_the_same_function(function):
     arrays = [mx.random.normal((2, 3, 5, 8)).astype(mx.bfloat16)]
     if function is rotate:
         arrays.append(mx.random.normal((2, 2, 1, 5, 4)))
-    if function is layers._gelu_gradient:
+    if function in (layers._gelu_gradient, layers._silu_gradient):
         arrays.append(mx.random.normal((2, 3, 5, 8)).astype(mx.bfloat16))
     compiled = mx.compile(function.__wrapped__)(*arrays)
     assert compiled.dtype == mx.bfloat16

@@ -77,6 +77,8 @@ class Edit:
                 raise FluxError(f"{name} has no effect without a mask: the whole picture changes")
             if not self.keep:
                 raise FluxError("without a mask nothing of the picture is kept")
+        elif self.feather and not self.keep:
+            raise FluxError("a feather has no effect where nothing of the picture is kept")
 
     def default_size(self, best: Size) -> Size:
         """The size (height, width) to take where none is given.

@@ -36,14 +36,24 @@ def encode_texts(
     T5's padding is neither masked nor left out, because FLUX was trained so; without `t5_padding` texts
     are only padded to the longest of them. clip_texts: B texts for CLIP, where it is to read others than T5.
     """
-    for text in texts:
-        warn_if_cut(text, t5_tokenizer, clip_tokenizer if clip_texts is None else None)
-    for text in clip_texts or ():
-        warn_if_cut(text, None, clip_tokenizer)
+    warn_of_cuts(texts, t5_tokenizer, clip_tokenizer, clip_texts)
     features = t5(t5_tokenizer(list(texts), pad=t5_padding))  # (B, L, C)
     clip_tokens = clip_tokenizer(list(texts if clip_texts is None else clip_texts))
     pooled = clip(clip_tokens, clip_tokenizer.eos_token_id).pooled_output  # (B, D)
     return TextConditioning(features, pooled)
+
+
+def warn_of_cuts(
+    texts: Sequence[str],
+    t5_tokenizer: T5Tokenizer,
+    clip_tokenizer: CLIPTokenizer,
+    clip_texts: Sequence[str] | None = None,
+) -> None:
+    """Warn of what `encode_texts` cuts from long texts."""
+    for text in texts:
+        warn_if_cut(text, t5_tokenizer, clip_tokenizer if clip_texts is None else None)
+    for text in clip_texts or ():
+        warn_if_cut(text, None, clip_tokenizer)
 
 
 def warn_if_cut(text: str, t5_tokenizer: T5Tokenizer | None, clip_tokenizer: CLIPTokenizer | None) -> None:

@@ -4,6 +4,7 @@ Sizes are (height, width) in pixels.
 """
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -45,6 +46,21 @@ def choose(size: Size, group: Group) -> Size:
         table(group),
         key=lambda bucket: (abs(bucket[1] / bucket[0] - ratio), bucket != size, -bucket[0] * bucket[1]),
     )
+
+
+def nearest(size: Size, sizes: Sequence[Size]) -> int:
+    """Which of `sizes` a picture goes to: that with the nearest ratio of width to height.
+
+    Of several with that ratio the largest that is not larger than the picture, else the smallest.
+    """
+    ratio, area = size[1] / size[0], size[0] * size[1]
+
+    def distance(i: int) -> tuple[float, bool, int]:
+        height, width = sizes[i]
+        is_larger = height * width > area
+        return abs(width / height - ratio), is_larger, height * width if is_larger else -height * width
+
+    return min(range(len(sizes)), key=distance)
 
 
 def _shrunk(size: Size, group: Group) -> Size:

@@ -4,6 +4,7 @@ Every source is a sequence, so that a training can ask for any picture at any ti
 after it was stopped. Files are read by the same rules as for fine-tuning (folders.py).
 """
 
+import importlib
 import os
 import warnings
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from flux import images
 from flux.data import datasets, pictures, samples
+from flux.data.buckets import Size
 from flux.data.files import some
 from flux.data.folders import Rules
 from flux.data.lists import captions_of
@@ -172,6 +174,25 @@ class Rows:
         content = value.get("bytes")
         file = pictures.NamedBytes(content, name) if content else Path(value.get("path") or name)
         return images.over_white(*images.load(file))
+
+
+def open_drawn(source: str) -> Pictures:
+    """What a function draws, "package.module:function". FluxError where there is no such function."""
+    module, _, name = source.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise FluxError(f'{source!r} must be "package.module:function" of a module here: {error}') from None
+    return function()
+
+
+def sizes(source: Pictures) -> Sequence[Size]:
+    """(height, width) of each picture, which is decoded for it where the source does not know."""
+    known = getattr(source, "sizes", None)
+    if known is not None:
+        return known
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(lambda index: source.picture(index).shape[:2], range(len(source))))
 
 
 def open_hugging_face(path: str, name: str | None, split: str, image_key: str, caption_key: str) -> Rows:

@@ -167,9 +167,14 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def __call__(self, x: mx.array) -> mx.array:
-        b, height, width, c = x.shape
-        x = mx.broadcast_to(x[:, :, None, :, None], (b, height, 2, width, 2, c))
-        return self.conv(x.reshape(b, 2 * height, 2 * width, c))
+        return self.conv(doubled(x))
+
+
+def doubled(x: mx.array) -> mx.array:
+    """(B, H, W, C) -> (B, 2H, 2W, C): every pixel becomes four."""
+    b, height, width, c = x.shape
+    x = mx.broadcast_to(x[:, :, None, :, None], (b, height, 2, width, 2, c))
+    return x.reshape(b, 2 * height, 2 * width, c)
 
 
 class Level(nn.Module):

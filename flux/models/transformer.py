@@ -100,6 +100,11 @@ def add_residual(x: mx.array, residuals: list[mx.array], block: int, start: int 
     return mx.concatenate([x[:, :start], changed, x[:, stop:]], axis=1)
 
 
+def _given(attend: Attend | None) -> dict[str, Attend]:
+    """`attend` for a block, if there is one; else arrays alone, as wrappers of blocks expect."""
+    return {"attend": attend} if attend else {}
+
+
 class Backbone(nn.Module):
     """What the transformer and its ControlNets have in common: embedders, blocks and their modulation.
 
@@ -256,16 +261,66 @@ class Flux(Backbone):
         each block of either kind, or [] for none; they are added to the first tokens of img. attend: takes
         the place of attention, if given.
         """
-        added = residuals or Residuals([], [])
-        other = {"attend": attend} if attend else {}  # else arrays alone, as wrappers of blocks expect
-        img = self.img_in(img.astype(self.dtype))
-        for i, (block, (txt_mod, img_mod)) in enumerate(zip(self.double_blocks, vectors.double, strict=True)):
-            txt, img = block(txt, img, pe, txt_mod, img_mod, **other)
-            img = add_residual(img, added.double, i)
+        told = (pe, vectors, residuals, attend)
+        txt, img = self.first_block(txt, self.embed_picture(img), *told)
+        return self.velocity(self.other_blocks(txt, img, *told), vectors)
+
+    # The parts of `denoise`, each of which takes what the one before gives; C is the hidden size.
+
+    def embed_picture(self, img: mx.array) -> mx.array:
+        """img (B, Li, in_channels) -> (B, Li, C) in the working type."""
+        return self.img_in(img.astype(self.dtype))
+
+    def first_block(
+        self,
+        txt: mx.array,
+        img: mx.array,
+        pe: mx.array,
+        vectors: ModulationVectors,
+        residuals: Residuals | None = None,
+        attend: Attend | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """txt (B, Lt, C) and img (B, Li, C) after the first double block; the others: see `denoise`."""
+        return self._double(slice(1), txt, img, pe, vectors, residuals, attend)
+
+    def other_blocks(
+        self,
+        txt: mx.array,
+        img: mx.array,
+        pe: mx.array,
+        vectors: ModulationVectors,
+        residuals: Residuals | None = None,
+        attend: Attend | None = None,
+    ) -> mx.array:
+        """img (B, Li, C) after all blocks, from txt (B, Lt, C) and img after the first double block."""
+        txt, img = self._double(slice(1, None), txt, img, pe, vectors, residuals, attend)
+        added = [] if residuals is None else residuals.single
         x = mx.concatenate([txt, img], axis=1)  # (B, Lt+Li, C)
-        for i, (single_block, mod) in enumerate(zip(self.single_blocks, vectors.single, strict=True)):
-            x = add_residual(single_block(x, pe, mod, **other), added.single, i, start=txt.shape[1])
-        return self.final_layer(x[:, txt.shape[1] :], vectors.final)
+        for i, (block, mod) in enumerate(zip(self.single_blocks, vectors.single, strict=True)):
+            x = add_residual(block(x, pe, mod, **_given(attend)), added, i, start=txt.shape[1])
+        return x[:, txt.shape[1] :]
+
+    def velocity(self, img: mx.array, vectors: ModulationVectors) -> mx.array:
+        """img (B, Li, C) after all blocks -> (B, Li, out_channels)."""
+        return self.final_layer(img, vectors.final)
+
+    def _double(
+        self,
+        part: slice,
+        txt: mx.array,
+        img: mx.array,
+        pe: mx.array,
+        vectors: ModulationVectors,
+        residuals: Residuals | None,
+        attend: Attend | None,
+    ) -> tuple[mx.array, mx.array]:
+        """txt (B, Lt, C) and img (B, Li, C) after a part of the double blocks."""
+        added = [] if residuals is None else residuals.double[part]
+        pairs = zip(self.double_blocks[part], vectors.double[part], strict=True)
+        for i, (block, (txt_mod, img_mod)) in enumerate(pairs):
+            txt, img = block(txt, img, pe, txt_mod, img_mod, **_given(attend))
+            img = add_residual(img, added, i)
+        return txt, img
 
     def _final_vectors(self, silu_vec: mx.array) -> mx.array:
         return self.final_layer.shift_and_scale(silu_vec)

@@ -194,13 +194,17 @@ class Renderer:
             self._glyphs[name, side] = np.asarray(canvas.resize((side, side), Image.Resampling.LANCZOS))
         return self._glyphs[name, side]
 
+    def on(self, name: str, side: int, colour: tuple[int, int, int]) -> np.ndarray:
+        """One subject on a flat colour: (side, side, 3) uint8."""
+        rgba = self.glyph(name, side).astype(np.float32)
+        alpha = rgba[..., 3:] / 255
+        blend = alpha * rgba[..., :3] + (1 - alpha) * np.array(colour, np.float32)
+        return np.rint(blend).astype(np.uint8)
+
     def _box(self, name: str, side: int, colour: str) -> np.ndarray:
         key = (name, side, colour)
         if key not in self._boxes:
-            rgba = self.glyph(name, side).astype(np.float32)
-            alpha = rgba[..., 3:] / 255
-            blend = alpha * rgba[..., :3] + (1 - alpha) * np.array(COLOURS[colour], np.float32)
-            self._boxes[key] = np.rint(blend).astype(np.uint8)
+            self._boxes[key] = self.on(name, side, COLOURS[colour])
         return self._boxes[key]
 
     def __call__(self, composition: Composition) -> np.ndarray:

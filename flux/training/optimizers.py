@@ -158,17 +158,41 @@ class GramMuon(optim.Muon):
         return orthogonal.T if X.shape[0] > X.shape[1] else orthogonal
 
 
+class MuonAndAdamW(optim.MultiOptimizer):
+    """Muon for matrices and convolutions, AdamW for the rest. Its `learning_rate` is Muon's."""
+
+    def __init__(
+        self, adam: optim.AdamW, rest: GramMuon, is_other: Callable[[str, mx.array], bool], share: float = 1.0
+    ):
+        """share: of a learning rate that is set later, for AdamW."""
+        super().__init__([adam, rest], [lambda name, p: p.ndim < 2 or is_other(name, p)])
+        self._share = share
+
+    @property
+    def learning_rate(self) -> mx.array:
+        """Muon's learning rate."""
+        return self.optimizers[1].learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: float | mx.array) -> None:
+        """Sets Muon's, and AdamW's in proportion."""
+        self.optimizers[0].learning_rate = self._share * learning_rate
+        self.optimizers[1].learning_rate = learning_rate
+
+
 def muon(
-    rate: Schedule, adam_rate: Schedule, is_other: Callable[[str, mx.array], bool] = lambda *_: False
-) -> optim.Optimizer:
+    rate: float | Schedule,
+    adam_rate: float | Schedule,
+    is_other: Callable[[str, mx.array], bool] = lambda *_: False,
+    share: float = 1.0,
+) -> MuonAndAdamW:
     """Muon for matrices and convolutions, AdamW for vectors and for whatever `is_other(name, array)` names.
 
     Muon (Jordan, 2024, https://kellerjordan.github.io/posts/muon) makes every step a matrix with singular
     values near one; embeddings and the layers next to the pixels do not suit it.
     """
     adam = optim.AdamW(adam_rate, betas=[0.9, 0.98], weight_decay=0.0, bias_correction=True)
-    rest = GramMuon(rate, momentum=0.95, weight_decay=0.0)
-    return optim.MultiOptimizer([adam, rest], [lambda name, p: p.ndim < 2 or is_other(name, p)])
+    return MuonAndAdamW(adam, GramMuon(rate, momentum=0.95, weight_decay=0.0), is_other, share)
 
 
 # --- Tables of a config: each class has the keys of its table and builds from them ---
@@ -246,4 +270,30 @@ class Lion:
         return optim.Lion(rate, list(self.betas), self.weight_decay)
 
 
-CONFIGURED = {"AdamW": AdamW, "Adam": Adam, "SGD": SGD, "RMSprop": RMSprop, "Lion": Lion}
+# What Muon does not suit (embeddings, layers at pixels, latent, text, time) or is too slow for (modulation).
+EDGES = (
+    *("conv_in", "conv_out", "embedding", "shared", "relative_attention_bias"),
+    *("img_in", "txt_in", "in_layer", "final_layer", "img_mod", "txt_mod", "modulation"),
+)
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Muon for matrices and convolutions (see `muon`), AdamW for vectors and for `adamw_layers`.
+
+    adamw_share: of the learning rate, for AdamW. adamw_layers: parts of the names of parameters.
+    """
+
+    lr: float | None = option(None, above=0)
+    adamw_share: float = option(0.1, above=0)
+    adamw_layers: tuple[str, ...] = EDGES
+
+    def build(self, rate: float) -> optim.Optimizer:
+        """The optimizer at this learning rate."""
+        return muon(rate, self.adamw_share * rate, self._is_other, self.adamw_share)
+
+    def _is_other(self, name: str, parameter: mx.array) -> bool:
+        return any(layer in name for layer in self.adamw_layers)
+
+
+CONFIGURED = {"AdamW": AdamW, "Adam": Adam, "SGD": SGD, "RMSprop": RMSprop, "Lion": Lion, "Muon": Muon}

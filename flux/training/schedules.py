@@ -113,6 +113,19 @@ class Cosine:
 
 
 @dataclass(frozen=True)
+class WarmupDecay:
+    """1 after a linear warm-up, for the share `hold` of the rest; then linear, to 0 after the last step."""
+
+    warmup_steps: int = option(0, least=0)
+    hold: float = option(0.5, least=0, below=1)
+
+    def factor(self, step: int, total: int) -> float:
+        """What the learning rate is multiplied by in this step of `total`, from 0."""
+        start = self.warmup_steps + self.hold * (total - self.warmup_steps)
+        return min(_warmup(step, self.warmup_steps), max(0.0, (total - step) / max(1.0, total - start)))
+
+
+@dataclass(frozen=True)
 class Step:
     """Times `gamma` after every `step_size` steps: a tenth of all where it is not given."""
 
@@ -176,6 +189,7 @@ SCHEDULERS = {
     "held": Held,
     "linear": Linear,
     "cosine": Cosine,
+    "warmup_decay": WarmupDecay,
     "step": Step,
     "exponential": Exponential,
     "reduce_on_plateau": ReduceOnPlateau,

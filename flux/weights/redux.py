@@ -9,18 +9,18 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from flux.errors import FluxError
 from flux.models.redux import ReduxImageEncoder
 from flux.models.siglip import SiglipVision
 from flux.preprocessing import PictureParams, params_of
-from flux.weights import layouts, shapes, tensors, values
+from flux.weights import layouts, single, tensors
 from flux.weights.contents import SUFFIXES, Found, look
 
 NAMES = {"redux": "FLUX.1 Redux", "siglip": "SigLIP's vision encoder"}
@@ -152,18 +152,7 @@ def load_siglip(files: ReduxFiles, dtype: mx.Dtype) -> tuple[SiglipVision, Pictu
 
 
 def _load(kind: str, file: Path, config: Mapping[str, Any], dtype: mx.Dtype) -> nn.Module:
-    found = tensors.load([file])
-    header = tensors.read_header(file).tensors
-    values.check(file, header, found.keys() & header.keys())
-    weights = to_ours(kind, found)
-    try:
-        network = NETWORKS[kind](shapes.params(kind, weights, config))
-    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise FluxError(f"{file}: no network fits its tensors and its config: {error}") from None
-    tensors.check(str(file), weights, dict(tree_flatten(network.parameters())))
-    network.load_weights([(name, w.astype(dtype)) for name, w in weights.items()])
-    network.eval()
-    return network
+    return single.load(kind, file, config, partial(to_ours, kind), NETWORKS[kind], dtype)
 
 
 def to_ours(kind: str, found: Mapping[str, mx.array]) -> dict[str, mx.array]:

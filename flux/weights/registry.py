@@ -131,6 +131,7 @@ CAPTIONERS = {  # by name: their repositories on the Hub, "" for the built-in on
 } | {"tiny": ""}
 
 REDUX = "black-forest-labs/FLUX.1-Redux-dev"  # the repository of its two networks
+TINY_DECODER = "madebyollin/taef1"  # the repository of TAEF1, FLUX.1's tiny autoencoder
 
 TINY_FOLDER = Path(__file__).parents[1] / "assets" / "tiny"
 TOKENIZERS_FOLDER = TINY_FOLDER.with_name("tokenizers")

@@ -69,3 +69,10 @@ def redux_patterns(files: list[str]) -> list[str]:
     if any(file.startswith(folders) for file in files):
         return [f"{folder}/*" for folder in folders]
     return [file for file in files if "/" not in file and file.endswith((*contents.SUFFIXES, ".json"))]
+
+
+def tiny_decoder_patterns(files: list[str]) -> list[str]:
+    """What to download of a repository of a tiny autoencoder: diffusers' file, else a decoder by its name."""
+    usual = [file for file in files if file == "diffusion_pytorch_model.safetensors"]
+    named = [file for file in files if re.fullmatch(r"[^/]*decoder[^/]*\.safetensors", file)]
+    return [*(usual or named or ["*.safetensors"]), "config.json"]

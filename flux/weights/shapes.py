@@ -8,6 +8,7 @@ axis: sizes come from first axes, biases and norms.
 import math
 import re
 from collections.abc import Callable, Mapping
+from itertools import count
 from statistics import mode
 from typing import Any
 
@@ -16,6 +17,7 @@ import mlx.core as mx
 from flux import jsonfiles
 from flux.errors import FluxError
 from flux.models.autoencoder import AutoEncoderParams
+from flux.models.autoencoder_tiny import TinyDecoderParams
 from flux.models.clip import CLIPTextParams
 from flux.models.controlnet import ControlNetParams
 from flux.models.redux import ReduxParams
@@ -26,7 +28,14 @@ from flux.weights.headers import MAX_BLOCKS, MAX_LEVELS, block_count
 
 Tensors = Mapping[str, mx.array]
 Params = (
-    FluxParams | ControlNetParams | AutoEncoderParams | CLIPTextParams | T5Params | SiglipParams | ReduxParams
+    FluxParams
+    | ControlNetParams
+    | AutoEncoderParams
+    | CLIPTextParams
+    | T5Params
+    | SiglipParams
+    | ReduxParams
+    | TinyDecoderParams
 )
 
 # What is taken from config.json (diffusers' and transformers' words): our name, and how it is checked.
@@ -54,6 +63,10 @@ FROM_CONFIG: dict[str, dict[str, tuple[str, Callable[[Any, str], Any]]]] = {
         "layer_norm_eps": ("layer_norm_eps", jsonfiles.positive),
     },
     "redux": {},
+    "tiny decoder": {
+        "scaling_factor": ("scale_factor", jsonfiles.positive),
+        "shift_factor": ("shift_factor", jsonfiles.number),
+    },
 }
 
 
@@ -75,6 +88,7 @@ def params(part: str, tensors: Tensors, config: Mapping[str, Any]) -> Params:
         "controlnet": controlnet_params,
         "siglip": siglip_params,
         "redux": redux_params,
+        "tiny decoder": tiny_decoder_params,
     }
     return readers[part](tensors, known)
 
@@ -287,5 +301,22 @@ def redux_params(tensors: Tensors, known: Mapping[str, Any]) -> ReduxParams:
         txt_in_features=_size(
             tensors, usual.txt_in_features, ("redux_down.bias", 0), ("redux_down.weight", 0)
         ),
+        **known,
+    )
+
+
+def tiny_decoder_params(tensors: Tensors, known: Mapping[str, Any]) -> TinyDecoderParams:
+    """Blocks are what stands between layers that double the size, which have no weights but a number."""
+    usual = TinyDecoderParams()
+    _count(tensors, "layers")
+    found = {int(number[1]) for name in tensors if (number := re.match(r"layers\.(\d+)\.conv\.", name))}
+    starts = sorted(number for number in found if number - 1 not in found)
+    lengths = [next(n for n in count(1) if start + n not in found) for start in starts]
+    return TinyDecoderParams(
+        latent_channels=_size(tensors, usual.latent_channels, ("layers.0.weight", 3)),
+        width=_size(
+            tensors, usual.width, ("layers.0.bias", 0), *((f"layers.{i}.conv.0.bias", 0) for i in found)
+        ),
+        blocks=tuple(lengths) or usual.blocks,
         **known,
     )

@@ -38,6 +38,7 @@ from flux.errors import FluxError
 from flux.models.nag import Nag, NagAttention, join_vectors
 from flux.models.t5 import T5Encoder
 from flux.models.transformer import Flux
+from flux.step_cache import StepCache
 from flux.weights import tensors
 from flux.weights.quantize import quantize
 from tests import tiny
@@ -182,6 +183,37 @@ def compare(ranks: Ranks) -> dict[str, float]:
 WIDE = replace(FLUX, hidden_size=192, num_heads=12, axes_dim=(4, 6, 6), depth=4, depth_single_blocks=12)
 
 
+def cached(ranks: Ranks) -> list:
+    """A split network's steps by a cache, beside a whole's: blocks saved of each, and the relative error.
+
+    And how many are saved where the first rank would compute all steps, and the others none.
+    """
+    networks = [make_flux(), make_flux()]
+    shard(networks[1], ranks)
+    results = []
+    for network in networks:
+        cache = StepCache(HIGHEST)
+        results.append((run_cached(network, cache), cache.count.saved))
+    unlike = StepCache(HIGHEST if ranks.rank else 0)
+    mx.eval(run_cached(networks[1], unlike))
+    (whole, saved), (split, saved_split) = results
+    return [saved, saved_split, error(split, whole), unlike.count.saved]
+
+
+HIGHEST = 1e9  # a threshold that no step reaches
+
+
+def run_cached(network: Flux, cache: StepCache) -> mx.array:
+    """The velocity in the last of five steps, of which a cache with that threshold computes the first two."""
+    rng = np.random.default_rng(5)
+    img, txt, y = (mx.array(rng.standard_normal(s, np.float32)) for s in ((1, 24, 16), (1, 7, 48), (1, 32)))
+    times = [1.0, 0.8, 0.6, 0.5, 0.4]
+    pe = network.positions(sampler.text_positions(7), sampler.image_positions((8, 12)))
+    for t, vectors in zip(times, network.modulation(mx.array(times), y, mx.array([3.5])), strict=True):
+        v = cache.denoise(network, "", t, 24, False, img, network.embed_text(txt), pe, vectors)
+    return v
+
+
 def memory(ranks: Ranks, folder: Path, divide: Callable[[Flux, Ranks], None]) -> dict[str, float]:
     """Bytes of a network of 50 MB: whole, what every rank has of it, and this rank's peak while it reads."""
     network = from_file(tiny.randomize(Flux(WIDE), 0), ranks, folder)
@@ -281,6 +313,7 @@ def main() -> None:
     mean = average_gradients(ranks.group)(gradients)
     report = {
         "errors": compare(ranks),
+        "cached": cached(ranks),
         "memory": [memory(ranks, folder, divide) for divide in (shard, fully_shard)],
         "fully_sharded": fully_sharded(ranks),
         "faults": faults(ranks),

@@ -40,6 +40,7 @@ MANY = (
     "many.png",
 )
 MANY = (*MANY, "--cfg-scale", "2", "--negative-prompt", "two green birds", "--decoding-batch-size", "2")
+MANY = (*MANY, "--steps", "4", "--cache", "1e3")
 REDUX = ("--redux", "cat.png:0.8", "--redux-model", "redux")  # rank 0 alone has the picture
 SPLIT = ("--model", "tiny", "--steps", "2", "--force-shard", *COMMON, "--output", "split.png", PROMPT)
 EDIT = ("--image", "photo.png", "--mask", "mask.png", "--strength", "0.8")  # rank 0 alone has these
@@ -56,6 +57,8 @@ ONE = (
     "--output",
     "one.png",
     *REDUX,
+    "--cache",
+    "0",
     PROMPT,
 )
 FOLDER = (
@@ -134,6 +137,15 @@ def test_split_networks_give_the_same(reports, size):
     for report in reports(size)[1]:
         assert len(report["errors"]) == (13 if size == 3 else 5)
         assert max(report["errors"].values()) <= 1e-5, report["errors"]
+
+
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_ranks_of_a_split_network_skip_the_same_blocks(reports, size):
+    for report in reports(size)[1]:
+        saved, saved_split, error, saved_unlike = report["cached"]
+        assert saved == saved_split > 0
+        assert error <= 1e-5
+        assert saved_unlike == 0  # one rank that would compute is enough
 
 
 @pytest.mark.parametrize("size", SIZES[1:])
@@ -234,8 +246,10 @@ def test_rank_0_alone_prints_and_writes(reports, size):
     lines = dict(
         zip(("many", "split", "one", "folder", "bad", "missing", "other", "wrong"), ended, strict=True)
     )
-    assert lines["many"][:2] == (0, "\n".join(MANY_FILES) + "\n")
-    assert lines["one"] == (0, "one.png\n", "")
+    # Of all ranks: six pictures, two passes, four steps of five blocks, of which one saves four.
+    saved = "step cache: 48 of 240 block evaluations saved\n"
+    assert lines["many"] == (0, "\n".join(MANY_FILES) + "\n", saved)
+    assert lines["one"] == (0, "one.png\n", "step cache: 0 of 10 block evaluations saved\n")
     assert lines["folder"][1].split() == FOLDER_FILES
     if size == 4:
         heads = "error: the model's 3 heads cannot be split over 4 ranks: start 3 at most"

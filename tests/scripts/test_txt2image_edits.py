@@ -8,6 +8,8 @@ from PIL import Image
 
 from flux import images
 
+from ..model_adapters import CLIP, FLOW, MODULATION, write
+
 PROMPT = "a red apple on a blue background"
 
 
@@ -142,3 +144,26 @@ def test_bad_input_has_one_clear_line(call, model, tmp_path, photo, white, args,
     assert (status, out, len(err)) == (2, [], 1)
     assert re.search(message, err[0])
     assert not (tmp_path / "out.png").exists()
+
+
+def test_with_adapters_few_bits_negative_prompts_and_unipc(call, model, tmp_path, photo, white):
+    """Each of three pictures is the same alone, outside the mask the photo, and remade to the byte."""
+    write(tmp_path / "a.safetensors", {**FLOW, **MODULATION, **CLIP}, seed=1)
+    more = ("--mask", "mask.png", "--adapter", "a.safetensors", "--quantize", 8, "--solver", "unipc")
+    more += ("--negative-prompt", "a pear", "--cfg-scale", 3, "--cfg-end", 0.5, "--nag", 3, "--save-raw")
+    status, _, err = call(
+        PROMPT, "--model", model, "--seed", 4, "--image", "photo.png", *more, "--n-images", 3
+    )
+    assert (status, len(err)) == (0, 1), err
+    made = [images.load(tmp_path / f"out.{i}.png")[0] for i in range(3)]
+    for picture in made:
+        assert np.array_equal(picture[~white], photo[~white])
+    alone = ("--seed", 5, "--output", "alone.png")
+    assert call(PROMPT, "--model", model, "--image", "photo.png", *more[:-1], *alone)[0] == 0
+    assert np.array_equal(images.load(tmp_path / "alone.png")[0], made[1])
+    assert call("--remake", "out.1.png", "--output", "again.png")[0] == 0
+    assert np.array_equal(images.load(tmp_path / "again.png")[0], made[1])
+    fused = ("--fuse-adapter", "--seed", 5, "--output", "fused.png")
+    assert call(PROMPT, "--model", model, "--image", "photo.png", *more[:-1], *fused)[0] == 0
+    near = images.load(tmp_path / "fused.png")[0].astype(float) - made[1]
+    assert 0 < np.abs(near[white]).mean() < np.abs(made[0].astype(float) - made[1])[white].mean()

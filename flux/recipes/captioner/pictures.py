@@ -25,7 +25,7 @@ from flux.recipes.emoji import (
     draw_composition,
     subjects,
 )
-from flux.recipes.tiny.autoencoder import reconstruct
+from flux.recipes.tiny.judge import reconstruct
 
 BICUBIC = Image.Resampling.BICUBIC
 POOL_SHARE = 0.25  # of the pictures: reconstructed by the generator's autoencoder

@@ -5,6 +5,10 @@
 A picture's background is the colour nearest to the median of its outermost pixels. Its subject and place are
 those of the rendering, among all subjects and places at the prompt's size on that background, with the least
 squared distance in RGB over all pixels. Intervals are Wilson's, 95 %.
+
+The caption of a picture determines its rendering: SSIM and PSNR to that, in the box of the subject, say how
+good a drawing it is, beside what the autoencoder alone makes of the rendering. Natural prompts are wordings
+that no training caption has. --page draws the prompts of prompts.tsv, the same ones with the same seeds.
 """
 
 import json
@@ -16,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from flux.arguments import described, run_program
+from flux.arguments import size as height_and_width
 from flux.distributed.ranks import Ranks
 from flux.errors import FluxError
+from flux.evaluation.likeness import psnr
 from flux.evaluation.proportion import Proportion, Z
 from flux.generation import generate
 from flux.pipeline import FluxPipeline
@@ -35,7 +41,14 @@ from flux.recipes.emoji import (
     subjects,
 )
 from flux.recipes.tiny import recipe
-from flux.recipes.tiny.autoencoder import psnr, reconstruct
+from flux.recipes.tiny.judge import (
+    SubjectJudge,
+    likeness,
+    natural_prompts,
+    page_prompts,
+    reconstruct,
+    scene_of,
+)
 from flux.requests import Request
 
 
@@ -89,9 +102,12 @@ def judge(pictures: np.ndarray, shown: Sequence[Composition]) -> dict[str, Propo
     return {name: Proportion(count, len(shown)) for name, count in right.items()}
 
 
-def draw(pipeline: FluxPipeline, prompts: Sequence[str]) -> tuple[np.ndarray, float]:
-    """A picture of each prompt, (B, 64, 64, 3) uint8, and the seconds that one took."""
-    requests = [Request(prompt, seeds=(i,), image_size=(SIDE, SIDE)) for i, prompt in enumerate(prompts)]
+def draw(
+    pipeline: FluxPipeline, prompts: Sequence[str], size: tuple[int, int] = (SIDE, SIDE)
+) -> tuple[np.ndarray, float]:
+    """A picture of each prompt, (B, H, W, 3) uint8 of (height, width), and the seconds that one took."""
+    pipeline.known_words = None  # nobody asks what it does not know, as the figures will say it
+    requests = [Request(prompt, seeds=(i,), image_size=size) for i, prompt in enumerate(prompts)]
     start = time.perf_counter()
     pictures = list(generate(pipeline, requests, stream=True, keep_models=True, progress=True))
     return np.stack(pictures), (time.perf_counter() - start) / len(prompts)
@@ -106,13 +122,39 @@ def evaluate(pipeline: FluxPipeline, count: int) -> tuple[dict[str, Any], np.nda
     decoded = reconstruct(pipeline.ae, true)
     values = psnr(true, decoded)
     reach = Z * values.std() / math.sqrt(count)
+    scenes = [scene_of(composition) for composition in shown]
     figures = {f"{name} right": str(share) for name, share in judge(pictures, shown).items()}
     low = 10 * math.log10(255**2 / np.square(true.astype(np.float32) - decoded).mean())
     figures["autoencoder PSNR"] = (
         f"{values.mean():.2f} dB (95 % interval +-{reach:.2f}; of the mean error {low:.2f} dB)"
     )
+    figures["likeness"] = str(likeness(list(pictures), scenes))
+    figures["autoencoder likeness"] = str(likeness(list(decoded), scenes))
     figures["seconds a picture"] = f"{seconds:.2f}"
     return figures, pictures
+
+
+def natural(pipeline: FluxPipeline, count: int, size: tuple[int, int] = (SIDE, SIDE)) -> Proportion:
+    """How many of the first natural prompts' pictures of (height, width) show their subject."""
+    prompts, names = zip(*natural_prompts(count), strict=True)
+    pictures, judged = draw(pipeline, prompts, size)[0], SubjectJudge(size)
+    right = sum(judged(picture) == name for picture, name in zip(pictures, names, strict=True))
+    return Proportion(right, count)
+
+
+def page(pipeline: FluxPipeline, size: tuple[int, int], columns: int = 8) -> Image.Image:
+    """A page of the fixed prompts' pictures of (height, width), each above its prompt."""
+    prompts = page_prompts()
+    pictures, _ = draw(pipeline, prompts, size)
+    height, width = size[0] + 14, max(size[1], 128) + 4
+    rows = math.ceil(len(prompts) / columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True)):
+        x, y = width * (i % columns), height * (i // columns)
+        sheet.paste(Image.fromarray(picture), (x, y))
+        pen.text((x + 1, y + size[0]), prompt[: width // 6], "black")
+    return sheet
 
 
 def main() -> int:
@@ -128,8 +170,25 @@ def run(ranks: Ranks) -> int:
     parser.add_argument(
         "--output", type=Path, help="folder for figures.json and a grid of the first pictures"
     )
+    parser.add_argument("--page", type=Path, help="draw the fixed prompts into this picture, and end")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=height_and_width,
+        default=[(SIDE, SIDE)],
+        metavar="HxW",
+        help="of the natural prompts' pictures; the page has the first (default: 64x64)",
+    )
     arguments = parser.parse_args()
-    figures, pictures = evaluate(FluxPipeline(arguments.model), arguments.count)
+    if arguments.page:
+        page(FluxPipeline(arguments.model), arguments.sizes[0]).save(arguments.page)
+        print(arguments.page)
+        return 0
+    pipeline = FluxPipeline(arguments.model)
+    figures, pictures = evaluate(pipeline, arguments.count)
+    for height, width in arguments.sizes:
+        right = natural(pipeline, arguments.count, (height, width))
+        figures[f"natural {height}x{width}, right"] = str(right)
     print(f"{arguments.model}: {arguments.count} held-out prompts, {recipe.SUBJECTS} subjects")
     for name, value in figures.items():
         print(f"  {name:20} {value}")

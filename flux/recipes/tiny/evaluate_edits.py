@@ -27,13 +27,14 @@ from flux.arguments import count, described, pixels, run_program
 from flux.conditioning import Edit, Picture
 from flux.conditioning.masks import Box, cut
 from flux.distributed.ranks import Ranks
+from flux.evaluation.likeness import psnr
 from flux.evaluation.proportion import Proportion
 from flux.generation import generate
 from flux.pipeline import FluxPipeline
 from flux.recipes.emoji import COLOURS, SIDE, SIZES, Composition, Renderer, corners, subjects
 from flux.recipes.tiny import recipe
-from flux.recipes.tiny.autoencoder import psnr, reconstruct
 from flux.recipes.tiny.evaluate import Judge, held_out_prompts
+from flux.recipes.tiny.judge import reconstruct
 from flux.requests import Request
 
 SHARE = 0.95  # of the added pixels, that must have the background's colour

@@ -1,20 +1,16 @@
-"""The trained parts as a model's folder, in diffusers' layout.
+"""A run's trained model as a folder in diffusers' layout.
 
-python -m flux.recipes.tiny.export --run DIR --output flux/assets/tiny
+python -m flux.recipes.tiny.export --run tiny-run --output flux/assets/tiny
 """
 
 import sys
 from dataclasses import replace
 
+from flux import known_words
 from flux.arguments import run_program
 from flux.distributed.ranks import Ranks
-from flux.models.autoencoder import AutoEncoder
+from flux.pipeline import FluxPipeline
 from flux.recipes.arguments import export_folders
-from flux.recipes.tiny import recipe
-from flux.recipes.tiny.flow import load_tokenizers, make_model
-from flux.recipes.tiny.latents import read
-from flux.training.states import load_state
-from flux.weights import registry
 from flux.weights.save import Model, save_diffusers
 
 
@@ -24,20 +20,15 @@ def main() -> int:
 
 
 def run(ranks: Ranks) -> int:
-    """Write the trained model as diffusers' folder."""
+    """Write the model that the pipeline has left in the run's folder, with the words that it knows."""
     run, output = export_folders(__doc__)
-    latents = read(run / "latents.safetensors")
-    autoencoder = AutoEncoder(
-        replace(recipe.AUTOENCODER, scale_factor=latents.scale, shift_factor=latents.shift)
-    )
-    load_state(autoencoder, run / "autoencoder.safetensors")
-    clip, _ = load_tokenizers(run)
-    parts = make_model(run, clip)
-    load_state(parts, run / "flow.safetensors", "ema.average")
-    spec = replace(registry.get("tiny"), t5_length=recipe.T5_LENGTH)
-    tokenizers = (run / "tokenizer", run / "tokenizer_2")
-    model = Model(parts.flow, autoencoder, parts.clip, parts.t5, *tokenizers, spec)
-    save_diffusers(output, model)
+    trained = FluxPipeline(str(run / "model"))
+    spec = replace(trained.spec, name="tiny")
+    tokenizers = (trained.checkpoint.clip_tokenizer, trained.checkpoint.t5_tokenizer)
+    save_diffusers(output, Model(trained.flow, trained.ae, trained.clip, trained.t5, *tokenizers, spec))
+    known = known_words.read(run / "model")
+    if known is not None:
+        known.write(output)
     print(output)
     return 0
 

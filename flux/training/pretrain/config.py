@@ -20,6 +20,7 @@ from flux.models.transformer import FluxParams
 from flux.tables import Faults, field_names, limits, nearest, option, partly, read
 from flux.training.optimizers import CONFIGURED, DEFAULT_RATE
 from flux.training.pretrain.adversary import DiscriminatorParams
+from flux.training.pretrain.datasets import DATASETS, Local
 from flux.training.schedules import SCHEDULERS
 
 # What a step can train, and the groups that have an optimizer each.
@@ -74,53 +75,31 @@ DERIVED = {
 
 
 @dataclass(frozen=True)
-class Local:
-    """Pictures of a folder or a list, read as for fine-tuning; captions_file: such as name<TAB>caption lines.
-
-    uncaptioned: pictures without a caption are meant, as for an autoencoder alone.
-    """
-
-    path: str
-    captions_file: str | None = None
-    caption_column: str | None = None
-    uncaptioned: bool = False
-
-
-@dataclass(frozen=True)
-class WebDataset:
-    """Tar shards: a path, one with * or {000..012}, or a list of such. `image_key`s are suffixes (jpg;png).
-
-    `caption_key`: a suffix, or a key of the samples' .json.
-    """
-
-    path: str | tuple[str, ...]
-    image_key: str = "jpg;jpeg;png;webp"
-    caption_key: str = "txt"
-
-
-@dataclass(frozen=True)
-class HuggingFace:
-    """A data set of the Hub, or a folder that `datasets` has saved."""
-
-    path: str
-    name: str | None = None  # the configuration, where there are several
-    split: str = "train"
-    image_key: str = "image"
-    caption_key: str = "text"
-
-
-DATASETS = {"local": Local, "webdataset": WebDataset, "huggingface": HuggingFace}
-
-
-@dataclass(frozen=True)
 class Data:
-    """The pictures of the default data set, and how they are shown."""
+    """The pictures of the default data set, and how they are shown.
+
+    img_size: the side of what the model draws by default and, without `img_sizes`, of what it is trained on.
+    reduced_min_sizes: other sides that every picture is trained on as well.
+    img_sizes: buckets instead, a side or [width, height] each. A picture goes to the one with the nearest
+    ratio of width to height; of several with that ratio to the largest that is not larger than it is.
+    """
 
     data_path: str | None = None
     captions_file: str | None = None
     img_size: int = option(256, least=8)
-    reduced_min_sizes: tuple[int, ...] = option((), least=8)  # other sides that are trained on as well
+    reduced_min_sizes: tuple[int, ...] = option((), least=8)
+    img_sizes: tuple[int | tuple[int, int], ...] = option((), least=8)
     fixed_prompt_prefix: str = ""
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """(height, width) of each of `img_sizes`."""
+        return heights_and_widths(self.img_sizes)
+
+    @property
+    def trained_sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of all sizes that pictures are trained at."""
+        return self.buckets or [(side, side) for side in (self.img_size, *self.reduced_min_sizes)]
 
     def prompt(self, caption: str) -> str:
         """The caption after the prefix, as a separate sentence unless the prefix goes on into it."""
@@ -192,10 +171,16 @@ class Step:
     time_shift: float = option(1.0, above=0)  # of the flow's times, towards the noise
     freeze: tuple[str, ...] = option((), choices=FREEZABLE)
     unfreeze: tuple[str, ...] = option((), choices=FREEZABLE)
+    # Of the autoencoder's batches `crop_share` are squares of `crop_size` pixels, cut out of the pictures on
+    # the grid of the latents where there is most to see, as many as have the pixels of the whole pictures.
+    crop_size: int | None = option(None, least=8)
+    crop_share: float = option(1.0, above=0, most=1)
     batch_size: int = option(8, least=1)  # a process
     gradient_accumulation_steps: int = option(1, least=1)  # batches an update
     clip_norm: float | None = option(None, above=0)  # the greatest norm of all gradients together
     use_fp16: bool = False  # networks compute in bfloat16; parameters and optimizers stay in float32
+    # `mx.compile` of the step. Not in `repr`, as `workers`: the result differs by rounding alone.
+    compile: bool = field(default=True, repr=False)
     # Threads that read pictures. Not in `repr`: what a run comes to does not depend on them.
     workers: int = field(default=2, repr=False, metadata=limits(least=0))
     lr: float = option(DEFAULT_RATE, above=0)
@@ -283,6 +268,11 @@ class ConfigError(FluxError):
     def __init__(self, path: Path, faults: list[str]):
         super().__init__(f"{path}: {'; '.join(faults)}")
         self.faults = faults
+
+
+def heights_and_widths(sizes: tuple[int | tuple[int, int], ...]) -> list[tuple[int, int]]:
+    """(height, width) of each of a config's sides or [width, height]."""
+    return [(size[1], size[0]) if isinstance(size, tuple) else (size, size) for size in sizes]
 
 
 def expand(names: tuple[str, ...]) -> set[str]:

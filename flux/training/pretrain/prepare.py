@@ -2,21 +2,25 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
+from flux import known_words
 from flux.data import pictures
+from flux.data.buckets import Size
 from flux.data.sources import Pictures, unreadable
 from flux.distributed.ranks import DOWNLOAD, Ranks
 from flux.errors import FluxError
+from flux.known_words import KnownWords
 from flux.training.matmul_convolution import use_products
 from flux.training.pretrain import lpips
-from flux.training.pretrain.batches import Batches, open_dataset
+from flux.training.pretrain.batches import Batches
 from flux.training.pretrain.config import Config, Step
+from flux.training.pretrain.datasets import Drawn, open_dataset
 from flux.training.pretrain.encoded import Encoded
 from flux.training.pretrain.encoded import identity as encoded_identity
 from flux.training.pretrain.losses import encode
@@ -54,7 +58,8 @@ def prepare(config: Config, folder: Path, ranks: Ranks, is_new: bool, quiet: boo
     used = dict.fromkeys(config.dataset_of(step) for step in config.steps)
     sources = {name: open_dataset(config.datasets[name]) for name in used}
     if is_new:
-        ranks.on_all_ranks(lambda: check_pictures(sources, ranks, quiet), DOWNLOAD)
+        read = {name: s for name, s in sources.items() if not isinstance(config.datasets[name], Drawn)}
+        ranks.on_all_ranks(lambda: check_pictures(read, ranks, quiet), DOWNLOAD)
     tokenizers = open_tokenizers(config, folder, sources, ranks)
     mx.random.seed(config.training.seed)
     networks = Networks(config, tokenizers)
@@ -86,12 +91,7 @@ def open_tokenizers(
     config: Config, folder: Path, sources: dict[str, Pictures], ranks: Ranks
 ) -> Tokenizers | None:
     """The config's, or ones that are trained on the captions; None where no step trains the flow."""
-    texts = {
-        config.data.prompt(caption)
-        for step in config.steps
-        if step.train_diff
-        for caption in sources[config.dataset_of(step)].captions
-    }
+    texts = {text for source in flow_sources(config, sources) for text in prompts(config, source)}
     if not texts:
         return None
     clip, t5 = (folder / "vocabularies" / name for name in ("tokenizer", "tokenizer_2"))
@@ -106,6 +106,30 @@ def open_tokenizers(
 
     ranks.rank_zero_only(train)  # the others wait for the files
     return trained_tokenizers(config, folder)
+
+
+def flow_sources(config: Config, sources: dict[str, Pictures]) -> list[Pictures]:
+    """The data sets that the flow is trained on."""
+    names = dict.fromkeys(config.dataset_of(step) for step in config.steps if step.train_diff)
+    return [sources[name] for name in names]
+
+
+def prompts(config: Config, source: Pictures) -> Iterator[str]:
+    """All captions of a data set, as they are trained on."""
+    return (config.data.prompt(caption) for caption in source.captions)
+
+
+def known_by(config: Config, sources: dict[str, Pictures]) -> KnownWords | None:
+    """The words and sizes that the flow was trained on here and in the run that it began with, if any."""
+    found = None
+    if config.model_checkpoint is not None:
+        found = known_words.read(Path(config.model_checkpoint).expanduser() / "model")
+    sides = [side for size in config.data.trained_sizes for side in size]
+    for source in flow_sources(config, sources):
+        subjects = getattr(source, "subjects", {})
+        known = KnownWords.of(prompts(config, source), subjects, (min(sides), max(sides)))
+        found = known if found is None else found | known
+    return found
 
 
 def trained_tokenizers(config: Config, folder: Path) -> Tokenizers:
@@ -137,15 +161,15 @@ def latent_store(config: Config, step: Step, networks: Networks, folder: Path) -
     key = encoded_identity(networks.ae, name, config.datasets[name], half)
     downscale, channels = networks.ae.downscale, config.model.autoencoder.z_channels
 
-    def shape(side: int) -> tuple[int, ...]:
-        return (2, side // downscale, side // downscale, channels)
+    def shape(size: Size) -> tuple[int, ...]:
+        return (2, size[0] // downscale, size[1] // downscale, channels)
 
     return Encoded(folder / LATENTS, key, shape, lambda x: encode(networks, x, half))
 
 
-def measure_latents(batches: Batches, encoded: Encoded, side: int) -> tuple[float, float]:
+def measure_latents(batches: Batches, encoded: Encoded) -> tuple[float, float]:
     """Scale and shift with which the latents of the data's first pictures have deviation 1 and mean 0."""
-    pictures = batches.first(MEASURED_PICTURES, (side, side))
-    records = [encoded.make(row, picture) for row, picture in enumerate(pictures)]
-    mean, logvar = np.stack(records, axis=1).astype(np.float64)
+    pictures = batches.first(MEASURED_PICTURES)
+    records = [encoded.make(row, picture).reshape(2, -1) for row, picture in enumerate(pictures)]
+    mean, logvar = np.concatenate(records, axis=1).astype(np.float64)
     return float(1 / np.sqrt(mean.var() + np.exp(logvar).mean())), float(mean.mean())

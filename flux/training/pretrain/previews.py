@@ -9,12 +9,13 @@ import mlx.core as mx
 import numpy as np
 
 from flux import generation, images
+from flux.known_words import KnownWords
 from flux.loading import Parts
 from flux.pipeline import FluxPipeline
 from flux.requests import Request
 from flux.training import losses
 from flux.training.pretrain.batches import Batches
-from flux.training.pretrain.config import Config, Step
+from flux.training.pretrain.config import Config, Step, heights_and_widths
 from flux.training.pretrain.networks import Networks, Tokenizers
 from flux.training.pretrain.spade import SpadeDecoder
 from flux.trees import named_arrays
@@ -70,8 +71,7 @@ def originals(config: Config, batches: Batches, size: tuple[int, int]) -> list[n
 
 def sample_sizes(config: Config) -> list[tuple[int, int]]:
     """(height, width) of each of the config's sides or [width, height]."""
-    sizes = config.output.sample_sizes or (config.data.img_size,)
-    return [(size[1], size[0]) if isinstance(size, tuple) else (size, size) for size in sizes]
+    return heights_and_widths(config.output.sample_sizes or (config.data.img_size,))
 
 
 def reconstruct(networks: Networks, picture: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -147,7 +147,9 @@ def load_networks(path: Path, networks: Networks) -> None:
     networks.ae.params = dataclasses.replace(networks.ae.params, scale_factor=scale, shift_factor=shift)
 
 
-def export(config: Config, networks: Networks, tokenizers: Tokenizers | None) -> Path:
+def export(
+    config: Config, networks: Networks, tokenizers: Tokenizers | None, known: KnownWords | None = None
+) -> Path:
     """The trained model for `txt2image.py --model`; without a flow its autoencoder; the path written.
 
     FLUX's layout cannot hold a SPADE decoder: all networks are then one file of our names.
@@ -164,4 +166,6 @@ def export(config: Config, networks: Networks, tokenizers: Tokenizers | None) ->
         networks.flow, networks.ae, networks.clip, networks.t5, *tokenizers.folders, spec(config)
     )
     save.save_bfl(folder / "model", model)
+    if known is not None:
+        known.write(folder / "model")
     return folder / "model"

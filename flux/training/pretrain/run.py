@@ -20,7 +20,7 @@ from flux.training.pretrain import graphs
 from flux.training.pretrain.batches import Batches, Shard
 from flux.training.pretrain.config import Config
 from flux.training.pretrain.losses import Objective
-from flux.training.pretrain.prepare import LATENTS, latent_store, measure_latents, prepare
+from flux.training.pretrain.prepare import LATENTS, known_by, latent_store, measure_latents, prepare
 from flux.training.pretrain.previews import export, write_samples
 from flux.training.pretrain.stage import Stage
 from flux.training.pretrain.state import Checkpoints, Progress, begin_with, identity
@@ -92,7 +92,8 @@ class Run:
             self._end(stage)
         shutil.rmtree(self.folder / LATENTS, ignore_errors=True)
         if self.first:
-            return export(self.config, self.networks, self._prepared.tokenizers)
+            known = known_by(self.config, self._prepared.sources)
+            return export(self.config, self.networks, self._prepared.tokenizers, known)
         return self.folder
 
     def _begin(self) -> Stage:
@@ -105,7 +106,7 @@ class Run:
         kept = encoded if step.encodes_once else None
         batches = Batches(config, index, source, tokenizers, shard, kept)
         if encoded is not None and not self.progress.measured:
-            scale, shift = measure_latents(batches, encoded, config.data.img_size)
+            scale, shift = measure_latents(batches, encoded)
             self.progress.scale, self.progress.shift, self.progress.measured = scale, shift, True
             self._scale_latents()
         end = tokenizers.clip.eos_token_id if tokenizers else 0

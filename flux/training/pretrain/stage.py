@@ -50,6 +50,7 @@ class Stage:
             average_metrics=average_metrics(ranks) if ranks.size > 1 else None,
             accumulate=self.accumulate,
             clip_norm=self.step.clip_norm,
+            compiled=self.step.compile,
         )
 
     def _optimizer(self, group: str) -> optim.Optimizer:

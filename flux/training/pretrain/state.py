@@ -66,12 +66,18 @@ class Checkpoints(States):
         if found is None:
             return None
         theirs, progress = found.value
-        if other := [name for name, value in self._identity.items() if theirs.get(name) != value]:
+        ours, theirs = (_begun(table, progress.index) for table in (self._identity, theirs))
+        if other := [name for name, value in ours.items() if theirs.get(name) != value]:
             names = ", ".join(other)
             raise FluxError(
                 f"{found.path} is of a run with another {names}: give the config that it was begun with"
             )
         return State(found.path, progress, found.damaged)
+
+
+def _begun(identity: dict[str, Any], index: int) -> dict[str, Any]:
+    """An identity without the steps after number `index`: they may still become others."""
+    return {**identity, "steps": identity["steps"][: index + 1]}
 
 
 def state_of(run: str) -> Path:

@@ -15,18 +15,16 @@ from flux.errors import FluxError
 from flux.models.clip import ACTIVATIONS
 from flux.tables import Faults, nearest, read_file
 from flux.training.pretrain import fluxflow, lpips
-from flux.training.pretrain.batches import open_dataset
 from flux.training.pretrain.config import (
     Config,
     ConfigError,
-    HuggingFace,
-    Local,
     Step,
-    WebDataset,
     expand,
+    heights_and_widths,
     read_config,
     read_datasets,
 )
+from flux.training.pretrain.datasets import HuggingFace, Local, WebDataset, open_dataset
 from flux.training.pretrain.losses import threshold_metrics
 from flux.training.pretrain.state import state_of
 from flux.training.schedules import ReduceOnPlateau
@@ -69,11 +67,12 @@ def describe(config: Config) -> list[str]:
 
 
 def latent_bytes(config: Config) -> int:
-    """Of a picture's means and log variances, in all the sizes that it is trained at."""
+    """Of a picture's means and log variances, in all the sizes it is trained at, or in the largest bucket."""
     vae = config.model.autoencoder
-    sides = (config.data.img_size, *config.data.reduced_min_sizes)
-    areas = ((side // 2 ** (len(vae.ch_mult) - 1)) ** 2 for side in sides)
-    return sum(2 * 4 * area * vae.z_channels for area in areas)
+    downscale = 2 ** (len(vae.ch_mult) - 1)
+    areas = [height * width // downscale**2 for height, width in config.data.trained_sizes]
+    area = max(areas) if config.data.buckets else sum(areas)
+    return 2 * 4 * area * vae.z_channels
 
 
 def check(config: Config, faults: Faults) -> None:
@@ -249,10 +248,12 @@ def _sizes(config: Config, faults: Faults) -> None:
     has_flow = any(step.train_diff for step in config.steps)
     levels = len(config.model.autoencoder.ch_mult)
     grid = 2 ** (levels - 1) * (2 if has_flow else 1)
-    sides = {"data.img_size": [config.data.img_size], "data.reduced_min_sizes": config.data.reduced_min_sizes}
-    sides["output.sample_sizes"] = [
-        side for size in config.output.sample_sizes for side in (size if isinstance(size, tuple) else (size,))
-    ]
+    data, output = config.data, config.output
+    sides = {"data.img_size": [data.img_size], "data.reduced_min_sizes": data.reduced_min_sizes}
+    for where, sizes in (("data.img_sizes", data.img_sizes), ("output.sample_sizes", output.sample_sizes)):
+        sides[where] = [side for size in heights_and_widths(sizes) for side in size]
+    if data.img_sizes and data.reduced_min_sizes:
+        faults.add("data.reduced_min_sizes", "has no effect beside img_sizes, which are all sizes: give one")
     for where, values in sides.items():
         for side in values:
             if side < grid or side % grid:
@@ -262,6 +263,7 @@ def _sizes(config: Config, faults: Faults) -> None:
         if width % vae.norm_groups:
             faults.add("model.autoencoder", f"{width} channels cannot form {vae.norm_groups} equal groups")
     _judge(config, faults)
+    _crops(config, grid, faults)
     clip = config.model.clip
     if clip.hidden_size % clip.num_attention_heads:
         heads = clip.num_attention_heads
@@ -278,9 +280,22 @@ def _sizes(config: Config, faults: Faults) -> None:
                 faults.add(f"model.{name}.{field.name}", f"{value} must be at least 1")
 
 
+def _crops(config: Config, grid: int, faults: Faults) -> None:
+    smallest = min(side for size in config.data.trained_sizes for side in size)
+    for step in config.steps:
+        where = f'step "{step.name}": crop_size'
+        if step.crop_size is None:
+            if step.crop_share < 1:
+                faults.add(f'step "{step.name}"', "crop_share has no effect without crop_size")
+        elif step.train_diff:
+            faults.add(where, "the flow is trained on whole pictures: give it a separate step")
+        elif step.crop_size > smallest or step.crop_size % grid:
+            faults.add(where, f"{step.crop_size} must be a multiple of {grid}, at most {smallest} pixels")
+
+
 def _judge(config: Config, faults: Faults) -> None:
     """What looks at pictures needs some size of them."""
-    smallest = min((config.data.img_size, *config.data.reduced_min_sizes))
+    smallest = min(side for size in config.data.trained_sizes for side in size)
     params = config.model.discriminator
     for step in config.steps:
         if step.use_lpips and smallest < LPIPS_SIDE:
