@@ -51,7 +51,8 @@ def train(folders: Folders, request: Mapping[str, Any], id: str) -> tuple[New, l
     try:
         begin(checked_options, Ranks.alone())
     except FluxError as error:
-        raise conflict(f"{error}: resume its job, or take another output_name") from None
+        choice = f"resume its job, DELETE /outputs/{name}, or take another output_name"
+        raise conflict(f"no new run can begin in outputs/{name}: {choice} ({error})") from None
     return New("train", name, id, dict(request), ("dreambooth",), options), notes
 
 

@@ -97,3 +97,24 @@ def _name(upload: UploadFile, kind: str) -> str:
     """What a file is called for people."""
     name = (upload.filename or kind).replace("\\", "/").rpartition("/")[2]
     return name if name.isprintable() and name else kind
+
+
+# --- As OpenAPI has them ---
+
+
+def edit_form() -> dict[str, Any]:
+    """The OpenAPI schema of the form: fields, and files."""
+    fields = dict(EditRequest.model_json_schema()["properties"])
+    fields["adapters"] = {"type": "string", "description": 'JSON: [{"name": ..., "strength": ...}]'}
+    file = {"type": "string", "contentMediaType": "image/png"}
+    files = {"image": file, "mask": file}
+    schema = {"type": "object", "properties": {**fields, **files}, "required": ["prompt", "image"]}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+
+
+def upload_form() -> dict[str, Any]:
+    """The OpenAPI schema of a form of pictures for a dataset."""
+    file = {"type": "string", "contentMediaType": "application/octet-stream"}
+    files = {"type": "array", "items": file, "minItems": 1}
+    schema = {"type": "object", "properties": {"files": files}, "required": ["files"]}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}

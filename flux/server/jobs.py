@@ -177,6 +177,9 @@ class Jobs:
             other = f"select id from jobs where kind=? and name=? and state in {ACTIVE}"
             if row := db.execute(other, (job.kind, job.name)).fetchone():
                 raise conflict(f"the job {row['id']} does this for {job.name} already")
+            later = "select id from jobs where kind=? and name=? and number>? and started is not null"
+            if row := db.execute(later, (job.kind, job.name, job.number)).fetchone():
+                raise conflict(f"the later job {row['id']} has used the name {job.name}: start a new one")
             anew = "state=?, cancel=0, kills=0, message='', ended=null, attempt=attempt+1"
             db.execute(f"update jobs set {anew} where id=?", (QUEUED, id))
             return _known(db, id)

@@ -380,24 +380,6 @@ class EditRequest(PictureRequest):
     strength: float | None = Field(None, ge=0, le=1, description="how much changes")
 
 
-def edit_form() -> dict[str, Any]:
-    """The OpenAPI schema of the form: fields, and files."""
-    fields = dict(EditRequest.model_json_schema()["properties"])
-    fields["adapters"] = {"type": "string", "description": 'JSON: [{"name": ..., "strength": ...}]'}
-    file = {"type": "string", "contentMediaType": "image/png"}
-    files = {"image": file, "mask": file}
-    schema = {"type": "object", "properties": {**fields, **files}, "required": ["prompt", "image"]}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
-
-
-def upload_form() -> dict[str, Any]:
-    """The OpenAPI schema of a form of pictures for a dataset."""
-    file = {"type": "string", "contentMediaType": "application/octet-stream"}
-    files = {"type": "array", "items": file, "minItems": 1}
-    schema = {"type": "object", "properties": {"files": files}, "required": ["files"]}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
-
-
 class Made(BaseModel):
     """A picture: the base64 of its file."""
 

@@ -148,3 +148,18 @@ def test_the_queue_is_bounded(tmp_path):
     assert jobs.add(new(2), most=3).id == "id2"
     assert jobs.get("ID2").id == "id2"  # a disk may not tell them apart
     assert [jobs.next().id, jobs.next().id] == ["id0", "id0"]
+
+
+def test_a_job_whose_name_another_has_used_is_not_resumed(tmp_path):
+    """It would go on from the other's state."""
+    jobs = Jobs(tmp_path)
+    for id in ("first", "second", "third"):
+        jobs.add(New("train", "a", id, {}, ("dreambooth",), {}), most=9)
+        if id == "third":  # it has never run
+            jobs.cancel(id)
+        else:
+            jobs.next()
+            jobs.end(id, "failed")
+    with pytest.raises(Problem, match="the later job second has used the name a"):
+        jobs.resume("first")
+    assert jobs.resume("second").state == "queued"

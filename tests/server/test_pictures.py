@@ -65,7 +65,14 @@ def test_partial_pictures(client, alone):
 @pytest.mark.parametrize("format", ["jpeg", "webp"])
 def test_formats(client, format):
     answer = client.images.generate(
-        prompt="a red apple", size="48x64", output_format=format, output_compression=50, extra_body=FAST
+        quality="high",
+        user="me",
+        moderation="low",  # taken without effect
+        prompt="a red apple",
+        size="48x64",
+        output_format=format,
+        output_compression=50,
+        extra_body=FAST,
     )
     image = Image.open(io.BytesIO(base64.b64decode(answer.data[0].b64_json)))
     assert (image.format, image.size) == (format.upper(), (48, 64))

@@ -13,7 +13,6 @@ from flux.server.schemas import (
     DownloadAnswer,
     PathName,
     PictureView,
-    upload_form,
 )
 from flux.server.state import Server, State
 
@@ -58,7 +57,7 @@ def picture(name: PathName, file: str, server: State) -> FileResponse:
     return FileResponse(datasets.picture_file(server.folders, name, file))
 
 
-@router.post("/datasets/{name}/pictures", openapi_extra=upload_form())
+@router.post("/datasets/{name}/pictures", openapi_extra=forms.upload_form())
 async def upload(name: PathName, request: Request, server: State) -> DownloadAnswer:
     """Put pictures into a dataset, new or not, as JPEG: a form with `files`."""
     files = await forms.store(request, server.folders.dataset(name))

@@ -11,7 +11,7 @@ from fastapi.responses import StreamingResponse
 from flux.server import forms, pictures
 from flux.server.pictures import Event, Order
 from flux.server.problems import Problem, absent, conflict
-from flux.server.schemas import Made, ModelList, ModelView, PictureRequest, PicturesAnswer, edit_form
+from flux.server.schemas import Made, ModelList, ModelView, PictureRequest, PicturesAnswer
 from flux.server.security import answer
 from flux.server.state import State
 
@@ -50,7 +50,7 @@ async def generate(body: PictureRequest, server: State, request: Request) -> Any
     "/images/edits",
     response_model=PicturesAnswer,
     responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
-    openapi_extra=edit_form(),
+    openapi_extra=forms.edit_form(),
 )
 async def edit(request: Request, server: State) -> Any:
     """Change a picture where a mask is transparent; without one everywhere. A form, as OpenAI has it."""
