@@ -121,12 +121,11 @@ class News:
     def of(self, job: Job) -> list[str]:
         """The events that are new."""
         view, new = self._server.view(job), []
-        if job.state != self._state:
-            self._state = job.state
-            new.append(event("state", view))
+        states = [event("state", view)] if job.state != self._state else []
+        self._state = job.state
         if job.kind == "train" and job.state != QUEUED:
-            new += [*self._steps(job, view["iterations"]), *self._previews(job)]
-        return new
+            new = [*self._steps(job, view["iterations"]), *self._previews(job)]
+        return [*states, *new] if job.is_active else [*new, *states]  # the end comes last
 
     def _steps(self, job: Job, iterations: int | None) -> list[str]:
         path = self._server.folders.output(job.name) / results.EVENTS
