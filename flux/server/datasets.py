@@ -11,7 +11,7 @@ from flux.captioning.files import Picture
 from flux.data import schema, sd_scripts
 from flux.errors import FluxError
 from flux.outputs import locked, replacing
-from flux.server.folders import Folders, existing, inside, subfolders
+from flux.server.folders import Folders, existing, inside, listed, subfolders
 from flux.server.problems import wrong
 from flux.tables import Faults
 
@@ -46,7 +46,7 @@ def captions(found: list[Picture]) -> dict[str, str]:
 def picture_file(folders: Folders, name: str, file: str) -> Path:
     """A picture of a dataset. Problem 404 where it is none."""
     folder = existing(folders.dataset(name), f"dataset {name}")
-    path = existing(inside(folder, file), f"picture {file[:100]!a} in {name}")
+    path = listed(folder, file, f"picture {file[:100]!a} in {name}")
     if path.resolve() not in {picture.path.resolve() for picture in pictures(folders, name)}:
         raise wrong(f"{file[:100]!a} is not a picture of {name}")
     return path

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from flux.server.problems import absent, wrong
+from flux.server.problems import Problem, absent, wrong
 
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9 ._-]{0,98}[A-Za-z0-9_-])?$"  # of datasets, runs and jobs
 # Of files in models/ and outputs/, and of repositories: no part begins with a dot.
@@ -89,6 +89,14 @@ def inside(folder: Path, relative: str) -> Path:
     if not is_inside:
         raise wrong(f"{relative[:80]!a} leads out of {folder.name}/")
     return path
+
+
+def listed(folder: Path, relative: str, what: str) -> Path:
+    """The path of a file that a client asks for, under a folder. Problem 404 where there is none."""
+    try:
+        return existing(inside(folder, relative), what)
+    except Problem:
+        raise absent(f"there is no {what}") from None
 
 
 def subfolders(folder: Path) -> list[str]:

@@ -34,6 +34,7 @@ from flux.metadata import Recipe
 from flux.pipeline import FluxPipeline
 from flux.requests import Request, ResolvedRequest
 from flux.trees import named_arrays
+from flux.weights import checkpoints
 
 OPAQUE = 255
 UNMASKED_STRENGTH = 0.75  # where a request says none: from noise alone nothing of the picture would be left
@@ -125,6 +126,7 @@ class Generator:
         if self._pipeline is None or key != self._key:
             self._pipeline, self._key = None, None
             mx.clear_cache()
+            check_model(job.model_file)
             pipeline = FluxPipeline(
                 job.model_file, adapters=[(file, strength) for file, strength, _ in files]
             )
@@ -269,6 +271,20 @@ class Requests:
         return id in self._cancelled
 
 
+class NoModel(FluxError):
+    """A model that is not here and cannot be fetched."""
+
+
+def check_model(model: str) -> None:
+    """NoModel where a model of the Hub is not found; a file or a folder is looked into when it is loaded."""
+    if Path(model).exists():
+        return
+    try:
+        checkpoints.find(model)
+    except FluxError as error:
+        raise NoModel(str(error)) from None
+
+
 def attend(generator: Generator, job: Job, say: Say) -> None:
     """Make a request's pictures, or say why there are none."""
     try:
@@ -276,6 +292,8 @@ def attend(generator: Generator, job: Job, say: Say) -> None:
         say(job.id, "done")
     except Cancelled:
         say(job.id, "cancelled")
+    except NoModel as error:
+        say(job.id, "error", status=404, message=str(error))
     except FluxError as error:
         say(job.id, "error", status=422, message=str(error))
     except MemoryError as error:

@@ -55,6 +55,8 @@ def test_the_document_is_true(server, mode):
             max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
         )
         def holds(case):
+            if mode is GenerationMode.NEGATIVE and case.path.endswith("/pictures") and case.method == "POST":
+                hypothesis.reject()  # what would be wrong in a form of files, `small` makes right
             small(case).call_and_validate(timeout=60)
 
         try:

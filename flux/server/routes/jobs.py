@@ -9,7 +9,7 @@ from fastapi import APIRouter, Header, Query
 from fastapi.responses import FileResponse, StreamingResponse
 
 from flux.server import results
-from flux.server.folders import existing, inside, subfolders
+from flux.server.folders import existing, listed, subfolders
 from flux.server.jobs import QUEUED, Job
 from flux.server.problems import absent, conflict
 from flux.server.routes.training import as_request, submit_captions, submit_training
@@ -202,7 +202,8 @@ def delete_output(name: PathName, server: State) -> Deleted:
 def output_file(name: PathName, file: str, server: State) -> FileResponse:
     """Download a file of a run."""
     folder = existing(server.folders.output(name), f"run {name}")
-    path = inside(folder, file)
+    what = f"file {file[:100]!a} of the run {name}"
+    path = listed(folder, file, what)
     if path not in results.shown(folder):
-        raise absent(f"there is no file {file[:100]!a} of the run {name}")
+        raise absent(f"there is no {what}")
     return FileResponse(path, filename=path.name)
