@@ -172,7 +172,11 @@ def generate(
     """
     resolved = [request.resolved(pipeline) for request in requests]
     if pipeline.known_words is not None:
-        pipeline.known_words.warn((request.prompt, request.image_size) for request in resolved)
+        side = (
+            pipeline.downscale
+        )  # the model sees an expanded picture, or the crop, not the one that is given
+        made = ((r.prompt, (side * r.latent_size[0], side * r.latent_size[1])) for r in resolved)
+        pipeline.known_words.warn(made)
     ranks, stages = ranks or Ranks.alone(), stages or Stages()
     run = _Run(pipeline, ranks, on_step, keep_models, progress, stages, on_estimate, keep_finished)
     batches = split(resolved, decoding_batch_size)

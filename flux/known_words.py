@@ -55,9 +55,9 @@ class KnownWords:
         least, greatest = self.sides
         if all(least <= side <= greatest for side in size):
             return None
+        sides = f"{least} to {greatest}" if least < greatest else f"{least}"
         return (
-            f"the model was trained on sides of {least} to {greatest} pixels: "
-            f"{size[0]}x{size[1]} may show no whole subject"
+            f"the model was trained on sides of {sides} pixels: {size[0]}x{size[1]} may show no whole subject"
         )
 
     def warn(self, wanted: Iterable[tuple[str, tuple[int, int]]]) -> None:

@@ -6,9 +6,11 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flux import FluxPipeline, known_words
+from flux.conditioning import Edit, Picture
 from flux.errors import FluxError
 from flux.generation import generate
 from flux.known_words import KnownWords, split
@@ -94,7 +96,7 @@ def test_the_built_in_model_says_it_once():
     assert said("a red apple on a blue background") == []
     assert said("a puppy") == ["words that the model was not trained on: puppy; nearest subjects: dog face"]
     (line,) = said("an owl", (64, 128))
-    assert line.startswith("the model was trained on sides of 64 to 64 pixels: 64x128")
+    assert line.startswith("the model was trained on sides of 64 pixels: 64x128")
 
 
 def test_a_model_with_an_adapter_or_of_parts_may_know_more():
@@ -124,3 +126,11 @@ def test_the_program_says_it_in_one_line_and_draws(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "the model was not trained on: cute, puppy; nearest subjects: dog face" in done.stderr
     assert (tmp_path / "a.png").is_file()
+
+
+def test_the_size_is_that_of_what_the_model_works_on(recwarn):
+    """An expanded picture, not the one that is given."""
+    small = Picture.from_array(np.full((32, 32, 3), 99, np.uint8))
+    edit = Edit(small, expand=(16, 16, 16, 16))
+    FluxPipeline("tiny").generate_images("a red apple", seed=1, num_steps=1, edit=edit)
+    assert not [str(found.message) for found in recwarn if "sides" in str(found.message)]
